@@ -1,0 +1,352 @@
+"""Derivative rules, built in one place: kernels serve the first derivative, XLA every other one.
+
+An operator f is a reference (its meaning in plain JAX) and pairs of rules (forward, backward), one pair per implementation.
+It becomes one opaque primitive with three phases:
+
+    forward   operands ↦ outputs, residuals                                  served by a forward rule
+    tangent   operands, outputs, residuals; ẋ ↦ ∂f/∂x · ẋ                    served by jvp of the reference, in XLA
+    backward  operands, outputs, residuals; ȳ ↦ (∂f/∂x)ᵀ · ȳ                 served by a backward rule
+
+The derivative of forward is tangent, and the transpose of tangent is backward: reverse mode meets only the two kernels. The derivative
+of tangent and of backward is taken through the reference, so that every higher order, forward or reverse, is JAX's own.
+Only the first output is differentiable; the others (a log-sum-exp, say) are constants to every derivative.
+"""
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes, get_abstract_mesh
+
+from jaxops import dispatch
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """An implementation. Operands and static options come as keywords.
+
+    forward(**operands, **static) -> (outputs, residuals), two tuples;
+    backward(**operands, outputs=, residuals=, cotangents=, **static) -> {name: gradient} for the differentiable operands that are there.
+    """
+
+    forward: Callable[..., tuple[tuple, tuple]]
+    backward: Callable[..., Arrays]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operator:
+    """An operator: its meaning, its rules, its kernels.
+
+    reference(**operands, **static) -> outputs, in plain differentiable JAX. `differentiable` names the operands that take a gradient.
+    `tpu` and `gpu` are kernel modules (unsupported, forward, backward) or the sentence why there is none.
+    `partition` maps the PartitionSpec of the first operand to those of the outputs, under explicit sharding.
+    """
+
+    name: str
+    differentiable: tuple[str, ...]
+    reference: Callable[..., tuple]
+    xla: Rules
+    tpu: ModuleType | str
+    gpu: ModuleType | str
+    partition: Callable[[PartitionSpec], tuple[PartitionSpec, ...]] = lambda spec: (spec,)
+
+    def __call__(
+        self, operands: Mapping[str, Any], *, implementation: dispatch.Implementation = None, **static: Any
+    ) -> tuple[jax.Array, ...]:
+        """The outputs for `operands` (absent ones None). Raises `ValueError` if `implementation` is unknown, or strict and refused."""
+        there = {name: jnp.asarray(x) for name, x in operands.items() if x is not None}
+        call = _Call(
+            self, "forward", tuple(there), tuple(sorted(static.items())), dispatch.order_of(self.name, implementation)
+        )
+        if any(x.size == 0 for x in there.values()):
+            return tuple(self.reference(**there, **static))
+        if "xla" not in call.order:
+            self._refuse_early(call, there)
+        count = len(_forward_shapes(call, tuple((x.shape, x.dtype) for x in there.values()))[0])
+        return _locally(lambda *xs: tuple(operator_p.bind(*_varying_alike(xs), call=call))[:count], self.partition, *there.values())
+
+    def refusal(self, platform: str, operands: Mapping[str, Any], static: Mapping[str, Any]) -> str | None:
+        """Why the kernel of `platform` ("tpu" or "gpu") would not serve these operands, or None."""
+        kernel = getattr(self, platform)
+        return kernel if isinstance(kernel, str) else kernel.unsupported(**operands, **static)
+
+    def _refuse_early(self, call: "_Call", operands: Arrays) -> None:
+        """Kernels alone were asked for: raise while tracing if none of them, or not the target's, can run."""
+        target = dispatch.chips.targeted()
+        platforms = (target.platform,) if target else dispatch.KERNEL_PLATFORMS
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in operands.items()}
+        reasons = {platform: self.refusal(platform, shapes, dict(call.static)) for platform in platforms}
+        if all(reasons.values()):
+            why = "; ".join(f"{platform}: {reason}" for platform, reason in reasons.items())
+            raise ValueError(f"{self.name}: implementation 'pallas' was asked for, but {why}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One phase of one operator, by value: equal calls share their compiled programs.
+
+    `axes` holds, for each enclosing vmap, innermost first, the mapped axis of every operand (0 or None); all else is mapped over axis 0.
+    """
+
+    operator: Operator
+    phase: str
+    names: tuple[str, ...]
+    static: tuple[tuple[str, Any], ...]
+    order: tuple[str, ...]
+    outputs: int = 0
+    axes: tuple[tuple[int | None, ...], ...] = ()
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return tuple(name for name in self.operator.differentiable if name in self.names)
+
+    def at(self, phase: str, **changes: Any) -> "_Call":
+        return dataclasses.replace(self, phase=phase, **changes)
+
+    def outside(self) -> "_Call":
+        """The forward phase under no vmap."""
+        return dataclasses.replace(self, phase="forward", outputs=0, axes=())
+
+    def positions(self) -> list[int]:
+        return [self.names.index(name) for name in self.differentiable]
+
+    def split(self, args):
+        """(operands, outputs and residuals, the rest)."""
+        n = len(self.names)
+        extra = 1 if self.phase == "backward" else len(self.differentiable)
+        return tuple(args[:n]), tuple(args[n : len(args) - extra]), tuple(args[len(args) - extra :])
+
+    def vmapped(self, f, others: int):
+        """`f(*operands, *others)` under this call's vmaps."""
+        for axes in self.axes:
+            f = jax.vmap(f, in_axes=(*axes, *([0] * others)))
+        return f
+
+    # ---- the phases as plain functions of arrays ----
+
+    def _reference(self, operands):
+        """The differentiable output as a function of the differentiable operands, and where they are."""
+        named = dict(zip(self.names, operands))
+
+        def f(*primals):
+            return self.operator.reference(**{**named, **dict(zip(self.differentiable, primals))}, **dict(self.static))[0]
+
+        return f, [named[name] for name in self.differentiable]
+
+    def plain_tangent(self, operands, tangents):
+        def one(*args):
+            f, primals = self._reference(args[: len(self.names)])
+            return jax.jvp(f, tuple(primals), tuple(args[len(self.names) :]))[1]
+
+        return self.vmapped(one, len(tangents))(*operands, *tangents)
+
+    def plain_backward(self, operands, cotangent):
+        def one(*args):
+            f, primals = self._reference(args[:-1])
+            return jax.vjp(f, *primals)[1](args[-1])
+
+        return self.vmapped(one, 1)(*operands, cotangent)
+
+    def run(self, implementation: str, platform: str | None):
+        """This phase, done by `implementation`, as a function of all its arrays. Traced and compiled once per call."""
+        return _jitted(self, implementation, platform)
+
+
+@functools.lru_cache(maxsize=None)
+def _jitted(call: _Call, implementation: str, platform: str | None):
+    operator, static = call.operator, dict(call.static)
+    rules = operator.xla if implementation == "xla" else getattr(operator, platform)
+
+    def forward(*operands):
+        outputs, residuals = rules.forward(**dict(zip(call.names, operands)), **static)
+        return (*outputs, *residuals)
+
+    def backward(*args):
+        operands, saved, (cotangent,) = call.split(args)
+        named = dict(zip(call.names, operands))
+        gradients = rules.backward(
+            **named,
+            outputs=saved[: call.outputs],
+            residuals=saved[call.outputs :],
+            cotangents=(cotangent, *[None] * (call.outputs - 1)),
+            **static,
+        )
+        return tuple(gradients[name].astype(named[name].dtype) for name in call.differentiable)
+
+    def tangent(*args):
+        operands, _, tangents = call.split(args)
+        return (call.plain_tangent(operands, tangents),)
+
+    if call.phase == "tangent":
+        f = tangent
+    elif call.phase == "forward":
+        f = call.vmapped(forward, 0)
+    else:  # every array after the operands is mapped
+
+        def f(*args):
+            return call.vmapped(backward, len(args) - len(call.names))(*args)
+
+    f.__name__ = f"{operator.name}_{call.phase}_{implementation}"
+    f.__qualname__ = f.__name__
+    return jax.jit(f)
+
+
+# ---- meshes: the operator is local code ----------------------------------------------------------------------------
+
+
+def _locally(f, partition, *operands):
+    """`f(*operands)` with every explicit mesh axis automatic inside; the outputs are sharded as `partition` says."""
+    mesh = get_abstract_mesh()
+    explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit)
+    if not explicit:
+        return f(*operands)
+    return auto_axes(f, axes=explicit, out_sharding=partition(jax.typeof(operands[0]).sharding.spec))(*operands)
+
+
+def _varying_alike(operands):
+    """All operands varying over the manual mesh axes any of them varies over. Backward: sum over the axes added."""
+    axes = [jax.typeof(x).mat.varying for x in operands]
+    union = frozenset().union(*axes)
+    return [x if have == union else lax.pcast(x, tuple(union - have), to="varying") for x, have in zip(operands, axes)]
+
+
+# ---- the primitive -------------------------------------------------------------------------------------------------
+
+operator_p = Primitive("jaxops")
+operator_p.multiple_results = True
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_shapes(call: _Call, shapes) -> tuple[tuple, tuple]:
+    """Shapes and dtypes of (outputs, residuals) of the forward rule, outside every vmap."""
+    operands = {name: jax.ShapeDtypeStruct(*s) for name, s in zip(call.names, shapes)}
+    with dispatch.alone():
+        outputs, residuals = jax.eval_shape(lambda **xs: call.operator.xla.forward(**xs, **dict(call.static)), **operands)
+    return tuple(outputs), tuple(residuals)
+
+
+def _unmapped(call: _Call, shapes):
+    """Shapes of the operands inside the vmaps, and the sizes of the mapped axes, outermost first."""
+    sizes = []
+    for axes in reversed(call.axes):
+        sizes.append(next(shape[0] for (shape, _), axis in zip(shapes, axes) if axis is not None))
+        shapes = [(shape[1:] if axis is not None else shape, dtype) for (shape, dtype), axis in zip(shapes, axes)]
+    return tuple(shapes), tuple(sizes)
+
+
+@operator_p.def_abstract_eval
+def _abstract(*avals, call):
+    operands, _, rest = call.split(avals) if call.phase != "forward" else (avals, (), ())
+    inner, sizes = _unmapped(call, [(a.shape, a.dtype) for a in operands])
+    outputs, residuals = _forward_shapes(call.outside(), inner)
+    if call.phase == "forward":
+        out = [(sizes + s.shape, s.dtype) for s in (*outputs, *residuals)]
+    elif call.phase == "tangent":
+        out = [(sizes + outputs[0].shape, outputs[0].dtype)]
+    else:
+        out = [(sizes + inner[i][0], inner[i][1]) for i in call.positions()]
+    varying = frozenset().union(*(a.mat.varying for a in avals))
+    like = avals[0]
+    return [_typed(shape, dtype, like, varying) for shape, dtype in out]
+
+
+def _typed(shape, dtype, like, varying):
+    """An abstract array on the mesh of `like`, unsharded over its automatic axes, varying over the manual axes `varying`."""
+    mesh = like.sharding.mesh
+    if mesh.empty:
+        return jax.core.ShapedArray(shape, dtype)
+    return jax.core.ShapedArray(
+        shape,
+        dtype,
+        sharding=NamedSharding(mesh, PartitionSpec(*[None] * len(shape))),
+        manual_axis_type=like.mat.update(varying=varying),
+    )
+
+
+def refusal(platform: str, call: _Call, avals) -> str | None:
+    inner, _ = _unmapped(call, [(a.shape, a.dtype) for a in avals[: len(call.names)]])
+    if call.phase == "tangent":
+        return "forward mode and every order above the first run in XLA"
+    return call.operator.refusal(platform, {n: jax.ShapeDtypeStruct(*s) for n, s in zip(call.names, inner)}, dict(call.static))
+
+
+def _jvp(primals, tangents, *, call):
+    out = operator_p.bind(*primals, call=call)
+    n, dense = len(call.names), ad.instantiate_zeros
+    if call.phase == "forward":
+        moving = [tangents[i] for i in call.positions()]
+        if all(type(t) is ad.Zero for t in moving):
+            return out, [_zero(o) for o in out]
+        inner, sizes = _unmapped(call, [(x.shape, x.dtype) for x in primals])
+        outputs = len(_forward_shapes(call.outside(), inner)[0])
+        moving = [_mapped(call, sizes, i, dense(t)) for i, t in zip(call.positions(), moving)]
+        (moved,) = operator_p.bind(*primals, *out, *moving, call=call.at("tangent", outputs=outputs))
+        return out, [moved, *(_zero(o) for o in out[1:])]
+    operands, saved, linear = call.split(primals)
+    moving, linear_moving = [tangents[i] for i in call.positions()], tangents[n + len(saved) :]
+    along = list(operator_p.bind(*operands, *saved, *map(dense, linear_moving), call=call))
+    if all(type(t) is ad.Zero for t in moving):
+        return out, along
+
+    def plain(*xs):
+        full = list(operands)
+        for position, x in zip(call.positions(), xs):
+            full[position] = x
+        if call.phase == "tangent":
+            return (call.plain_tangent(full, linear),)
+        return call.plain_backward(full, linear[0])
+
+    points = tuple(operands[i] for i in call.positions())
+    moved = jax.jvp(plain, points, tuple(map(dense, moving)))[1]
+    return out, [a + b for a, b in zip(along, moved)]
+
+
+def _zero(x):
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def _mapped(call: _Call, sizes, position: int, x):
+    """`x`, mapped as operand `position` is, mapped by every vmap. Backward: sum over the axes added."""
+    for level, (axes, size) in enumerate(zip(reversed(call.axes), sizes)):
+        if axes[position] is None:
+            x = jnp.broadcast_to(jnp.expand_dims(x, level), (*x.shape[:level], size, *x.shape[level:]))
+    return x
+
+
+def _transpose(cotangents, *args, call):
+    operands, saved, linear = call.split(args)
+    known = [None] * (len(operands) + len(saved))
+    if call.phase != "tangent":  # backward is linear in its cotangent: its transpose is tangent
+        (ct,) = operator_p.bind(*operands, *saved, *map(ad.instantiate_zeros, cotangents), call=call.at("tangent"))
+        return [*known, ct]
+    gradients = operator_p.bind(*operands, *saved, ad.instantiate_zeros(cotangents[0]), call=call.at("backward"))
+    # a tangent that is known (not undefined) was an instantiated zero: it takes no cotangent
+    return known + [g if ad.is_undefined_primal(t) else None for g, t in zip(gradients, linear)]
+
+
+def _batch(args, dims, *, call):
+    size = next(x.shape[d] for x, d in zip(args, dims) if d is not None)
+    n = len(call.names)
+    mapped = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args[:n], dims[:n])]
+    axes = tuple(None if d is None else 0 for d in dims[:n])
+    if all(axis is None for axis in axes):  # only tangents or cotangents are mapped
+        mapped[0], axes = jnp.broadcast_to(mapped[0], (size, *mapped[0].shape)), (0, *axes[1:])
+    rest = [
+        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args[n:], dims[n:])
+    ]
+    out = operator_p.bind(*mapped, *rest, call=dataclasses.replace(call, axes=(*call.axes, axes)))
+    return out, [0] * len(out)
+
+
+ad.primitive_jvps[operator_p] = _jvp
+ad.primitive_transposes[operator_p] = _transpose
+batching.primitive_batchers[operator_p] = _batch
+dispatch.register(operator_p, refusal)

@@ -1,0 +1,141 @@
+"""Which implementation runs where: the only file that names platforms.
+
+An operator is traced once, as one opaque call. When that call is lowered the platform is known, and so are the device it is
+for and whether the program is partitioned by hand; only then the first implementation of the requested order that can
+serve all that is taken. So one traced program becomes a Mosaic call on TPU, a Mosaic GPU call on CUDA and plain XLA on CPU, on a
+machine that has none of the accelerators.
+"""
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import config
+from jax.interpreters import mlir
+from jax.sharding import AbstractMesh, get_abstract_mesh, use_abstract_mesh
+
+from pallas_kernels import chips
+
+IMPLEMENTATIONS = ("pallas", "xla")
+KERNEL_PLATFORMS = ("tpu", "gpu")
+_PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}  # JAX's name for a platform with kernels → ours
+
+Implementation = str | Sequence[str] | None
+
+
+def order_of(name: str, implementation: Implementation) -> tuple[str, ...]:
+    """The implementations to try, first to last. Raises `ValueError` for an unknown one."""
+    if implementation is None:
+        return IMPLEMENTATIONS
+    order = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    unknown = [one for one in order if one not in IMPLEMENTATIONS]
+    if unknown or not order:
+        raise ValueError(
+            f"{name}: implementation must be None, one of {IMPLEMENTATIONS} or a sequence of them, got {implementation!r}"
+        )
+    return order
+
+
+def only_xla(name: str, implementation: Implementation) -> None:
+    """For an operator without kernels: checks `implementation`. Raises `ValueError` if it asks for "pallas" alone."""
+    if "xla" not in order_of(name, implementation):
+        raise ValueError(f"{name}: implementation 'pallas' was asked for, but {name} has no Pallas kernel yet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What runs on a platform and why the implementations before it do not."""
+
+    implementation: str | None  # None: nothing in the order can run
+    refusals: tuple[tuple[str, str], ...]  # (implementation, reason)
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in self.refusals)
+
+
+def choose(order: Sequence[str], kernel_refusal: str | None) -> Choice:
+    """The first of `order` that runs, given why the kernel of this platform would not (None: it would)."""
+    refusals = []
+    for name in order:
+        if name == "xla" or kernel_refusal is None:
+            return Choice(name, tuple(refusals))
+        refusals.append((name, kernel_refusal))
+    return Choice(None, tuple(refusals))
+
+
+@contextlib.contextmanager
+def alone(device: Any = None) -> Iterator[None]:
+    """No mesh: what is traced inside is local code of one device, of the kind of `device` or the current target."""
+    device = device or get_abstract_mesh().abstract_device
+    # The flag of an enclosing shard_map outlives its mesh while lowering, and would ask every pallas_call for mesh axes.
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), config._check_vma(False):
+        yield
+
+
+def _partitioning(context: Any) -> str | None:
+    """Why a kernel cannot stand in a program of this axis context, or None."""
+    if hasattr(context, "manual_axes"):  # inside shard_map
+        automatic = set(context.mesh.axis_names) - set(context.manual_axes) - set(context.mesh.manual_axes)
+        automatic = {axis for axis in automatic if context.mesh.shape[axis] > 1}
+        if automatic:
+            return f"mesh axes {sorted(automatic)} are partitioned automatically: wrap the call in jax.shard_map over them"
+    elif getattr(context, "num_devices", 1) != 1:
+        return f"the program is partitioned automatically over {context.num_devices} devices: wrap the call in jax.shard_map"
+    return None
+
+
+def _device(context: Any) -> Any:
+    """The abstract device a program is lowered for, if its axis context tells."""
+    devices = getattr(context, "device_assignment", None)
+    if devices is None and hasattr(context, "mesh") and context.mesh.devices.size:
+        devices = context.mesh.devices.flat[:1]
+    if devices is None or len(devices) == 0:
+        return None
+    chip = chips.of_kind(devices[0].device_kind)
+    return chip and chips.abstract_device(chip)
+
+
+def register(primitive: Any, refusal: Callable[[str, Any, Sequence[Any]], str | None]) -> None:
+    """Gives `primitive` its evaluation and its lowerings, by the choice above.
+
+    Its parameter `call` has `order` and `run(implementation, platform)`, a function of the operands; `refusal(platform, call, avals)` is why
+    the kernel of `platform` would not serve `call`, or None.
+    """
+
+    def chosen(call, avals, platform, obstacle):
+        if platform is None:
+            reason = "kernels run on TPU and CUDA only"
+        else:
+            reason = obstacle or refusal(platform, call, avals)
+        choice = choose(call.order, reason)
+        if choice.implementation is None:
+            raise ValueError(f"{call.operator.name}: none of {call.order} can run here ({choice.reason})")
+        return call.run(choice.implementation, platform)
+
+    @functools.lru_cache(maxsize=None)
+    def compiled(call):
+        return jax.jit(lambda *operands: primitive.bind(*operands, call=call))
+
+    def evaluate(*operands, call):
+        if not chips.interpreted():
+            return compiled(call)(*operands)
+        with alone():  # the interpreter has effects, which an opaque call inside a jitted program may not have: run it as it is
+            return chosen(call, [jax.typeof(x) for x in operands], chips.targeted().platform, None)(*operands)
+
+    def rule_for(platform: str | None):
+        def rule(ctx, *operands, call):
+            context = ctx.module_context.axis_context
+            with alone(None if chips.targeted() else _device(context)):
+                run = chosen(call, ctx.avals_in, platform, _partitioning(context))
+                local = ctx.replace(avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in])
+                return mlir.lower_fun(run)(local, *operands)
+
+        return rule
+
+    primitive.def_impl(evaluate)
+    mlir.register_lowering(primitive, rule_for(None))
+    for name, ours in _PLATFORMS.items():
+        mlir.register_lowering(primitive, rule_for(ours), platform=name)

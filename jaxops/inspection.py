@@ -1,0 +1,141 @@
+"""What would run where, and why: `explain` and `target`."""
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxops import autodiff, dispatch
+from pallas_kernels import chips
+
+
+@contextlib.contextmanager
+def target(name: str, *, interpret: bool = False) -> Iterator[chips.Chip]:
+    """Within this context, what is traced and lowered is for the chip `name`, whatever this machine has.
+
+    name: "v4", "v5e", "v5p", "v6e", "tpu7x", "a100", "h100" or "b200".
+    interpret: also run that chip's kernels here, on the CPU, in Pallas' interpreter with race detection (calls outside `jax.jit`).
+
+    Returns the chip's facts. Raises `ValueError` for an unknown name.
+    """
+    chip = chips.named(name)
+    with chips.target(chip, interpreted=interpret), _interpreter(chip) if interpret else contextlib.nullcontext():
+        yield chip
+
+
+def _interpreter(chip: chips.Chip) -> Any:
+    if chip.platform == "tpu":
+        from jax.experimental.pallas import tpu as pltpu
+
+        return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One operator call of a program: which phase, how often, what would run and why not the others.
+
+    `saved_bytes` is what a forward call keeps for its backward beyond its operands.
+    """
+
+    operator: str
+    phase: str
+    operands: str
+    count: int
+    chip: str
+    implementation: str
+    reason: str
+    saved_bytes: int
+
+    def __str__(self) -> str:
+        why = f"  ({self.reason})" if self.reason else ""
+        times = f" ×{self.count}" if self.count > 1 else ""
+        return f"{self.operator} {self.phase}{times} [{self.operands}] on {self.chip}: {self.implementation}{why}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The operator calls of one traced program, in order of first appearance. `temp_bytes` is None where it was not compiled."""
+
+    lines: tuple[Line, ...]
+    temp_bytes: int | None = None
+
+    def __str__(self) -> str:
+        tail = [] if self.temp_bytes is None else [f"temporary memory of the compiled program: {self.temp_bytes / 1e6:.1f} MB"]
+        return "\n".join([*map(str, self.lines), *tail]) or "no jaxops operator is called"
+
+    __repr__ = __str__
+
+
+def explain(function: Callable[..., Any], *args: Any, target: str | None = None, compile: bool = False, **kwargs: Any) -> Explanation:
+    """Which implementation every jaxops operator inside `function(*args, **kwargs)` would run on a chip, and why not the others.
+
+    function: an operator, or any traceable function that calls some, `jax.grad` of it included.
+    args, kwargs: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
+    target: a chip name as for `jaxops.target`; None asks for the current target, or for the CPU if there is none.
+    compile: also compile the program here and report its temporary memory (only without a target).
+
+    Nothing is computed. Raises `ValueError` for an unknown target, and whatever `function` raises for bad input.
+    """
+    within = contextlib.nullcontext() if target is None else chips.target(chips.named(target))
+    is_array = lambda x: isinstance(x, (jax.ShapeDtypeStruct, jax.Array)) or hasattr(x, "dtype")
+    flat, tree = jax.tree.flatten((args, kwargs))
+    arrays = [i for i, x in enumerate(flat) if is_array(x)]
+
+    def call(*values):
+        full = list(flat)
+        for i, value in zip(arrays, values):
+            full[i] = value
+        args_, kwargs_ = jax.tree.unflatten(tree, full)
+        return function(*args_, **kwargs_)
+
+    with within:
+        chip = chips.targeted()
+        traced = jax.jit(call).trace(*[flat[i] for i in arrays])
+        found: dict[tuple, Line] = {}
+        for equation in _equations(traced.jaxpr.jaxpr):
+            line = _line(equation, chip)
+            key = (line.operator, line.phase, line.operands)
+            found[key] = dataclasses.replace(line, count=found[key].count + 1) if key in found else line
+        temp = None
+        if compile and chip is None:
+            temp = traced.lower().compile().memory_analysis().temp_size_in_bytes
+    return Explanation(tuple(found.values()), temp)
+
+
+def _line(equation: Any, chip: chips.Chip | None) -> Line:
+    call = equation.params["call"]
+    avals = [v.aval for v in equation.invars]
+    if chip is None:
+        reason = "kernels run on TPU and CUDA only"
+    else:
+        reason = autodiff.refusal(chip.platform, call, avals)
+    choice = dispatch.choose(call.order, reason)
+    saved = equation.outvars[1:] if call.phase == "forward" else ()
+    return Line(
+        operator=call.operator.name,
+        phase=call.phase,
+        operands=", ".join(f"{name} {aval.str_short(short_dtypes=True)}" for name, aval in zip(call.names, avals)),
+        count=1,
+        chip=chip.name if chip else "cpu",
+        implementation=choice.implementation or "none",
+        reason=choice.reason,
+        saved_bytes=sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in saved),
+    )
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Every operator call of a program, those of its inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is autodiff.operator_p:
+            yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if isinstance(inner, core.Jaxpr):
+                    yield from _equations(inner)

@@ -1,0 +1,7 @@
+"""Flax layers made of jaxops operators: table of contents, one line per public name. `jaxops.nn.linen` has the same ones for Linen."""
+from jaxops.nn.attention import MultiHeadAttention as MultiHeadAttention
+from jaxops.nn.attention import attention_fn as attention_fn
+from jaxops.nn.block import TransformerBlock as TransformerBlock
+from jaxops.nn.mlp import GatedMLP as GatedMLP
+from jaxops.nn.norms import LayerNorm as LayerNorm
+from jaxops.nn.norms import RMSNorm as RMSNorm

@@ -1,0 +1,270 @@
+"""The layers of `jaxops.nn` as Linen modules: the same mathematics, parameter names and shapes."""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+
+from jaxops.dispatch import Implementation
+from jaxops.nn.attention import AttentionOptions, attend, sources
+from jaxops.nn.implementation import without_kernels
+from jaxops.nn.mlp import gated_mlp
+from jaxops.ops.activations import silu
+from jaxops.ops.layer_norm import layer_norm
+from jaxops.ops.rms_norm import rms_norm
+from jaxops.ops.rope import RopeScaling
+
+Initializer = Callable[..., jax.Array]
+
+
+class RMSNorm(linen.Module):
+    """y = x · rsqrt(mean(x²) + epsilon) · (scale + scale_offset), over the last axis. Fields as in `flax.linen.RMSNorm`."""
+
+    epsilon: float = 1e-6
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer = linen.initializers.ones
+    scale_offset: float = 0.0
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype) if self.use_scale else None
+        x, scale = linen.dtypes.promote_dtype(x, scale, dtype=self.dtype)
+        return rms_norm(x, scale, eps=self.epsilon, scale_offset=self.scale_offset, implementation=self.implementation)
+
+
+class LayerNorm(linen.Module):
+    """y = (x - mean(x)) · rsqrt(var(x) + epsilon) · (scale + scale_offset) + bias, over the last axis. Fields as in `flax.linen.LayerNorm`."""
+
+    epsilon: float = 1e-6
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = linen.initializers.zeros
+    scale_init: Initializer = linen.initializers.ones
+    scale_offset: float = 0.0
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype) if self.use_bias else None
+        x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
+        return layer_norm(
+            x, scale, bias, eps=self.epsilon, scale_offset=self.scale_offset, implementation=self.implementation
+        )
+
+
+class MultiHeadAttention(linen.Module):
+    """out = W_out · attention(W_query · x, W_key · x, W_value · x), per head.
+
+    Fields as in `flax.linen.MultiHeadDotProductAttention` and `jaxops.nn.MultiHeadAttention`, whose parameters it has. With `decode`, the cache (collection
+    "cache") takes its size from the inputs of `init`; then each call brings the next token or tokens.
+    """
+
+    num_heads: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    qkv_features: int | None = None
+    out_features: int | None = None
+    num_kv_heads: int | None = None
+    broadcast_dropout: bool = True
+    dropout_rate: float = 0.0
+    deterministic: bool | None = None
+    precision: Any = None
+    kernel_init: Initializer = linen.initializers.lecun_normal()
+    out_kernel_init: Initializer | None = None
+    bias_init: Initializer = linen.initializers.zeros
+    out_bias_init: Initializer | None = None
+    use_bias: bool = True
+    decode: bool = False
+    normalize_qk: bool = False
+    is_causal: bool = False
+    use_rope: bool = False
+    rope_base: float = 10000.0
+    rope_scaling: float | RopeScaling | None = None
+    local_window_size: int | tuple[int | None, int | None] | None = None
+    logits_soft_cap: float | None = None
+    scale: float | None = None
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(
+        self,
+        inputs_q: jax.Array,
+        inputs_k: jax.Array | None = None,
+        inputs_v: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: jax.Array | None = None,
+        sow_weights: bool = False,
+        input_positions: jax.Array | None = None,
+        **attention_arguments: Any,
+    ) -> jax.Array:
+        """Attends from `inputs_q[batch…, T, features]` to `inputs_k`, `inputs_v` (default: itself); arguments as in the NNX layer."""
+        inputs_k, inputs_v = sources(inputs_q, inputs_k, inputs_v)
+        features = inputs_q.shape[-1]
+        qkv_features = features if self.qkv_features is None else self.qkv_features
+        kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if qkv_features % self.num_heads or self.num_heads % kv_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of {qkv_features} features and a multiple of {kv_heads} key heads, got {self.num_heads}"
+            )
+        dense = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision)
+
+        def project(name: str, x: jax.Array, heads: int) -> jax.Array:
+            return linen.DenseGeneral(
+                (heads, qkv_features // self.num_heads),
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
+                name=name,
+                **dense,
+            )(x)
+
+        query = project("query", inputs_q, self.num_heads)
+        key, value = project("key", inputs_k, kv_heads), project("value", inputs_v, kv_heads)
+        if self.normalize_qk:
+            norm = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+            query, key = LayerNorm(name="query_ln", **norm)(query), LayerNorm(name="key_ln", **norm)(key)
+
+        dropout: dict[str, Any] = {}
+        if self.dropout_rate > 0.0 and not linen.merge_param("deterministic", self.deterministic, deterministic):
+            dropout = dict(
+                dropout_rng=self.make_rng("dropout") if dropout_rng is None else dropout_rng,
+                dropout_rate=self.dropout_rate,
+                broadcast_dropout=self.broadcast_dropout,
+                deterministic=False,
+            )
+        cached = ()
+        if self.decode:
+            filling = self.has_variable("cache", "cached_key")
+            cached = (
+                self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype),
+                self.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype),
+                self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32)),
+            )
+            cached = cached if filling else ()  # the call of `init` only sets the cache's size
+        options = AttentionOptions(
+            is_causal=self.is_causal,
+            rope_base=self.rope_base if self.use_rope else None,
+            rope_scaling=self.rope_scaling,
+            local_window_size=self.local_window_size,
+            logits_soft_cap=self.logits_soft_cap,
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+        x, cache = attend(
+            query,
+            key,
+            value,
+            options,
+            positions=input_positions,
+            cache=tuple(variable.value for variable in cached) or None,
+            mask=mask,
+            dtype=self.dtype,
+            precision=self.precision,
+            module=self if sow_weights else None,
+            **dropout,
+            **attention_arguments,
+        )
+        for variable, new in zip(cached, cache or (), strict=True):
+            variable.value = new
+        return linen.DenseGeneral(
+            features if self.out_features is None else self.out_features,
+            axis=(-2, -1),
+            kernel_init=self.out_kernel_init or self.kernel_init,
+            bias_init=self.out_bias_init or self.bias_init,
+            name="out",
+            **dense,
+        )(x)
+
+
+class _Kernel(linen.Module):
+    """A parameter `kernel` under a name of its own, as a Dense layer has it."""
+
+    shape: tuple[int, int]
+    init: Initializer
+    param_dtype: Any
+
+    @linen.compact
+    def __call__(self) -> jax.Array:
+        return self.param("kernel", self.init, self.shape, self.param_dtype)
+
+
+class GatedMLP(linen.Module):
+    """y = (activation(x · W_gate) ∘ (x · W_up)) · W_down. Fields as in `jaxops.nn.GatedMLP`."""
+
+    hidden_features: int
+    out_features: int | None = None
+    activation: Callable[[jax.Array], jax.Array] = silu
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = linen.initializers.lecun_normal()
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features, out = x.shape[-1], x.shape[-1] if self.out_features is None else self.out_features
+        shapes = dict(gate=(features, self.hidden_features), up=(features, self.hidden_features), down=(self.hidden_features, out))
+        kernels = {
+            name: _Kernel(shape, self.kernel_init, self.param_dtype, name=name)() for name, shape in shapes.items()
+        }
+        return gated_mlp(
+            x,
+            **kernels,
+            activation=self.activation,
+            dtype=self.dtype,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+
+
+class TransformerBlock(linen.Module):
+    """h = x + attention(norm(x));  y = h + mlp(norm(h)). Fields as in `jaxops.nn.TransformerBlock`; `attention_options` are further fields of `MultiHeadAttention`."""
+
+    num_heads: int
+    hidden_features: int
+    num_kv_heads: int | None = None
+    activation: Callable[[jax.Array], jax.Array] = silu
+    norm: Callable[..., Any] = RMSNorm
+    epsilon: float = 1e-6
+    use_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    implementation: Implementation = None
+    attention_options: Any = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array, **attention_arguments: Any) -> jax.Array:
+        common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def norm(name: str) -> Any:
+            return self.norm(epsilon=self.epsilon, implementation=self.implementation, name=name, **common)
+
+        attention = MultiHeadAttention(
+            self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            use_bias=self.use_bias,
+            precision=self.precision,
+            implementation=self.implementation,
+            name="attention",
+            **common,
+            **(self.attention_options or {}),
+        )
+        mlp = GatedMLP(
+            self.hidden_features,
+            activation=self.activation,
+            precision=self.precision,
+            implementation=without_kernels(self.implementation),
+            name="mlp",
+            **common,
+        )
+        x = x + attention(norm("attention_norm")(x), **attention_arguments)
+        return x + mlp(norm("mlp_norm")(x))

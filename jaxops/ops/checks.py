@@ -1,0 +1,57 @@
+"""Checks of arguments. A message names the operator and the argument, what was expected and what came."""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def array(operator: str, name: str, value: jax.typing.ArrayLike) -> jax.Array:
+    """`value` as an array. Raises `TypeError` if it is none."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{operator}: {name} must be an array, got {type(value).__name__}: {error}") from error
+
+
+def floating(
+    operator: str, name: str, value: jax.typing.ArrayLike, *, shape: Sequence[int] | None = None, of: str = ""
+) -> jax.Array:
+    """`value` as a floating array of rank ≥ 1, or exactly of `shape`; `of` says where that shape comes from."""
+    x = array(operator, name, value)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{operator}: {name} must be of a floating dtype, got {x.dtype}")
+    if shape is None and x.ndim == 0:
+        raise ValueError(f"{operator}: {name} must have at least one axis, got a scalar")
+    if shape is not None and x.shape != tuple(shape):
+        raise ValueError(f"{operator}: {name} must have shape {tuple(shape)}{of and f' ({of})'}, got {x.shape}")
+    return x
+
+
+def integer(operator: str, name: str, value: jax.typing.ArrayLike, *, shape: Sequence[int], of: str) -> jax.Array:
+    """`value` as an integer array of `shape`; `of` says where that shape comes from."""
+    x = array(operator, name, value)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{operator}: {name} must be of an integer dtype, got {x.dtype}")
+    if x.shape != tuple(shape):
+        raise ValueError(f"{operator}: {name} must have shape {tuple(shape)} ({of}), got {x.shape}")
+    return x
+
+
+def finite(operator: str, name: str, value: float) -> float:
+    """`value` as a finite Python float: an option is part of the compiled program, so it cannot be traced."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{operator}: {name} must be a Python number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{operator}: {name} must be finite, got {value}")
+    return float(value)
+
+
+def number(operator: str, name: str, value: float, *, positive: bool = False) -> float:
+    """`value` as a finite Python float that is at least 0, or above 0 if `positive`."""
+    value = finite(operator, name, value)
+    if value < 0 or (positive and value == 0):
+        raise ValueError(f"{operator}: {name} must be {'above 0' if positive else 'at least 0'}, got {value}")
+    return value

@@ -1,0 +1,89 @@
+"""layer_norm: public function and XLA rules."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxops.autodiff import Operator, Rules
+from jaxops.dispatch import Implementation
+from jaxops.ops import checks
+from jaxops.ops.row_tiles import map_rows
+from jaxops.reference.layer_norm import layer_norm as reference
+from pallas_kernels import gpu, tpu
+
+
+def _forward(x, scale, bias, *, eps, scale_offset):
+    return reference(x, scale, bias, eps=eps, scale_offset=scale_offset), ()
+
+
+def _backward(x, scale, bias, *, outputs, residuals, cotangents, eps, scale_offset):
+    """With n = (x - mean) / deviation and g = dy · gain: dx = (g - mean(g) - n · mean(g · n)) / deviation."""
+    del outputs, residuals
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    gain = scale.astype(wide) + scale_offset
+
+    def rows(x, dy):
+        dy = dy.astype(wide)
+        centred = x.astype(wide)
+        centred = centred - jnp.mean(centred, -1, keepdims=True)
+        inverse = lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
+        normal, weighted = centred * inverse, dy * gain
+        along = jnp.mean(weighted * normal, -1, keepdims=True)
+        dx = inverse * (weighted - jnp.mean(weighted, -1, keepdims=True) - normal * along)
+        return dx.astype(x.dtype), (dy * normal, dy)
+
+    dx, (dscale, dbias) = map_rows(rows, x, cotangents[0])
+    return {"x": dx, "scale": dscale.astype(scale.dtype), "bias": dbias.astype(bias.dtype)}
+
+
+_OPERATOR = Operator(
+    name="layer_norm",
+    differentiable=("x", "scale", "bias"),
+    reference=reference,
+    xla=Rules(_forward, _backward),
+    tpu=tpu.layer_norm,
+    gpu=gpu.layer_norm,
+)
+
+
+def layer_norm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """y = (x - mean(x)) · rsqrt(var(x) + eps) · (scale + scale_offset) + bias, over the last axis.
+
+    Args:
+      x: floating [..., features]; the statistics are in float32 whatever its dtype (float64 for float64).
+      scale: floating [features]; None: the gain is 1, whatever the offset.
+      bias: floating [features]; None: no bias.
+      eps: added to the variance, at least 0.
+      scale_offset: added to `scale` (1.0 where the parameter is stored as its difference from one).
+      implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
+
+    Returns:
+      y[..., features] in the dtype of x.
+
+    Raises:
+      TypeError: x, scale or bias is not floating, or an option is not a Python number.
+      ValueError: a shape does not fit, eps is negative, or `implementation` is unknown or, alone, cannot run.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450.
+    """
+    x = checks.floating("layer_norm", "x", x)
+    expected = dict(shape=x.shape[-1:], of="the last axis of x")
+    eps = checks.number("layer_norm", "eps", eps)
+    if scale is None:
+        scale, scale_offset = jnp.ones(x.shape[-1:], x.dtype), 0.0
+    else:
+        scale = checks.floating("layer_norm", "scale", scale, **expected)
+    scale_offset = checks.finite("layer_norm", "scale_offset", scale_offset)
+    bias = jnp.zeros(x.shape[-1:], x.dtype) if bias is None else checks.floating("layer_norm", "bias", bias, **expected)
+    (y,) = _OPERATOR(
+        dict(x=x, scale=scale, bias=bias), implementation=implementation, eps=eps, scale_offset=scale_offset
+    )
+    return y

@@ -1,0 +1,80 @@
+"""rms_norm: public function and XLA rules."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxops.autodiff import Operator, Rules
+from jaxops.dispatch import Implementation
+from jaxops.ops import checks
+from jaxops.ops.row_tiles import map_rows
+from jaxops.reference.rms_norm import rms_norm as reference
+from pallas_kernels import gpu, tpu
+
+
+def _forward(x, scale, *, eps, scale_offset):
+    return reference(x, scale, eps=eps, scale_offset=scale_offset), ()
+
+
+def _backward(x, scale, *, outputs, residuals, cotangents, eps, scale_offset):
+    """With n = x / rms and g = dy · gain: dx = (g - n · mean(g · n)) / rms."""
+    del outputs, residuals
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    gain = scale.astype(wide) + scale_offset
+
+    def rows(x, dy):
+        x_wide, dy = x.astype(wide), dy.astype(wide)
+        inverse = lax.rsqrt(jnp.mean(x_wide * x_wide, -1, keepdims=True) + eps)
+        normal, weighted = x_wide * inverse, dy * gain
+        dx = inverse * (weighted - normal * jnp.mean(weighted * normal, -1, keepdims=True))
+        return dx.astype(x.dtype), (dy * normal,)
+
+    dx, (dscale,) = map_rows(rows, x, cotangents[0])
+    return {"x": dx, "scale": dscale.astype(scale.dtype)}
+
+
+_OPERATOR = Operator(
+    name="rms_norm",
+    differentiable=("x", "scale"),
+    reference=reference,
+    xla=Rules(_forward, _backward),
+    tpu=tpu.rms_norm,
+    gpu=gpu.rms_norm,
+)
+
+
+def rms_norm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    *,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """y = x · rsqrt(mean(x²) + eps) · (scale + scale_offset), over the last axis.
+
+    Args:
+      x: floating [..., features]; the statistics are in float32 whatever its dtype (float64 for float64).
+      scale: floating [features]; None: the gain is 1, whatever the offset.
+      eps: added to the mean square, at least 0.
+      scale_offset: added to `scale` (1.0 where the parameter is stored as its difference from one, as in Gemma).
+      implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
+
+    Returns:
+      y[..., features] in the dtype of x.
+
+    Raises:
+      TypeError: x or scale is not floating, or an option is not a Python number.
+      ValueError: a shape does not fit, eps is negative, or `implementation` is unknown or, alone, cannot run.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+    x = checks.floating("rms_norm", "x", x)
+    eps = checks.number("rms_norm", "eps", eps)
+    if scale is None:
+        scale, scale_offset = jnp.ones(x.shape[-1:], x.dtype), 0.0
+    else:
+        scale = checks.floating("rms_norm", "scale", scale, shape=x.shape[-1:], of="the last axis of x")
+    scale_offset = checks.finite("rms_norm", "scale_offset", scale_offset)
+    (y,) = _OPERATOR(dict(x=x, scale=scale), implementation=implementation, eps=eps, scale_offset=scale_offset)
+    return y

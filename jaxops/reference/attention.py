@@ -1,0 +1,95 @@
+"""out = softmax(scale · q kᵀ + bias, where masks allow) · v: what attention means, in plain JAX."""
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.masks import Band
+from pallas_kernels.padding import from_tiles, to_tiles
+
+# A row's maximum never falls below this, so that exp(-inf - maximum) is 0 and not NaN. A logit that is far below it
+# (the most negative float32, -inf) is as good as masked.
+FLOOR = -1e30
+# More logits than this per head are not held at once: longer queries go by tiles, recomputed when differentiated.
+_LOGITS = 1 << 20
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    query_seq_lengths: jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_value_segment_ids: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    *,
+    scale: float,
+    is_causal: bool,
+    local_window_size: tuple[int | None, int | None] | None,
+    logits_soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),  out_i = Σ_j p_ij v_j,  s = cap(scale · q kᵀ) + bias where seen.
+
+    cap(s) = logits_soft_cap · tanh(s / logits_soft_cap). Shapes: query [B, T, N, H], key and value [B, S, K, H] with K
+    dividing N, bias and mask broadcastable to [B, N, T, S], lengths [B], segment ids [B, T] and [B, S], sinks [N].
+
+    Returns out [B, T, N, H] in the query's dtype and lse [B, N, T] in float32 (float64 for float64), the logarithm of the
+    denominator. A row that sees no key has out 0 and lse +inf (with sinks: lse = sink).
+    """
+    batch, length, heads, _ = query.shape
+    keys, groups = key.shape[1], key.shape[2]
+    accumulator = jnp.promote_types(query.dtype, jnp.float32)
+    band = Band.of(is_causal, local_window_size)
+    column = jnp.arange(keys)
+
+    def attend(row, query, bias, mask, segments):
+        """The queries `row` (their positions): out [B, rows, N, H], lse [B, N, rows]."""
+        rows = query.shape[1]
+        grouped = query.reshape(batch, rows, groups, heads // groups if groups else 0, query.shape[-1])
+        s = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=accumulator)
+        s = s.reshape(batch, heads, rows, keys) * scale
+        if logits_soft_cap is not None:
+            s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
+        if bias is not None:
+            s = s + bias.astype(accumulator)
+        seen = jnp.broadcast_to(band.allowed(row[:, None], column), (1, 1, rows, keys))
+        if mask is not None:
+            seen = seen & mask
+        if query_seq_lengths is not None:
+            seen = seen & (row[:, None] < query_seq_lengths[:, None, None, None])
+        if key_value_seq_lengths is not None:
+            seen = seen & (column < key_value_seq_lengths[:, None, None, None])
+        if segments is not None:
+            seen = seen & (segments[:, None, :, None] == key_value_segment_ids[:, None, None, :])
+
+        top = jnp.max(s, axis=-1, keepdims=True, where=seen, initial=FLOOR)
+        sink = None if sinks is None else sinks.astype(accumulator)[:, None, None]
+        top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
+        p = jnp.where(seen, jnp.exp(jnp.where(seen, s, top) - top), 0)
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        if sink is not None:
+            total = total + jnp.exp(sink - top)
+        empty = total == 0
+        total = jnp.where(empty, 1, total)
+        p = (p / total).astype(value.dtype).reshape(batch, groups, -1, rows, keys)
+        out = jnp.einsum("bkgts,bskh->btkgh", p, value, preferred_element_type=accumulator)
+        lse = jnp.where(empty, jnp.inf, top + jnp.log(total))[..., 0]
+        return out.reshape(query.shape).astype(query.dtype), lse
+
+    tile = max(1, _LOGITS // max(keys, 1))
+    if length <= tile:
+        return attend(jnp.arange(length), query, bias, mask, query_segment_ids)
+
+    def split(x, axis):
+        return None if x is None or x.shape[axis] == 1 else to_tiles(x, axis, tile)
+
+    def attend_tile(tiles):
+        row, query, *varying = tiles
+        # What is the same for every query was not split.
+        whole = (bias, mask, query_segment_ids)
+        return attend(row, query, *(x if tile is None else tile for x, tile in zip(whole, varying)))
+
+    tiles = (to_tiles(jnp.arange(length), 0, tile), split(query, 1), split(bias, 2), split(mask, 2), split(query_segment_ids, 1))
+    out, lse = jax.lax.map(jax.checkpoint(attend_tile), tiles)
+    return from_tiles(out, 1, length), from_tiles(lse, 2, length)

@@ -1,0 +1,34 @@
+"""layer_norm on the TPU: y = (x - mean(x)) · rsqrt(var(x) + eps) · (scale + scale_offset) + bias, over the last axis.
+
+x[..., features] is float32 or bfloat16, scale[features] and bias[features] any floating dtype; sums are float32. See `row_norm`.
+"""
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tpu import row_norm
+from pallas_kernels.tpu.row_norm import Tiles
+
+__all__ = ["Tiles", "backward", "forward", "unsupported"]
+
+
+def unsupported(x, scale, bias, *, eps: float, scale_offset: float) -> str | None:
+    """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    return row_norm.unsupported(x, parameters=2)
+
+
+def forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float, scale_offset: float, tiles: Tiles | None = None
+):
+    """((y[..., features] in x's dtype,), ())."""
+    w = scale.astype(jnp.float32) + scale_offset
+    return (row_norm.forward(x, w, bias, eps=eps, center=True, tiles=tiles, name="layer_norm"),), ()
+
+
+def backward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, outputs, residuals, cotangents, eps: float, scale_offset: float,
+    tiles: Tiles | None = None,
+) -> dict[str, jax.Array]:
+    """Gradients of x, scale and bias from the cotangent of y."""
+    w = scale.astype(jnp.float32) + scale_offset
+    dx, dw, db = row_norm.backward(x, w, cotangents[0], eps=eps, center=True, tiles=tiles, name="layer_norm_backward")
+    return {"x": dx, "scale": dw.astype(scale.dtype), "bias": db.astype(bias.dtype)}

@@ -1,0 +1,32 @@
+"""rms_norm on the TPU: y = x · rsqrt(mean(x²) + eps) · (scale + scale_offset), over the last axis.
+
+x[..., features] is float32 or bfloat16, scale[features] any floating dtype; sums are float32. See `row_norm`.
+"""
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tpu import row_norm
+from pallas_kernels.tpu.row_norm import Tiles
+
+__all__ = ["Tiles", "backward", "forward", "unsupported"]
+
+
+def unsupported(x, scale, *, eps: float, scale_offset: float) -> str | None:
+    """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    return row_norm.unsupported(x, parameters=1)
+
+
+def forward(x: jax.Array, scale: jax.Array, *, eps: float, scale_offset: float, tiles: Tiles | None = None):
+    """((y[..., features] in x's dtype,), ())."""
+    w = scale.astype(jnp.float32) + scale_offset
+    return (row_norm.forward(x, w, eps=eps, center=False, tiles=tiles, name="rms_norm"),), ()
+
+
+def backward(
+    x: jax.Array, scale: jax.Array, *, outputs, residuals, cotangents, eps: float, scale_offset: float,
+    tiles: Tiles | None = None,
+) -> dict[str, jax.Array]:
+    """Gradients of x and scale from the cotangent of y."""
+    w = scale.astype(jnp.float32) + scale_offset
+    dx, dw = row_norm.backward(x, w, cotangents[0], eps=eps, center=False, tiles=tiles, name="rms_norm_backward")
+    return {"x": dx, "scale": dw.astype(scale.dtype)}

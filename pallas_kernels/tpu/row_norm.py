@@ -1,0 +1,249 @@
+"""What rms_norm and layer_norm share on the TPU: normalise every row, and the gradient of that, each in one pass over HBM.
+
+    y  = x̂ · w + bias,   x̂ = (x - mean) · r,   r = rsqrt(mean((x - mean)²) + eps)      (rms_norm: mean = 0, no bias)
+    dx = r · (h - mean(h) - x̂ · mean(h · x̂)),   h = dy · w                             (rms_norm: no mean(h))
+    dw = Σ_rows dy · x̂,   dbias = Σ_rows dy
+
+Rows are the second-minor axis, features the minor one. A grid step owns `Tiles.rows` whole rows in VMEM; inside, a loop takes
+`Tiles.group` rows by `Tiles.columns` features a turn, so that the program stays short and its values stay in registers
+whatever the size of a row. Statistics are recomputed in the backward pass: reading x again costs nothing, since dx needs it.
+Source: Ba et al. 2016 (layer normalisation); Zhang and Sennrich 2019 (root mean square layer normalisation).
+"""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips
+from pallas_kernels.padding import pad_to, round_up
+
+f32 = jnp.float32
+LANES = 128
+SUBLANES = 8
+ROWS = 16  # the least rows of a slice: those of one bfloat16 register, or of two float32 ones
+CORES = 2  # the most cores behind one device; one core simply takes both shares of the rows
+SLACK = 4 << 20  # VMEM left to the compiler for spilled registers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """`rows` of a grid step, a multiple of `group`, the rows of a turn (a multiple of 16), and its `columns` (of 128)."""
+
+    rows: int
+    group: int
+    columns: int
+
+    @staticmethod
+    def default(rows: int, features: int, itemsize: int) -> "Tiles":
+        """64 registers of values a turn: fewer leave the vector units waiting, more are spilled. 2 MiB a block, so that a
+        step's fixed cost hides behind its copy; less on a chip with little VMEM (v4), since six blocks are alive at once."""
+        width = round_up(features, LANES)
+        columns = min(width, 2048)
+        most = max(rows // ROWS * ROWS, ROWS)  # never past the end: the last block may be partial but not the only one
+        group = min(64 * 1024 // columns // ROWS * ROWS, most)
+        block = min(2 << 20, chips.current("tpu").vmem_bytes // 16)
+        return Tiles(min(max(block // (width * itemsize) // group, 1), most // group) * group, group, columns)
+
+
+def _vmem_bytes(tiles: Tiles, features: int, itemsize: int, parameters: int, backward: bool) -> int:
+    """VMEM of a kernel: every operand is there twice, the next block arriving while this one is worked on."""
+    width = round_up(features, LANES)
+    blocks = (3 if backward else 2) * tiles.rows * width * itemsize
+    vectors = parameters * SUBLANES * width * 4 * (2 if backward else 1)
+    return 2 * (blocks + vectors)
+
+
+def unsupported(x, *, parameters: int) -> str | None:
+    """Why x[..., features] cannot be normalised here, or None."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"x must be float32 or bfloat16 on a TPU, got {x.dtype}"
+    features, itemsize, vmem = x.shape[-1], x.dtype.itemsize, chips.current("tpu").vmem_bytes
+    least = Tiles(ROWS, ROWS, LANES)
+    if _vmem_bytes(least, features, itemsize, parameters, True) + SLACK > vmem:
+        per_feature = _vmem_bytes(least, LANES, itemsize, parameters, True) // LANES
+        most = (vmem - SLACK) // per_feature // LANES * LANES
+        return f"{ROWS} rows must fit the {vmem >> 20} MiB of VMEM, that is at most {most} features of {x.dtype}, got {features}"
+    return None
+
+
+def _over_columns(features, width, body, carry):
+    """carry = body(columns, carry) for each slice of at most `width` features."""
+    whole = features // width
+    if whole == 1:
+        carry = body(slice(0, width), carry)
+    elif whole > 1:
+        carry = lax.fori_loop(0, whole, lambda j, c: body(pl.ds(pl.multiple_of(j * width, width), width), c), carry)
+    return body(slice(whole * width, features), carry) if features % width else carry
+
+
+def _over_groups(block, rows, tiles, body):
+    """body(rows of the block, first row of the array) for each group of this block that holds a row of the array."""
+    first = block * tiles.rows
+    groups = jnp.minimum(pl.cdiv(rows - first, tiles.group), tiles.rows // tiles.group)
+
+    def turn(i, _):
+        start = pl.multiple_of(i * tiles.group, tiles.group)
+        body(pl.ds(start, tiles.group), first + start)
+        return 0
+
+    lax.fori_loop(0, groups, turn, 0)
+
+
+def _means(features, tiles, terms, count):
+    """The mean over each row, [group, 1], of each of the `count` arrays [group, columns] that terms(columns) returns."""
+
+    def add(c, sums):
+        return tuple(s + jnp.sum(t, -1, keepdims=True) for s, t in zip(sums, terms(c), strict=True))
+
+    sums = _over_columns(features, tiles.columns, add, (jnp.zeros((tiles.group, 1), f32),) * count)
+    return [s / features for s in sums]
+
+
+def _centred(x_ref, here, tiles, center):
+    """A function giving (x - mean)[group, columns] as float32, or x itself: the mean is taken first, so nothing cancels."""
+    if not center:
+        return lambda c: x_ref[here, c].astype(f32)
+    (mean,) = _means(x_ref.shape[1], tiles, lambda c: (x_ref[here, c].astype(f32),), 1)
+    return lambda c: x_ref[here, c].astype(f32) - mean
+
+
+def _forward_kernel(x_ref, w_ref, *refs, rows, tiles, eps, center):
+    *bias_ref, y_ref = refs
+    features = x_ref.shape[1]
+
+    def group(here, _):
+        centred = _centred(x_ref, here, tiles, center)
+        (variance,) = _means(features, tiles, lambda c: (jnp.square(centred(c)),), 1)
+        r = lax.rsqrt(variance + eps)
+
+        def write(c, _):
+            y = centred(c) * r * w_ref[:, c]
+            y_ref[here, c] = (y + bias_ref[0][:, c] if bias_ref else y).astype(y_ref.dtype)
+            return 0
+
+        _over_columns(features, tiles.columns, write, 0)
+
+    _over_groups(pl.program_id(0), rows, tiles, group)
+
+
+def _backward_kernel(x_ref, w_ref, dy_ref, dx_ref, dw_ref, *dbias_ref, rows, blocks, tiles, eps, center):
+    features = x_ref.shape[1]
+    block = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        for ref in (dw_ref, *dbias_ref):
+            ref[...] = jnp.zeros(ref.shape, f32)
+
+    def group(here, first):
+        centred = _centred(x_ref, here, tiles, center)
+
+        def terms(c):
+            z, h = centred(c), dy_ref[here, c].astype(f32) * w_ref[:, c]
+            return (jnp.square(z), h * z, h)[: 3 if center else 2]
+
+        variance, mean_hz, *mean_h = _means(features, tiles, terms, 3 if center else 2)
+        r = lax.rsqrt(variance + eps)
+        slope = jnp.square(r) * mean_hz  # dx = r · h - slope · x̂ - offset
+        offset = [r * m for m in mean_h]
+
+        def fold(ref, c, value):
+            """Adds the rows of `value`, keeping eight partial sums: no sublane is crossed here."""
+            if rows % tiles.group:  # rows past the end hold anything, also NaN
+                row = first + lax.broadcasted_iota(jnp.int32, value.shape, 0)
+                value = jnp.where(row < rows, value, 0.0)
+            ref[:, c] += jnp.sum(value.reshape(-1, SUBLANES, value.shape[1]), 0)
+
+        def write(c, _):
+            normal, dy = centred(c) * r, dy_ref[here, c].astype(f32)
+            dx = r * (dy * w_ref[:, c]) - slope * normal
+            dx_ref[here, c] = (dx - offset[0] if offset else dx).astype(dx_ref.dtype)
+            fold(dw_ref, c, dy * normal)
+            if dbias_ref:
+                fold(dbias_ref[0], c, dy)
+            return 0
+
+        _over_columns(features, tiles.columns, write, 0)
+
+    @pl.when(block < blocks)
+    def _():
+        _over_groups(block, rows, tiles, group)
+
+
+def _prepare(x, *parameters, tiles):
+    """x as [rows ≥ 16, features], the parameters as float32 [1, features], the number of rows, the tiles."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows = flat.shape[0]
+    tiles = tiles or Tiles.default(rows, x.shape[-1], x.dtype.itemsize)
+    return pad_to(flat, 0, max(rows, ROWS)), [p.astype(f32)[None] for p in parameters], rows, tiles
+
+
+def _call(kernel, semantics, tiles, operands, outputs, *, backward, **kwargs):
+    """`pl.pallas_call(kernel, out_shape=outputs, …)(*operands)`, with the VMEM and the cost told to XLA."""
+    x, *_ = operands
+    parameters = len(outputs if backward else operands) - 1
+    return pl.pallas_call(
+        kernel,
+        out_shape=outputs,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics,
+            vmem_limit_bytes=_vmem_bytes(tiles, x.shape[1], x.dtype.itemsize, parameters, backward) + SLACK,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=(16 if backward else 8) * x.size,
+            transcendentals=x.shape[0],
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*operands, *outputs)),
+        ),
+        **kwargs,
+    )(*operands)
+
+
+def forward(x, w, bias=None, *, eps, center, tiles, name):
+    """y[..., features] in x's dtype; w is the scale with its offset added."""
+    flat, parameters, rows, tiles = _prepare(x, *(p for p in (w, bias) if p is not None), tiles=tiles)
+    block = pl.BlockSpec((tiles.rows, x.shape[-1]), lambda i: (i, 0))
+    vector = pl.BlockSpec((1, x.shape[-1]), lambda i: (0, 0))
+    (y,) = _call(
+        functools.partial(_forward_kernel, rows=rows, tiles=tiles, eps=eps, center=center),
+        ("parallel",),
+        tiles,
+        (flat, *parameters),
+        (jax.ShapeDtypeStruct(flat.shape, x.dtype),),
+        backward=False,
+        grid=(pl.cdiv(flat.shape[0], tiles.rows),),
+        in_specs=[block] + [vector] * len(parameters),
+        out_specs=(block,),
+        name=name,
+    )
+    return y[:rows].reshape(x.shape)
+
+
+def backward(x, w, dy, *, eps, center, tiles, name):
+    """(dx in x's shape and dtype, float32 dw[features], float32 dbias[features] if `center`)."""
+    flat, (w,), rows, tiles = _prepare(x, w, tiles=tiles)
+    dy = pad_to(dy.reshape(-1, x.shape[-1]), 0, flat.shape[0])
+    features, sums = x.shape[-1], 2 if center else 1
+    blocks = pl.cdiv(flat.shape[0], tiles.rows)
+    shares = min(CORES, blocks)
+    steps = pl.cdiv(blocks, shares)
+    # The last share may be a step short: that step stays on the block before it and does nothing.
+    block = pl.BlockSpec((tiles.rows, features), lambda i, j: (jnp.minimum(i * steps + j, blocks - 1), 0))
+    partial = pl.BlockSpec((None, SUBLANES, features), lambda i, j: (i, 0, 0))
+    dx, *partials = _call(
+        functools.partial(_backward_kernel, rows=rows, blocks=blocks, tiles=tiles, eps=eps, center=center),
+        ("parallel", "arbitrary"),
+        tiles,
+        (flat, w, dy),
+        (jax.ShapeDtypeStruct(flat.shape, x.dtype),)
+        + (jax.ShapeDtypeStruct((shares, SUBLANES, features), f32),) * sums,
+        backward=True,
+        grid=(shares, steps),
+        in_specs=[block, pl.BlockSpec((1, features), lambda i, j: (0, 0)), block],
+        out_specs=(block,) + (partial,) * sums,
+        name=name,
+    )
+    return dx[:rows].reshape(x.shape), *(p.sum((0, 1)) for p in partials)

@@ -1,0 +1,76 @@
+"""The GPU interpreter as the kernel tests use it: races raise, memory starts as NaN, and wgmma is checked like any other access.
+
+The interpreter of JAX 0.12 lacks two things, which `interpreter()` supplies while it is open: wgmma with a left operand in
+registers, and race checks of what wgmma reads from shared memory (a product is an event of the asynchronous proxy, as a
+copy is: a missing fence or a tile freed too early is a race).
+"""
+import contextlib
+import functools
+
+import jax
+import numpy as np
+from jax._src import callback
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
+from jax._src.state.types import AbstractRef
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+@contextlib.contextmanager
+def interpreter(**parameters):
+    """Kernels traced in this context are interpreted. The interpreter's state is fresh, also after an exception."""
+    original = jaxpr_interpret.JaxprInterpreter._interpret_wgmma_ref_p
+    jaxpr_interpret.JaxprInterpreter._interpret_wgmma_ref_p = _interpret_wgmma
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, **parameters)):
+            yield
+    finally:
+        jaxpr_interpret.JaxprInterpreter._interpret_wgmma_ref_p = original
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@gpu_callbacks.fail_on_exception
+def _multiply(*, token, mesh_location, thread, acc, lhs, rhs, acc_transforms, lhs_transforms, rhs_transforms, lhs_is_ref, source_info):
+    """acc += lhs @ rhs, with the reads of shared memory checked for races."""
+    memory = gpu_callbacks._get_shared_memory()
+    log = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
+    clock = None
+    if memory.detect_races:
+        unit = memory.get_next_tma_thread_id()
+        with memory.lock:
+            memory.clocks[thread].inc(unit)
+            clock = memory.clocks[thread].async_smem_clock.copy()
+
+    def content(ref, transforms):
+        key = gpu_callbacks.HostAllocationKey.from_array(ref)
+        access = memory.access(key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms)))
+        return key, access, memory.get_buffer_content(key, access, thread, logging_info=log)[0]
+
+    def read(ref, transforms):
+        key, access, value = content(ref, transforms)
+        if clock is not None:
+            gpu_callbacks.get_races().check_read(thread, clock, key, access, source_info=source_info)
+        return value
+
+    lhs = read(lhs, lhs_transforms) if lhs_is_ref else np.asarray(lhs)
+    rhs = read(rhs, rhs_transforms)
+    key, access, old = content(acc, acc_transforms)
+    new = old + np.matmul(lhs, rhs, dtype=old.dtype)
+    memory.store_buffer_content(key, access, new, thread, logging_info=log)
+    return token
+
+
+def _interpret_wgmma(self, equation, token, read_inputs):
+    acc, lhs, rhs, *leaves = read_inputs()
+    trees = [equation.params[f"{name}_transforms_tree"] or jax.tree.structure([]) for name in ("acc", "a", "b")]
+    acc_transforms, lhs_transforms, rhs_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+    avals = [variable.aval for variable in equation.invars[:3]]
+    acc, acc_transforms = jaxpr_interpret.resolve_ref(avals[0], acc, acc_transforms)
+    rhs, rhs_transforms = jaxpr_interpret.resolve_ref(avals[2], rhs, rhs_transforms)
+    lhs_is_ref = isinstance(avals[1], AbstractRef)
+    if lhs_is_ref:
+        lhs, lhs_transforms = jaxpr_interpret.resolve_ref(avals[1], lhs, lhs_transforms)
+    multiply = functools.partial(_multiply, lhs_is_ref=lhs_is_ref, source_info=equation.source_info)
+    return callback.io_callback(
+        multiply, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, mesh_location=self.mesh_location, thread=self.thread, acc=acc,
+        lhs=lhs, rhs=rhs, acc_transforms=acc_transforms, lhs_transforms=lhs_transforms, rhs_transforms=rhs_transforms), []

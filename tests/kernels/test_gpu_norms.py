@@ -1,0 +1,152 @@
+"""RMS norm and layer norm on Mosaic GPU, in the interpreter with races detected, against float64."""
+import os
+
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import chips
+from pallas_kernels.gpu import layer_norm, rms_norm
+from pallas_kernels.gpu.row_norm import Tiles
+
+EPS = 1e-5
+KERNELS = {"rms_norm": rms_norm, "layer_norm": layer_norm}
+FEW = Tiles(blocks=2, groups=2, stages=2, stores=1)  # every slot is used again after two rows
+
+# leading shape, features, dtype, dtype of the parameters, scale_offset, tiles
+CASES = [
+    ((1,), 1, "float32", "float32", 0.0, None),
+    ((), 127, "bfloat16", "float32", 0.0, None),
+    ((2, 5), 128, "bfloat16", "bfloat16", 1.0, FEW),
+    ((17,), 129, "float16", "float16", 0.0, Tiles(blocks=4, groups=2, stages=3, stores=2)),
+    ((19,), 64, "float32", "bfloat16", 0.0, Tiles(blocks=2, groups=4, stages=4, stores=2)),
+    ((5,), 1000, "bfloat16", "float32", 0.0, FEW),
+    ((1,), 1000, "float32", "float32", -0.5, FEW),
+    ((3,), 2056, "bfloat16", "bfloat16", 0.0, FEW),
+    ((2,), 8191, "float16", "float32", 0.0, None),
+]
+
+
+def _operands(name, lead, features, dtype, parameter_dtype):
+    rng = np.random.default_rng(len(lead) * 10_000 + features)
+    x = 3 * rng.standard_normal((*lead, features)) + 2
+    names = ("x", "scale", "bias") if name == "layer_norm" else ("x", "scale")
+    values = {"x": jnp.asarray(x, dtype)}
+    values |= {n: jnp.asarray(rng.standard_normal(features), parameter_dtype) for n in names[1:]}
+    return values, jnp.asarray(rng.standard_normal((*lead, features)), dtype)
+
+
+def _oracle(operands, dy, scale_offset):
+    """y and the gradients by the formulas, in float64."""
+    x, w, dy = (np.asarray(a, np.float64) for a in (operands["x"], operands["scale"], dy))
+    w, centered = w + scale_offset, "bias" in operands
+    deviation = x - x.mean(-1, keepdims=True) if centered else x
+    inverse = 1 / np.sqrt((deviation**2).mean(-1, keepdims=True) + EPS)
+    normal, g = deviation * inverse, dy * w
+    dx = inverse * (g - centered * g.mean(-1, keepdims=True) - normal * (g * normal).mean(-1, keepdims=True))
+    rows = tuple(range(x.ndim - 1))
+    results = {"y": normal * w, "x": dx, "scale": (dy * normal).sum(rows)}
+    if centered:
+        results["y"] += np.asarray(operands["bias"], np.float64)
+        results["bias"] = dy.sum(rows)
+    return results
+
+
+def _plain(operands, dy, scale_offset):
+    """y and the gradients as XLA composes them from the formula in the operands' dtypes, statistics in float32."""
+
+    def norm(operands):
+        x = operands["x"].astype(jnp.float32)
+        if "bias" in operands:
+            x = x - x.mean(-1, keepdims=True)
+        y = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS) * (operands["scale"] + scale_offset)
+        return (y + operands.get("bias", 0)).astype(operands["x"].dtype)
+
+    y, pull = jax.vjp(norm, operands)
+    return {"y": y} | pull(dy)[0]
+
+
+def _fused(kernel, operands, dy, scale_offset, tiles):
+    def both(operands, dy):
+        options = dict(eps=EPS, scale_offset=scale_offset, tiles=tiles)
+        outputs, residuals = kernel.forward(**operands, **options)
+        gradients = kernel.backward(**operands, outputs=outputs, residuals=residuals, cotangents=(dy,), **options)
+        return {"y": outputs[0]} | gradients
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        return jax.block_until_ready(jax.jit(both)(operands, dy))
+
+
+def _error(got, want):
+    return np.abs(np.asarray(got, np.float64) - want).max()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{'x'.join(map(str, (*c[0], c[1])))}-{c[2]}-{c[3]}")
+@pytest.mark.parametrize("name", KERNELS)
+def test_interpreted(name, case):
+    lead, features, dtype, parameter_dtype, scale_offset, tiles = case
+    operands, dy = _operands(name, lead, features, dtype, parameter_dtype)
+    assert KERNELS[name].unsupported(**operands, eps=EPS, scale_offset=scale_offset) is None
+    got = _fused(KERNELS[name], operands, dy, scale_offset, tiles)
+    plain, want = _plain(operands, dy, scale_offset), _oracle(operands, dy, scale_offset)
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        operand = operands["x" if key == "y" else key]
+        assert (got[key].shape, got[key].dtype) == (operand.shape, operand.dtype), key
+        # Both may round once to the result's dtype; the floor is a few float32 roundings of the largest entry.
+        assert _error(got[key], value) <= 2 * _error(plain[key], value) + 2e-6 * np.abs(value).max(), key
+
+
+@pytest.mark.timeout(60)
+def test_vmap_gives_each_member_its_own_gradients():
+    operands, dy = _operands("layer_norm", (3, 4), 40, "float32", "float32")
+    operands["scale"] = operands["scale"] * jnp.arange(1.0, 4.0)[:, None]
+    axes = {"x": 0, "scale": 0, "bias": None}
+    run = jax.vmap(lambda o, g: _fused_body(o, g), in_axes=(axes, 0))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = jax.block_until_ready(jax.jit(run)(operands, dy))
+    for i in range(3):
+        member = {n: a if axes[n] is None else a[i] for n, a in operands.items()}
+        for key, value in _oracle(member, dy[i], 0.0).items():
+            assert _error(got[key][i], value) <= 5e-6 * np.abs(value).max(), key
+
+
+def _fused_body(operands, dy):
+    outputs, residuals = layer_norm.forward(**operands, eps=EPS, tiles=FEW)
+    gradients = layer_norm.backward(
+        **operands, outputs=outputs, residuals=residuals, cotangents=(dy,), eps=EPS, tiles=FEW
+    )
+    return {"y": outputs[0]} | gradients
+
+
+REFUSED = [
+    ("a100", (8, 128), "float32", "compute capability 9.0, got 8.0"),
+    ("h100", (8, 8200), "bfloat16", "8192 features in registers, got 8200"),
+    ("h100", (8, 128), "int32", "x must be float32, bfloat16 or float16, got int32"),
+]
+
+
+@pytest.mark.parametrize("chip, shape, dtype, reason", REFUSED)
+def test_refused(chip, shape, dtype, reason):
+    x, p = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], "float32")
+    with chips.target(chips.named(chip)):
+        assert reason in rms_norm.unsupported(x, p, eps=EPS, scale_offset=0.0)
+        assert reason in layer_norm.unsupported(x, p, p, eps=EPS, scale_offset=0.0)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("backward", [False, True])
+def test_default_tiles_fit_the_shared_memory(itemsize, backward):
+    for name in ("h100", "b200"):
+        chip = chips.named(name)
+        with chips.target(chip):
+            for features in (*range(1, 8193, 97), 8192):
+                for centered in (False, True):
+                    tiles = Tiles.default(features, itemsize, backward=backward, centered=centered)
+                    parameters = 2 if centered and not backward else 1
+                    assert tiles.smem_bytes(features, itemsize, backward=backward, parameters=parameters) <= chip.smem_bytes

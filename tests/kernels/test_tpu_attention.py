@@ -1,0 +1,182 @@
+"""The TPU attention kernels in the interpreter (memory poisoned with NaN, races detected) against float64."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips
+from pallas_kernels.tpu import attention
+from pallas_kernels.tpu.attention import Tiles
+
+SMALL = Tiles(queries=128, keys=128, span=1024, sub=128, strip=128)
+SPANS = Tiles(queries=128, keys=128, span=256, sub=128, strip=128)
+STRIPS = Tiles(queries=512, keys=256, span=1024, sub=256, strip=128, part=128, lag=1)
+
+
+def case(T, S, *, heads=(2, 1), dim=16, dtype="bfloat16", batch=1, tiles=None, mask=None, bias=None, lengths=None, segments=0,
+         sinks=False, causal=False, window=None, cap=None):  # fmt: skip
+    return locals()
+
+
+CASES = {
+    # sizes, head sizes, types
+    "full-one-query": case(1, 129, heads=(4, 2), batch=2),
+    "full-one-key": case(127, 1),
+    "full-float32": case(129, 1000, dtype="float32", dim=80),
+    "full-small-tiles": case(129, 257, tiles=SMALL, batch=2),
+    "causal-1": case(1, 1, causal=True, batch=2),
+    "causal-127": case(127, 127, causal=True, heads=(4, 2), dim=64),
+    "causal-1000": case(1000, 1000, causal=True, dim=32),
+    "causal-1000-float32": case(1000, 1000, causal=True, dtype="float32"),
+    "causal-strips": case(1000, 1000, causal=True, tiles=STRIPS, heads=(1, 1), cap=2.0),
+    "causal-more-keys": case(129, 1000, causal=True),
+    "causal-fewer-keys": case(300, 128, causal=True, tiles=SMALL),
+    # features, alone
+    "window": case(400, 300, window=(40, 17), tiles=SMALL),
+    "window-one-side": case(300, 300, causal=True, window=(130, None), tiles=SMALL),
+    "lengths": case(300, 260, lengths=True, batch=3, tiles=SMALL),
+    "segments": case(260, 260, segments=3, causal=True, batch=2, tiles=SMALL),
+    "cap": case(130, 200, cap=3.0, dtype="float32"),
+    "sinks": case(130, 260, sinks=True, heads=(4, 2), tiles=SMALL),
+    "mask": case(130, 260, mask=(1, 2, 130, 260), tiles=SMALL),
+    "mask-keys": case(130, 260, mask=(2, 1, 1, 260), batch=2, causal=True),
+    "mask-queries": case(130, 140, mask=(1, 1, 130, 1)),
+    "bias": case(130, 260, bias=(1, 2, 130, 260), batch=2, dtype="float32", tiles=SMALL),
+    "bias-keys": case(260, 260, bias=(1, 2, 1, 260), causal=True, tiles=SMALL),
+    # features, together, and with the keys cut into spans
+    "all": case(260, 390, causal=True, window=(200, 3), bias=(1, 1, 260, 390), mask=(2, 1, 1, 390), lengths=True, segments=2,
+                sinks=True, cap=4.0, batch=2, tiles=SMALL),
+    "spans": case(260, 700, tiles=SPANS, sinks=True, lengths=True, batch=2),
+    "spans-causal": case(400, 400, tiles=SPANS, causal=True, bias=(1, 1, 400, 400)),
+}  # fmt: skip
+GRADS = ("query", "key", "value", "bias", "sinks")
+
+
+def build(c):
+    r = np.random.default_rng(0)
+    (N, K), B, T, S, H, dtype = c["heads"], c["batch"], c["T"], c["S"], c["dim"], c["dtype"]
+    normal = lambda *shape: jnp.asarray(r.standard_normal(shape), dtype)
+    x = dict(query=2 * normal(B, T, N, H), key=normal(B, S, K, H), value=normal(B, S, K, H))
+    dout = normal(B, T, N, H)
+    if c["bias"]:
+        x["bias"] = normal(*c["bias"])
+    if c["mask"]:
+        x["mask"] = jnp.asarray(r.random(c["mask"]) > 0.3)
+    if c["lengths"]:
+        x["query_seq_lengths"] = jnp.asarray(r.permutation([T, T // 2 + 1, 1])[:B], jnp.int32)
+        x["key_value_seq_lengths"] = jnp.asarray(r.permutation([0, S // 2 + 1, S - 3])[:B], jnp.int32)
+    if c["segments"]:
+        x["query_segment_ids"] = jnp.asarray(np.sort(r.integers(0, c["segments"], (B, T))), jnp.int32)
+        x["key_value_segment_ids"] = jnp.asarray(np.sort(r.integers(0, c["segments"], (B, S))), jnp.int32)
+    if c["sinks"]:
+        x["sinks"] = normal(N)
+    options = dict(scale=H**-0.5, is_causal=c["causal"], local_window_size=c["window"], logits_soft_cap=c["cap"])
+    return x, dout, options
+
+
+def seen(x, c):
+    """Which key each query may attend to, [B, N, T, S]."""
+    (N, _), B, T, S = c["heads"], c["batch"], c["T"], c["S"]
+    i, j = np.arange(T)[:, None], np.arange(S)
+    keep = np.ones((B, N, T, S), bool)
+    left, right = c["window"] or (None, None)
+    for bound in ([j <= i] if c["causal"] else []) + ([] if left is None else [j >= i - left]) + ([] if right is None else [j <= i + right]):
+        keep &= bound
+    if c["mask"]:
+        keep &= np.asarray(x["mask"])
+    if c["lengths"]:
+        keep &= (i < np.asarray(x["query_seq_lengths"])[:, None, None, None]) & (j < np.asarray(x["key_value_seq_lengths"])[:, None, None, None])
+    if c["segments"]:
+        keep &= (np.asarray(x["query_segment_ids"])[:, :, None] == np.asarray(x["key_value_segment_ids"])[:, None])[:, None]
+    return keep
+
+
+def oracle(x, dout, options, c):
+    """out, lse and all gradients in float64."""
+    q, k, v, do = (np.asarray(a, np.float64) for a in (x["query"], x["key"], x["value"], dout))
+    (N, K), (B, T, _, H), cap = c["heads"], q.shape, c["cap"]
+    keep, kk, vv = seen(x, c), np.repeat(k, N // K, 2), np.repeat(v, N // K, 2)
+    s = np.einsum("btnh,bsnh->bnts", q, kk) * options["scale"]
+    tanh = np.tanh(s / cap) if cap else np.zeros_like(s)
+    s = cap * tanh if cap else s
+    s = np.where(keep, s + (np.asarray(x["bias"], np.float64) if c["bias"] else 0), -np.inf)
+    sink = np.asarray(x["sinks"], np.float64)[None, :, None, None] if c["sinks"] else np.full((1, 1, 1, 1), -np.inf)
+    if c["lengths"]:
+        past = np.arange(T) >= np.asarray(x["query_seq_lengths"])[:, None]
+        sink = np.where(past[:, None, :, None], -np.inf, sink)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lse = np.logaddexp(np.logaddexp.reduce(s, -1, keepdims=True), sink)
+        p = np.where(keep, np.exp(s - lse), 0)
+    lse = np.where(np.isneginf(lse), np.inf, lse)
+    out = np.einsum("bnts,bsnh->btnh", p, vv)
+    delta = np.einsum("btnh,btnh->bnt", do, out)[..., None]
+    ds = p * (np.einsum("btnh,bsnh->bnts", do, vv) - delta)
+    grads = {}
+    if c["bias"]:
+        grads["bias"] = ds.sum(tuple(a for a in range(4) if c["bias"][a] == 1), keepdims=True)
+    if c["sinks"]:
+        grads["sinks"] = -(np.exp(sink - lse) * delta).sum((0, 2, 3))
+    ds = ds * (1 - tanh**2) * options["scale"]
+    group = lambda a: a.reshape(B, -1, K, N // K, H).sum(3)
+    grads["query"] = np.einsum("bnts,bsnh->btnh", ds, kk)
+    grads["key"] = group(np.einsum("bnts,btnh->bsnh", ds, q))
+    grads["value"] = group(np.einsum("bnts,btnh->bsnh", p, do))
+    return out, lse[..., 0], grads
+
+
+def unfused(x, dout, options, c):
+    """out and gradients of the plain composition in the operands' own dtype."""
+    keep, (N, K) = seen(x, c), c["heads"]
+    some = jnp.asarray(keep.any(-1, keepdims=True) if not c["sinks"] else True)
+
+    def plain(t):
+        k, v = (jnp.repeat(t[n], N // K, 2) for n in ("key", "value"))
+        s = jnp.einsum("btnh,bsnh->bnts", t["query"], k, preferred_element_type=jnp.float32) * options["scale"]
+        s = c["cap"] * jnp.tanh(s / c["cap"]) if c["cap"] else s
+        s = jnp.where(keep, s + t["bias"] if c["bias"] else s, -1e30)
+        if c["sinks"]:
+            s = jnp.concatenate([s, jnp.broadcast_to(t["sinks"][None, :, None, None].astype(s.dtype), (*s.shape[:3], 1))], -1)
+        p = jnp.where(some, jax.nn.softmax(s, -1), 0)[..., : c["S"]].astype(v.dtype)
+        return jnp.einsum("bnts,bsnh->btnh", p, v)
+
+    out, pull = jax.vjp(plain, {n: x[n] for n in GRADS if n in x})
+    return out, pull(dout)[0]
+
+
+def run(x, dout, options, tiles):
+    outputs, residuals = attention.forward(**x, **options, tiles=tiles)
+    return outputs, attention.backward(
+        **x, **options, outputs=outputs, residuals=residuals, cotangents=(dout, None), tiles=tiles
+    )
+
+
+def check(name, got, want, plain, atol):
+    """The error against float64 is at most twice that of the plain composition."""
+    got, plain = np.asarray(got, np.float64), np.asarray(plain, np.float64)
+    assert np.isfinite(got).all(), name
+    top = max(np.abs(want).max(), 1e-3)
+    error, allowed = np.abs(got - want).max() / top, 2 * np.abs(plain - want).max() / top + atol
+    assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(name):
+    c = CASES[name]
+    x, dout, options = build(c)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        assert attention.unsupported(**x, **options) is None
+        (out, lse), grads = jax.jit(lambda x, dout: run(x, dout, options, c["tiles"]))(x, dout)
+        jax.block_until_ready(grads)
+    want, want_lse, want_grads = oracle(x, dout, options, c)
+    plain, plain_grads = unfused(x, dout, options, c)
+    atol = 1e-3 if c["dtype"] == "bfloat16" else 2e-6
+    assert out.dtype == x["query"].dtype and lse.dtype == jnp.float32
+    np.testing.assert_array_equal(np.isposinf(lse), np.isposinf(want_lse))
+    finite = np.isfinite(want_lse)
+    np.testing.assert_allclose(np.asarray(lse)[finite], want_lse[finite], atol=1e-2 if c["dtype"] == "bfloat16" else 1e-5)
+    check("out", out, want, plain, atol)
+    assert set(grads) == {n for n in GRADS if n in x}
+    for n, grad in grads.items():
+        assert grad.shape == x[n].shape and grad.dtype == x[n].dtype
+        check(n, grad, want_grads[n], plain_grads[n], atol)

@@ -1,0 +1,103 @@
+"""rms_norm and layer_norm on the TPU: interpreted with races detected and unwritten memory NaN, against a float64 oracle."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips
+from pallas_kernels.tpu import layer_norm, rms_norm
+
+EPS = 1e-6
+Tiles = rms_norm.Tiles
+
+
+def compose(x, scale, bias, offset, xp, wide):
+    """The operator in plain array arithmetic, in `wide` precision: layer_norm if there is a bias, else rms_norm."""
+    z, w = x.astype(wide), scale.astype(wide) + offset
+    if bias is None:
+        return z / xp.sqrt((z * z).mean(-1, keepdims=True) + EPS) * w
+    z = z - z.mean(-1, keepdims=True)
+    return z / xp.sqrt((z * z).mean(-1, keepdims=True) + EPS) * w + bias.astype(wide)
+
+
+def oracle(x, scale, bias, dy, offset):
+    """float64: y and the gradients by name, each with the size of the terms it is the difference of."""
+    x, scale, dy = (np.asarray(a, np.float64) for a in (x, scale, dy))
+    center = bias is not None
+    z = x - x.mean(-1, keepdims=True) if center else x
+    r = 1 / np.sqrt((z * z).mean(-1, keepdims=True) + EPS)
+    normal, h = z * r, dy * (scale + offset)
+    dx = r * (h - (h.mean(-1, keepdims=True) if center else 0) - normal * (h * normal).mean(-1, keepdims=True))
+    rows = tuple(range(x.ndim - 1))
+    y = compose(x, scale, None if bias is None else np.asarray(bias, np.float64), offset, np, np.float64)
+    out = {"y": (y, 1 + np.abs(y)), "x": (dx, r * (np.abs(h) + 1)), "scale": ((dy * normal).sum(rows), 1 + np.abs(dy))}
+    return out | ({"bias": (dy.sum(rows), 1 + np.abs(dy))} if center else {})
+
+
+def unfused(x, scale, bias, dy, offset):
+    """XLA's own forward and gradients: float32 arithmetic, results in the operands' dtypes."""
+    named = {"x": x, "scale": scale} | ({} if bias is None else {"bias": bias})
+
+    def f(named):
+        return compose(named["x"], named["scale"], named.get("bias"), offset, jnp, jnp.float32).astype(x.dtype)
+
+    y, pull = jax.vjp(f, named)
+    return {"y": y} | pull(dy)[0]
+
+
+def fused(x, scale, bias, dy, offset, tiles):
+    operands = {"x": x, "scale": scale} | ({} if bias is None else {"bias": bias})
+    kernel = rms_norm if bias is None else layer_norm
+    static = dict(eps=EPS, scale_offset=offset)
+    assert kernel.unsupported(**operands, **static) is None
+    outputs, residuals = kernel.forward(**operands, **static, tiles=tiles)
+    grads = kernel.backward(
+        **operands, outputs=outputs, residuals=residuals, cotangents=(dy,), **static, tiles=tiles
+    )
+    return {"y": outputs[0]} | grads
+
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+SMALL = Tiles(rows=64, group=32, columns=128)
+CASES = [  # shape of x, dtype of x, dtype of the parameters, scale offset, tiles
+    ((1, 1), f32, f32, 0.0, None),
+    ((1, 129), bf16, bf16, 0.0, None),
+    ((127, 1), f32, bf16, 1.0, None),
+    ((127, 127), bf16, f32, 0.0, None),
+    ((128, 128), f32, f32, 0.0, Tiles(64, 64, 128)),
+    ((129, 1000), bf16, bf16, 0.0, SMALL),
+    ((129, 1000), f32, f32, 1.0, SMALL),
+    ((1000, 127), bf16, f32, 1.0, None),
+    ((1000, 129), f32, f32, 0.0, Tiles(256, 128, 128)),
+    ((2, 5, 13, 256), bf16, bf16, 0.0, Tiles(48, 16, 128)),  # three blocks for two cores
+    ((300,), f32, f32, 0.0, None),
+]
+
+
+def data(shape, dtype, parameter_dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    x, dy = (jnp.asarray(rng.standard_normal(shape) + shift, dtype) for shift in (0.5, 0.0))
+    scale, bias = (jnp.asarray(rng.standard_normal(shape[-1]), parameter_dtype) for _ in range(2))
+    return x, scale, bias, dy
+
+
+def check(got, want, plain, dtypes):
+    """The error of each result is at most twice the unfused one, plus four float32 roundings of its largest term."""
+    for name, (exact, terms) in want.items():
+        assert got[name].dtype == dtypes[name] and got[name].shape == exact.shape, name
+        error, peer = (np.abs(np.asarray(a[name], np.float64) - exact).max() for a in (got, plain))
+        atol = 4 * float(jnp.finfo(jnp.float32).eps) * terms.max()
+        assert error <= 2 * peer + atol, f"{name}: error {error:.3g}, unfused {peer:.3g}"
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("shape, dtype, parameter_dtype, offset, tiles", CASES)
+def test_against_float64(shape, dtype, parameter_dtype, offset, tiles, with_bias):
+    x, scale, bias, dy = data(shape, dtype, parameter_dtype)
+    bias = bias if with_bias else None
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
+        got = jax.jit(fused, static_argnums=(4, 5))(x, scale, bias, dy, offset, tiles)
+        got = jax.tree.map(np.asarray, got)
+    dtypes = {"y": dtype, "x": dtype, "scale": parameter_dtype, "bias": parameter_dtype}
+    check(got, oracle(x, scale, bias, dy, offset), unfused(x, scale, bias, dy, offset), dtypes)

@@ -19,7 +19,8 @@ class Chip:
 
     `vmem_bytes` (TPU) is the vector memory of one core; `smem_bytes` (GPU) the shared memory one block may own;
     `mxu` (TPU) the side of the matrix unit; `cores` the cores behind one JAX device; `flops` and `bandwidth` the peak
-    bf16 FLOP/s and HBM bytes/s of that device; `capability` (GPU) the CUDA compute capability.
+    bf16 FLOP/s and HBM bytes/s of that device; `capability` (GPU) the CUDA compute capability. For compiling without the
+    device: `topology` (TPU) the smallest slice, `memory_bytes`, `l2_bytes`, `clock_ghz` and `lanes` (float32 units of a core) (GPU).
     """
 
     name: str
@@ -33,27 +34,37 @@ class Chip:
     smem_bytes: int = 0
     capability: tuple[int, int] = (0, 0)
     aliases: tuple[str, ...] = ()
+    topology: str = ""
+    memory_bytes: int = 0
+    l2_bytes: int = 0
+    clock_ghz: float = 0.0
+    lanes: int = 0
 
 
-def _tpu(name, kind, cores, flops, bandwidth, vmem, mxu, *aliases):
-    return Chip(name, "tpu", kind, cores, flops, bandwidth, vmem_bytes=vmem * MIB, mxu=mxu, aliases=aliases)
+def _tpu(name, kind, cores, flops, bandwidth, vmem, mxu, slice_shape, *aliases):
+    return Chip(
+        name, "tpu", kind, cores, flops, bandwidth, vmem_bytes=vmem * MIB, mxu=mxu, aliases=aliases, topology=f"{name}:{slice_shape}"
+    )
 
 
-def _gpu(name, kind, cores, flops, bandwidth, smem, capability):
-    return Chip(name, "gpu", kind, cores, flops, bandwidth, smem_bytes=smem, capability=capability)
+def _gpu(name, kind, cores, flops, bandwidth, smem, capability, memory_gb, l2_mib, clock_ghz, lanes):
+    return Chip(
+        name, "gpu", kind, cores, flops, bandwidth, smem_bytes=smem, capability=capability,
+        memory_bytes=int(memory_gb * 1e9), l2_bytes=l2_mib * MIB, clock_ghz=clock_ghz, lanes=lanes,
+    )
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        _tpu("v4", "TPU v4", 2, 275e12, 1228e9, 16, 128),
-        _tpu("v5e", "TPU v5 lite", 1, 197e12, 819e9, 128, 128, "TPU v5e"),
-        _tpu("v5p", "TPU v5", 2, 459e12, 2765e9, 64, 128, "TPU v5p"),
-        _tpu("v6e", "TPU v6 lite", 1, 918e12, 1640e9, 128, 256, "TPU v6e"),
-        _tpu("tpu7x", "TPU7x", 1, 1153e12, 3690e9, 64, 256),
-        _gpu("a100", "NVIDIA A100-SXM4-80GB", 108, 312e12, 2039e9, 166912, (8, 0)),
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 132, 989e12, 3352e9, 232448, (9, 0)),
-        _gpu("b200", "NVIDIA B200", 148, 2250e12, 8000e9, 232448, (10, 0)),
+        _tpu("v4", "TPU v4", 2, 275e12, 1228e9, 16, 128, "2x2x1"),
+        _tpu("v5e", "TPU v5 lite", 1, 197e12, 819e9, 128, 128, "2x2", "TPU v5e"),
+        _tpu("v5p", "TPU v5", 2, 459e12, 2765e9, 64, 128, "2x2x1", "TPU v5p"),
+        _tpu("v6e", "TPU v6 lite", 1, 918e12, 1640e9, 128, 256, "2x2", "TPU v6e"),
+        _tpu("tpu7x", "TPU7x", 1, 1153e12, 3690e9, 64, 256, "2x2x1"),
+        _gpu("a100", "NVIDIA A100-SXM4-80GB", 108, 312e12, 2039e9, 166912, (8, 0), 85, 40, 1.41, 64),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 132, 989e12, 3352e9, 232448, (9, 0), 85, 50, 1.98, 128),
+        _gpu("b200", "NVIDIA B200", 148, 2250e12, 8000e9, 232448, (10, 0), 191.5, 126, 1.965, 128),
     )
 }
 # What a kernel may count on when nobody said which chip it is for: the least memory of the chips the kernels are proved on.

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxops
+from jaxops.nn import RMSNorm, TransformerBlock
 
 VOCABULARY = 256
 
@@ -41,7 +42,7 @@ class GPT(nnx.Module):
         )
         block = _plain_block if plain else _block
         self.blocks = nnx.List([block(config, dtype, rngs) for _ in range(config.layers)])
-        self.norm = (nnx.RMSNorm if plain else jaxops.nn.RMSNorm)(config.width, dtype=dtype, rngs=rngs)
+        self.norm = (nnx.RMSNorm if plain else RMSNorm)(config.width, dtype=dtype, rngs=rngs)
         self.head = None if config.tied else nnx.Linear(config.width, VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs)
 
     def features(self, tokens: jax.Array, **options: Any) -> jax.Array:
@@ -70,7 +71,7 @@ class GPT(nnx.Module):
 
 
 def _block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-    return jaxops.nn.TransformerBlock(
+    return TransformerBlock(
         config.heads,
         config.width,
         config.hidden,

@@ -23,36 +23,38 @@ from jaxops.reference.attention import dot_product_attention as reference
 from pallas_kernels.masks import Band
 from pallas_kernels.padding import from_tiles, pad_to, round_up, to_tiles
 
-# Logits in a tile of one head, and of all heads together: what stays in a CPU's cache and keeps a matrix unit busy.
-_TILE = 512 * 512
-_ALL_TILES = 8 * _TILE
-_LEAST_TILE = 128 * 128
+# Sides of a tile of logits, and how many logits the tiles of all heads may have together: what stays in a CPU's cache.
+_LEAST_SIDE, _MOST_SIDE, _MOST_LOGITS = 128, 512, 1 << 20
 
 
 def _tile_sizes(queries: int, keys: int, heads: int) -> tuple[int, int]:
-    """(rows, columns) of a tile: square where both are long, one tile where either is short, equal tiles with little padding."""
-    area = min(_TILE, max(_LEAST_TILE, _ALL_TILES // heads))
-    side = math.isqrt(area)
+    """(rows, columns) of a tile: square where both sizes are long, one tile where one is short; cut evenly, so little is padded."""
+    side = _MOST_SIDE
+    while side > _LEAST_SIDE and heads * side * side > _MOST_LOGITS:
+        side //= 2
 
-    def even(size, limit):  # cut evenly: 1000 = 2 · 500, not 512 + 488 + padding
+    def even(size, limit):  # 1000 = 2 · 500, not 512 + 488 and padding
         count = -(-size // limit)
         return size if count == 1 else round_up(-(-size // count), 8)
 
-    rows = even(queries, max(side, area // keys))
-    return rows, even(keys, max(side, area // rows))
+    rows = even(queries, max(side, side * side // keys))
+    return rows, even(keys, max(side, side * side // rows))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """One call, tiled. Arrays: [.., T, ..] and [.., S, ..] stand for sizes padded to whole tiles; N is split into K, G."""
+    """One call, tiled: T and S below are padded to whole tiles, N is split into K and G = N // K.
+
+    A tile of logits is [B, K, columns, G, rows], keys before queries: then no product needs a tile of logits transposed.
+    """
 
     key: jax.Array  # [key tiles, B, K, columns, H]
     value: jax.Array  # the same
     bias: jax.Array | None  # [B or 1, K or 1, G or 1, T or 1, S or 1]
     mask: jax.Array | None  # the same
     key_lengths: jax.Array | None  # [B]
-    query_segments: jax.Array | None  # [B, 1, 1, T, 1]
-    key_segments: jax.Array | None  # [B, 1, 1, 1, S]
+    query_segments: jax.Array | None  # [B, 1, 1, 1, T]
+    key_segments: jax.Array | None  # [B, 1, S, 1, 1]
     queries: int  # before padding
     keys: int
     rows: int  # of a tile
@@ -80,7 +82,7 @@ class _Call:
         segments = [operands.get("query_segment_ids"), operands.get("key_value_segment_ids")]
         if segments[0] is not None:
             segments = [pad_to(x, 1, round_up(x.shape[1], n)) for x, n in zip(segments, (rows, columns), strict=True)]
-            segments = [segments[0][:, None, None, :, None], segments[1][:, None, None, None, :]]
+            segments = [segments[0][:, None, None, None, :], segments[1][:, None, :, None, None]]
         return _Call(
             key=_key_tiles(key, columns),
             value=_key_tiles(value, columns),
@@ -103,14 +105,14 @@ class _Call:
         return self.key.shape[2]
 
     def query_tiles(self, x: jax.Array, fill=0) -> jax.Array:
-        """[B, T, N, ...] -> [query tiles, B, K, G, rows, ...]."""
-        x = x.reshape(*x.shape[:2], self.groups, -1, *x.shape[3:])
-        return jnp.moveaxis(to_tiles(x, 1, self.rows, fill), 2, 4)
+        """[B, T, N, H] -> [query tiles, B, K, H, G, rows]."""
+        x = x.reshape(*x.shape[:2], self.groups, -1, x.shape[3])
+        return to_tiles(x, 1, self.rows, fill).transpose(0, 1, 3, 5, 4, 2)
 
     def from_query_tiles(self, x: jax.Array) -> jax.Array:
         """The inverse of `query_tiles`."""
-        x = from_tiles(jnp.moveaxis(x, 4, 2), 1, self.queries)
-        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+        x = from_tiles(x.transpose(0, 1, 5, 2, 4, 3), 1, self.queries)
+        return x.reshape(*x.shape[:2], -1, x.shape[4])
 
     def over_query_tiles(self, f: Callable, carry: Any, tiles: Any) -> tuple[Any, Any]:
         """`carry, out = f(i, carry, tile)` for every query tile i; the outs stacked."""
@@ -147,16 +149,30 @@ class _Call:
     def always_masked(self) -> bool:
         return self.mask is not None or self.query_segments is not None
 
+    def key_tile(self, x: jax.Array, j) -> jax.Array:
+        return lax.dynamic_index_in_dim(x, j, keepdims=False)
+
+    def corner(self, x: jax.Array, i, j) -> tuple:
+        """Where tile (i, j) starts in an array [B or 1, K or 1, G or 1, T or 1, S or 1]."""
+        return (0, 0, 0, 0 if x.shape[3] == 1 else i * self.rows, 0 if x.shape[4] == 1 else j * self.columns)
+
     def tile_of(self, x: jax.Array, i, j) -> jax.Array:
-        """Tile (i, j) of an array [.., T or 1, S or 1]."""
-        for axis, tile, index in ((-2, self.rows, i), (-1, self.columns, j)):
-            if x.shape[axis] > tile:
-                x = lax.dynamic_slice_in_dim(x, index * tile, tile, axis=axis)
-        return x
+        """Tile (i, j) of such an array, as [B or 1, K or 1, columns or 1, G or 1, rows or 1]."""
+        sizes = (*x.shape[:3], min(x.shape[3], self.rows), min(x.shape[4], self.columns))
+        return lax.dynamic_slice(x, self.corner(x, i, j), sizes).transpose(0, 1, 4, 2, 3)
+
+    def add_tile(self, x: jax.Array, tile: jax.Array, i, j) -> jax.Array:
+        """`x` with `tile`, of logits, added to its tile (i, j): the transpose of `tile_of`."""
+        tile = tile.transpose(0, 1, 3, 4, 2)
+        tile = jnp.sum(tile, axis=[axis for axis, size in enumerate(x.shape) if size == 1], keepdims=True)
+        if tile.shape == x.shape:
+            return x + tile
+        corner = self.corner(x, i, j)
+        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, corner, tile.shape) + tile, corner)
 
     def logits(self, query: jax.Array, i, j, masked: bool) -> tuple[jax.Array, jax.Array | None]:
-        """Tile (i, j) of s, -inf where masked: [B, K, G, rows, columns], and its tanh if it is capped."""
-        s = _dot("bkgth,bksh->bkgts", query, self.key[j]) * self.scale
+        """Tile (i, j) of s, -inf where masked, and its tanh if it is capped."""
+        s = _dot("bksh,bkhgt->bksgt", self.key_tile(self.key, j), query) * self.scale
         tanh = None
         if self.soft_cap is not None:
             tanh = jnp.tanh(s / self.soft_cap)
@@ -169,15 +185,17 @@ class _Call:
 
     def seen(self, i, j) -> jax.Array:
         """Which logits of tile (i, j) take part, broadcastable to the tile."""
-        row = i * self.rows + lax.broadcasted_iota(jnp.int32, (self.rows, 1), 0)
-        column = j * self.columns + lax.broadcasted_iota(jnp.int32, (1, self.columns), 1)
+        row = i * self.rows + jnp.arange(self.rows)
+        column = j * self.columns + jnp.arange(self.columns)[:, None, None]
         seen = (column < self.keys) & self.band.allowed(row, column)
         if self.key_lengths is not None:
             seen = seen & (column < self.key_lengths[:, None, None, None, None])
         if self.mask is not None:
             seen = seen & self.tile_of(self.mask, i, j)
         if self.query_segments is not None:
-            seen = seen & (self.tile_of(self.query_segments, i, 0) == self.tile_of(self.key_segments, 0, j))
+            rows = lax.dynamic_slice_in_dim(self.query_segments, i * self.rows, self.rows, axis=4)
+            columns = lax.dynamic_slice_in_dim(self.key_segments, j * self.columns, self.columns, axis=2)
+            seen = seen & (rows == columns)
         return seen
 
 
@@ -219,11 +237,11 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
     sinks, query_lengths = optional.get("sinks"), optional.get("query_seq_lengths")
     wide = jnp.promote_types(query.dtype, jnp.float32)
     tiles = call.query_tiles(query)
-    statistics = (*tiles.shape[1:-1], 1)
+    statistics = (*tiles.shape[1:3], 1, *tiles.shape[4:])
     if sinks is None:
         start = jnp.full(statistics, FLOOR, wide), jnp.zeros(statistics, wide)
     else:
-        sink = sinks.astype(wide).reshape(call.groups, -1, 1, 1)
+        sink = sinks.astype(wide).reshape(call.groups, 1, -1, 1)
         top = jnp.maximum(sink, FLOOR)
         start = jnp.broadcast_to(top, statistics), jnp.broadcast_to(jnp.exp(sink - top), statistics)
 
@@ -231,10 +249,11 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
         def step(j, carry, masked):
             top, total, acc = carry
             s, _ = call.logits(query, i, j, masked)
-            new_top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
+            new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True))
             p, decay = jnp.exp(s - new_top), jnp.exp(top - new_top)
-            total = decay * total + jnp.sum(p, axis=-1, keepdims=True)
-            return new_top, total, decay * acc + _dot("bkgts,bksh->bkgth", p.astype(value.dtype), call.value[j])
+            total = decay * total + jnp.sum(p, axis=2, keepdims=True)
+            v = call.key_tile(call.value, j)
+            return new_top, total, decay * acc + _dot("bksh,bksgt->bkhgt", v, p.astype(v.dtype))
 
         top, total, acc = call.over_key_tiles(i, step, (*start, jnp.zeros(query.shape, wide)))
         empty = total == 0
@@ -270,20 +289,21 @@ def _backward(
 
     def attend(i, carry, tiles):
         query, dout, lse, delta = tiles
+        query_rows, dout_rows = (x.transpose(0, 1, 3, 4, 2) for x in (query, dout))
 
         def step(j, carry, masked):
             dquery, (dkey, dvalue, dbias) = carry
             s, tanh = call.logits(query, i, j, masked)
             p = jnp.exp(s - lse)
-            dvalue = _add_at(dvalue, j, _dot("bkgts,bkgth->bksh", p.astype(dout.dtype), dout))
-            ds = p * (_dot("bkgth,bksh->bkgts", dout, call.value[j]) - delta)
+            dvalue = _add_at(dvalue, j, _dot("bksgt,bkgth->bksh", p.astype(dout.dtype), dout_rows))
+            ds = p * (_dot("bksh,bkhgt->bksgt", call.key_tile(call.value, j), dout) - delta)
             if dbias is not None:
-                dbias = _add_tile(dbias, ds, i * call.rows, j * call.columns)
+                dbias = call.add_tile(dbias, ds, i, j)
             if tanh is not None:
                 ds = ds * (1 - tanh * tanh)
             ds = (ds * scale).astype(key.dtype)
-            dkey = _add_at(dkey, j, _dot("bkgts,bkgth->bksh", ds, query))
-            return dquery + _dot("bkgts,bksh->bkgth", ds, call.key[j]), (dkey, dvalue, dbias)
+            dkey = _add_at(dkey, j, _dot("bksgt,bkgth->bksh", ds, query_rows))
+            return dquery + _dot("bksh,bksgt->bkhgt", call.key_tile(call.key, j), ds), (dkey, dvalue, dbias)
 
         dquery, carry = call.over_key_tiles(i, step, (jnp.zeros(query.shape, wide), carry))
         return carry, dquery.astype(query.dtype)
@@ -311,14 +331,4 @@ def _backward(
 
 
 def _add_at(x: jax.Array, j, update: jax.Array) -> jax.Array:
-    return x + update[None] if x.shape[0] == 1 else x.at[j].add(update)
-
-
-def _add_tile(total: jax.Array, tile: jax.Array, row, column) -> jax.Array:
-    """`total` plus `tile` at (row, column) of the last two axes, summed over every axis on which `total` has size 1."""
-    summed = [axis for axis, size in enumerate(total.shape) if size == 1]
-    tile = jnp.sum(tile, axis=summed, keepdims=True)
-    if tile.shape == total.shape:
-        return total + tile
-    corner = (0, 0, 0, 0 if total.shape[3] == 1 else row, 0 if total.shape[4] == 1 else column)
-    return lax.dynamic_update_slice(total, lax.dynamic_slice(total, corner, tile.shape) + tile, corner)
+    return lax.dynamic_update_index_in_dim(x, lax.dynamic_index_in_dim(x, j, keepdims=False) + update, j, 0)

@@ -2,7 +2,8 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import index
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,15 @@ def floating(
     return x
 
 
+def weight(operator: str, name: str, value: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
+    """`value` as a floating matrix [k, n] for x[..., k]."""
+    w = floating(operator, name, value)
+    if w.ndim != 2 or w.shape[0] != x.shape[-1]:
+        hint = "; is it transposed?" if w.ndim == 2 and w.shape[1] == x.shape[-1] else ""
+        raise ValueError(f"{operator}: {name} must have shape ({x.shape[-1]}, n) for x {x.shape}, got {w.shape}{hint}")
+    return w
+
+
 def integer(operator: str, name: str, value: jax.typing.ArrayLike, *, shape: Sequence[int], of: str) -> jax.Array:
     """`value` as an integer array of `shape`; `of` says where that shape comes from."""
     x = array(operator, name, value)
@@ -38,6 +48,38 @@ def integer(operator: str, name: str, value: jax.typing.ArrayLike, *, shape: Seq
     if x.shape != tuple(shape):
         raise ValueError(f"{operator}: {name} must have shape {tuple(shape)} ({of}), got {x.shape}")
     return x
+
+
+def boolean(operator: str, name: str, value: jax.typing.ArrayLike, *, to: Sequence[int], of: str) -> jax.Array:
+    """`value` as a boolean array that broadcasts to the shape `to`; `of` says where that shape comes from."""
+    x = array(operator, name, value)
+    if x.dtype != jnp.bool_:
+        raise TypeError(f"{operator}: {name} must be boolean, got {x.dtype}")
+    broadcastable(operator, name, x, to=to, of=of)
+    return x
+
+
+def broadcastable(operator: str, name: str, x: jax.Array, *, to: Sequence[int], of: str) -> None:
+    """Raises `ValueError` unless x broadcasts to the shape `to`."""
+    fits = x.ndim <= len(to) and all(
+        size in (1, full) for size, full in zip(reversed(x.shape), reversed(to), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{operator}: {name} must broadcast to {tuple(to)} ({of}), got shape {x.shape}")
+
+
+def axes(operator: str, name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """`value` as a tuple of different axes in [0, rank)."""
+    try:
+        chosen = tuple(map(index, value if isinstance(value, Sequence) else (value,)))
+    except TypeError:
+        raise TypeError(f"{operator}: {name} must be an int or a sequence of ints, got {value!r}") from None
+    if any(not -rank <= axis < rank for axis in chosen):
+        raise ValueError(f"{operator}: {name} must be in [{-rank}, {rank}) for {rank} axes, got {value}")
+    chosen = tuple(sorted(axis % rank for axis in chosen))
+    if len(set(chosen)) < len(chosen) or not chosen:
+        raise ValueError(f"{operator}: {name} must name at least one axis, and none twice, got {value}")
+    return chosen
 
 
 def finite(operator: str, name: str, value: float) -> float:
@@ -55,3 +97,17 @@ def number(operator: str, name: str, value: float, *, positive: bool = False) ->
     if value < 0 or (positive and value == 0):
         raise ValueError(f"{operator}: {name} must be {'above 0' if positive else 'at least 0'}, got {value}")
     return value
+
+
+def elementwise(operator: str, name: str, function: Callable) -> Callable:
+    """`function`, checked when it is called: it must keep the shape of its argument."""
+    if not callable(function):
+        raise TypeError(f"{operator}: {name} must be a function of an array, got {type(function).__name__}")
+
+    def checked(x):
+        y = function(x)
+        if jnp.shape(y) != x.shape:
+            raise ValueError(f"{operator}: {name} must keep the shape {x.shape} of its argument, got {jnp.shape(y)}")
+        return y
+
+    return checked

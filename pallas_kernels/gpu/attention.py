@@ -36,7 +36,6 @@ ROWS = 64  # rows of one warpgroup: the height of a wgmma
 CONSUMERS = 2
 BLOCK = ROWS * CONSUMERS
 LOWEST = float(jnp.finfo(jnp.float32).min)  # a running maximum that is never -inf, so that no row computes -inf - -inf
-PIECE = 128  # columns of one rescaled product: [64, 256] twice would not fit the registers
 WGMMA = plgpu.Layout.WGMMA
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 WHOLE, MASKED, SKIPPED = "whole", "masked", "skipped"
@@ -332,7 +331,8 @@ def _forward(problem: _Problem):
     band, keys, operands, dtype = problem.band, problem.tiles.keys, problem.operands, problem.dtype
     stages, query_tiles = min(problem.tiles.stages, pl.cdiv(S, keys)), pl.cdiv(T, BLOCK)
     ragged = S % keys != 0 or "key_lengths" in operands
-    pieces = [pl.ds(start, min(PIECE, H - start)) for start in range(0, H, PIECE)]
+    width = H if H <= 128 else 64  # of one rescaled product: [64, 256] twice would not fit the registers
+    pieces = [pl.ds(start, width) for start in range(0, H, width)]
 
     def kernel(refs):
         batch, head = lax.axis_index("batch"), lax.axis_index("head")

@@ -10,21 +10,21 @@ from pallas_kernels.gpu.row_norm import Tiles
 __all__ = ["Tiles", "backward", "forward", "unsupported"]
 
 
-def unsupported(x, scale, bias, *, eps: float = 1e-6, scale_offset: float = 0.0) -> str | None:
+def unsupported(x, scale, bias, *, eps: float, scale_offset: float) -> str | None:
     """Why these kernels do not take x[..., features], scale[features], bias[features]; None if they do."""
     del eps, scale_offset
     return row_norm.unsupported(x, {"scale": scale, "bias": bias})
 
 
 def forward(
-    x, scale, bias, *, eps: float, scale_offset: float = 0.0, tiles: Tiles | None = None
+    x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | None = None
 ) -> tuple[tuple[Array], tuple[()]]:
     """((y like x,), ())."""
     return (row_norm.forward(x, scale, bias, eps=eps, scale_offset=scale_offset, tiles=tiles),), ()
 
 
 def backward(
-    x, scale, bias, *, outputs, residuals, cotangents, eps: float, scale_offset: float = 0.0, tiles: Tiles | None = None
+    x, scale, bias, *, outputs, residuals, cotangents, eps: float, scale_offset: float, tiles: Tiles | None = None
 ) -> dict[str, Array]:
     """Gradients of `x`, `scale` and `bias`; the statistics are computed again from `x`."""
     del outputs, residuals

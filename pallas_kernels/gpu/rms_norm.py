@@ -10,19 +10,19 @@ from pallas_kernels.gpu.row_norm import Tiles
 __all__ = ["Tiles", "backward", "forward", "unsupported"]
 
 
-def unsupported(x, scale, *, eps: float = 1e-6, scale_offset: float = 0.0) -> str | None:
+def unsupported(x, scale, *, eps: float, scale_offset: float) -> str | None:
     """Why these kernels do not take x[..., features], scale[features]; None if they do."""
     del eps, scale_offset
     return row_norm.unsupported(x, {"scale": scale})
 
 
-def forward(x, scale, *, eps: float, scale_offset: float = 0.0, tiles: Tiles | None = None) -> tuple[tuple[Array], tuple[()]]:
+def forward(x, scale, *, eps: float, scale_offset: float, tiles: Tiles | None = None) -> tuple[tuple[Array], tuple[()]]:
     """((y like x,), ())."""
     return (row_norm.forward(x, scale, None, eps=eps, scale_offset=scale_offset, tiles=tiles),), ()
 
 
 def backward(
-    x, scale, *, outputs, residuals, cotangents, eps: float, scale_offset: float = 0.0, tiles: Tiles | None = None
+    x, scale, *, outputs, residuals, cotangents, eps: float, scale_offset: float, tiles: Tiles | None = None
 ) -> dict[str, Array]:
     """Gradients of `x` and `scale`; the inverse root is computed again from `x`."""
     del outputs, residuals

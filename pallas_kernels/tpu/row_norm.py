@@ -43,10 +43,11 @@ class Tiles:
         step's fixed cost hides behind its copy; less on a chip with little VMEM (v4), since six blocks are alive at once."""
         width = round_up(features, LANES)
         columns = min(width, 2048)
-        most = max(rows // ROWS * ROWS, ROWS)  # never past the end: the last block may be partial but not the only one
+        block = min(2 << 20, chips.current("tpu").vmem_bytes // 16) // (width * itemsize)
+        # Never past the end: the last block may be partial but not the only one.
+        most = max(min(block, rows) // ROWS, 1) * ROWS
         group = min(64 * 1024 // columns // ROWS * ROWS, most)
-        block = min(2 << 20, chips.current("tpu").vmem_bytes // 16)
-        return Tiles(min(max(block // (width * itemsize) // group, 1), most // group) * group, group, columns)
+        return Tiles(most // group * group, group, columns)
 
 
 def _vmem_bytes(tiles: Tiles, features: int, itemsize: int, parameters: int, backward: bool) -> int:

@@ -117,9 +117,9 @@ def test_vmap_gives_each_member_its_own_gradients():
 
 
 def _fused_body(operands, dy):
-    outputs, residuals = layer_norm.forward(**operands, eps=EPS, tiles=FEW)
+    outputs, residuals = layer_norm.forward(**operands, eps=EPS, scale_offset=0.0, tiles=FEW)
     gradients = layer_norm.backward(
-        **operands, outputs=outputs, residuals=residuals, cotangents=(dy,), eps=EPS, tiles=FEW
+        **operands, outputs=outputs, residuals=residuals, cotangents=(dy,), eps=EPS, scale_offset=0.0, tiles=FEW
     )
     return {"y": outputs[0]} | gradients
 

@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv first. `make help` lists them.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_FLAGS ?= -n 2
+
+.PHONY: help demo test lint types certify certificates bench docs clean
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+
+demo: $(VENV)/installed  ## train a small language model on 8 virtual devices, beside the same model in plain Flax
+	$(BIN)/python examples/train_gpt.py --demo
+
+test: $(VENV)/installed  ## the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/installed  ## style and imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/installed  ## static types
+	$(BIN)/mypy
+
+certify: $(VENV)/compilers  ## compile every kernel for every chip and compare with docs/certificates.json
+	$(BIN)/python -m benchmarks.certify --check
+
+certificates: $(VENV)/compilers  ## the same, and write docs/certificates.{md,json}
+	$(BIN)/python -m benchmarks.certify
+
+bench: $(VENV)/installed  ## time the operators against JAX's and Flax's own on this machine
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/installed  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove everything that was generated
+	rm -rf $(VENV) build dist site out *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@sh tools/create_venv.sh $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,test,docs]'
+	@touch $@
+
+$(VENV)/compilers: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu-compile,gpu-compile]'
+	@touch $@

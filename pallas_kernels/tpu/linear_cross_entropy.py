@@ -1,0 +1,386 @@
+"""Cross-entropy of a linear layer on the TPU; the logits [tokens, vocab] exist only tile by tile, in VMEM.
+
+    z = x · weight (+ bias),  z = cap · tanh(z / cap),  lse_t = log Σ_v exp z_tv
+    loss_t = lse_t - (1-ε) z_ty - (ε/V) Σ_v z_tv + λ lse_t²                       (ε label smoothing, λ z-loss, y the label)
+    dz_tv = g_t · [(1 + 2λ lse_t) · exp(z_tv - lse_t) - (1-ε) [v = y] - ε/V] · (1 - (z_tv / cap)²)
+    dx = dz · weightᵀ,   dweight = xᵀ · dz,   dbias = Σ_t dz
+
+Forward: a block of tokens stays while the vocabulary streams past; maxima and sums are kept per lane and joined at the end, so
+no step crosses lanes. Backward: one kernel, three products. A block of the vocabulary stays, with its dweight, while the tokens
+stream past, transposed: logits are [vocab, tokens], what belongs to a token is a row that broadcasts for free, and no product has
+to transpose an operand. dx is a float32 array in HBM to which every block of the vocabulary adds: read while the logits are
+computed, written while the next ones are. Each core takes a share of the vocabulary and has a dx of its own; XLA adds them.
+float32 operands are multiplied at JAX's default matmul precision, as XLA would.
+Source: Milakov and Gimelshein 2018 (online softmax); Wijmans et al. 2024 (cut cross-entropy).
+"""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips
+from pallas_kernels.padding import pad_to, round_up
+
+f32 = jnp.float32
+LANES = 128
+FLOOR = -1e30  # below every logit; -inf would make exp(-inf - -inf) of a block without any
+SLACK = 6 << 20  # VMEM left to the compiler for what does not stay in registers
+NN = (((1,), (0,)), ((), ()))  # a · b
+NT = (((1,), (1,)), ((), ()))  # a · bᵀ
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """A grid step takes `tokens` × `vocab` logits, `strip` columns of the vocabulary at a time; all multiples of 128."""
+
+    tokens: int
+    vocab: int
+    strip: int = 256
+
+    @staticmethod
+    def default(hidden: int, itemsize: int, *, backward: bool) -> "Tiles":
+        """The first that fits. What stays in VMEM decides how often the rest is read: tokens forward, vocabulary backward;
+        below about 512 of it the reads, not the products, take the time."""
+        vmem = chips.current("tpu").vmem_bytes - SLACK
+        sizes = _BACKWARD if backward else _FORWARD
+        return next((t for t in sizes if _vmem_bytes(t, hidden, itemsize, backward) <= vmem), sizes[-1])
+
+    def fitted(self, tokens: int, vocab: int, *, backward: bool) -> "Tiles":
+        """The same number of blocks, cut evenly. Backward has at least two blocks of tokens: see `_backward_kernel`."""
+        return Tiles(
+            _share(tokens, max(pl.cdiv(tokens, self.tokens), 2 if backward else 1)),
+            _share(vocab, pl.cdiv(vocab, self.vocab)),
+            self.strip,
+        )
+
+
+_FORWARD = tuple(Tiles(*s) for s in ((1024, 1024), (1024, 512), (512, 512), (512, 256), (256, 256), (256, 128), (128, 128)))
+_BACKWARD = tuple(Tiles(*s) for s in ((512, 2048), (512, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128)))
+
+
+def _share(size, blocks):
+    return round_up(pl.cdiv(size, blocks), LANES)
+
+
+def _vmem_bytes(tiles: Tiles, hidden: int, itemsize: int, backward: bool) -> int:
+    """VMEM of a kernel. Operands are there twice, the next block arriving while this one is worked on."""
+    h, t, v = round_up(hidden, LANES), tiles.tokens, tiles.vocab
+    if backward:  # x, weight, its transpose, dweight and its sum, dx; dz, logits and their kin
+        return itemsize * h * (2 * t + 2 * v + v + 2 * v) + 4 * h * (v + 2 * t) + (itemsize + 4) * v * t + 8 * 4 * v * LANES
+    return itemsize * h * (2 * t + 2 * v) + 4 * t * v + 8 * 4 * t * LANES
+
+
+def unsupported(
+    x, weight, labels, bias=None, *, label_smoothing: float, z_loss: float, logits_soft_cap: float | None
+) -> str | None:
+    """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"x must be float32 or bfloat16 on a TPU, got {x.dtype}"
+    if weight.dtype != x.dtype:
+        return f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}"
+    vmem = chips.current("tpu").vmem_bytes
+    fits = lambda hidden: _vmem_bytes(_BACKWARD[-1], hidden, x.dtype.itemsize, True) + SLACK <= vmem
+    if not fits(x.shape[-1]):
+        most = max(h for h in range(0, x.shape[-1], LANES) if fits(h))
+        return f"the least tiles must fit the {vmem >> 20} MiB of VMEM, that is hidden ≤ {most} in {x.dtype}, got {x.shape[-1]}"
+    return None
+
+
+def _dot(a, b, dims):
+    """A product summed in float32. bfloat16 products are exact whatever the precision asked for; Mosaic wants none named."""
+    exact = a.dtype == f32 and jax.config.jax_default_matmul_precision not in (None, "default", "fastest", "bfloat16")
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=f32)
+
+
+def _overlapped(strips, product, rest):
+    """rest(strip, product(strip)) for each strip, every product issued before the arithmetic on the one before it."""
+    before = product(strips[0])
+    for n, strip in enumerate(strips):
+        following = product(strips[n + 1]) if n + 1 < len(strips) else None
+        rest(strip, before)
+        before = following
+
+
+def _strips(tiles):
+    return [slice(u, min(u + tiles.strip, tiles.vocab)) for u in range(0, tiles.vocab, tiles.strip)]
+
+
+def _clear_past_the_end(w_ref, block, vocab):
+    """The last block of the vocabulary may be partial; what lies past its end may be NaN, which no product would forget."""
+    width = w_ref.shape[1]
+    if vocab % width:
+
+        @pl.when(block == vocab // width)
+        def _():
+            column = lax.broadcasted_iota(jnp.int32, (1, width), 1)
+            w_ref[...] = jnp.where(column < vocab % width, w_ref[...], jnp.zeros((), w_ref.dtype))
+
+
+# ------------------------------------------------------------------------------------------------ forward
+def _forward_kernel(
+    x_ref, w_ref, labels_ref, *refs, vocab, tiles, label_smoothing, z_loss, logits_soft_cap, with_bias
+):
+    *bias_ref, loss_ref, lse_ref, top_ref, sum_ref, picked_ref, total_ref, labels_column = refs
+    j, last = pl.program_id(1), pl.num_programs(1) - 1
+
+    @pl.when(j == 0)
+    def _():
+        top_ref[...] = jnp.full(top_ref.shape, FLOOR, f32)
+        for ref in (sum_ref, picked_ref, total_ref):
+            ref[...] = jnp.zeros(ref.shape, f32)
+        labels_column[...] = jnp.broadcast_to(labels_ref[...], (LANES, tiles.tokens)).T
+
+    _clear_past_the_end(w_ref, j, vocab)
+    lane = lax.broadcasted_iota(jnp.int32, (tiles.tokens, LANES), 1)
+
+    def gather(strip, z):
+        """Takes a strip of products into the running statistics, each [tokens, 128]."""
+        if with_bias:
+            z = z + bias_ref[0][:, strip]
+        if logits_soft_cap is not None:
+            z = logits_soft_cap * jnp.tanh(z * (1 / logits_soft_cap))
+        groups = [z[:, u : u + LANES] for u in range(0, z.shape[1], LANES)]
+        offsets = [j * tiles.vocab + strip.start + u for u in range(0, z.shape[1], LANES)]
+        if label_smoothing:
+            parts = [jnp.where(lane < vocab - o, g, 0.0) if vocab % tiles.vocab else g for g, o in zip(groups, offsets)]
+            total_ref[...] += functools.reduce(jnp.add, parts)
+        if vocab % tiles.vocab:
+            groups = [jnp.where(lane < vocab - o, g, FLOOR) for g, o in zip(groups, offsets)]
+        label, picked = labels_column[...], picked_ref[...]
+        for g, o in zip(groups, offsets):
+            picked = jnp.where(lane == label - o, g, picked)
+        picked_ref[...] = picked
+        old = top_ref[...]
+        top = functools.reduce(jnp.maximum, groups, old)
+        top_ref[...] = top
+        sum_ref[...] = sum_ref[...] * jnp.exp(old - top) + functools.reduce(jnp.add, [jnp.exp(g - top) for g in groups])
+
+    _overlapped(_strips(tiles), lambda strip: _dot(x_ref[...], w_ref[:, strip], NN), gather)
+
+    @pl.when(j == last)
+    def _():
+        top = jnp.max(top_ref[...], 1, keepdims=True)
+        lse = top + jnp.log(jnp.sum(sum_ref[...] * jnp.exp(top_ref[...] - top), 1, keepdims=True))
+        loss = lse - (1 - label_smoothing) * jnp.sum(picked_ref[...], 1, keepdims=True)
+        if label_smoothing:
+            loss = loss - (label_smoothing / vocab) * jnp.sum(total_ref[...], 1, keepdims=True)
+        if z_loss:
+            loss = loss + z_loss * jnp.square(lse)
+        for ref, column in ((loss_ref, loss), (lse_ref, lse)):
+            ref[...] = jnp.broadcast_to(column, (tiles.tokens, LANES)).T[:1]
+
+
+def _prepare(x, weight, bias, tiles, backward):
+    """Operands grown to whole tiles: x[tokens, hidden] with zeros, bias as float32 [1, vocab]; and the tiles.
+
+    The weight keeps its size whenever it can: it is the one operand that is expensive to copy. `_clear_past_the_end` copes.
+    """
+    (tokens, hidden), vocab = x.shape, weight.shape[1]
+    tiles = (tiles or Tiles.default(hidden, x.dtype.itemsize, backward=backward)).fitted(tokens, vocab, backward=backward)
+    wide = round_up(hidden, LANES)
+    x = pad_to(pad_to(x, 1, wide), 0, round_up(tokens, tiles.tokens))
+    weight = pad_to(weight, 0, wide)
+    if vocab < tiles.vocab:
+        weight = pad_to(weight, 1, tiles.vocab)
+    bias = [] if bias is None else [pad_to(bias.astype(f32)[None], 1, round_up(vocab, tiles.vocab))]
+    return x, weight, bias, tiles
+
+
+def _row(vector, size, value=0):
+    """vector[tokens] as [1, size]; the new entries are `value`."""
+    return pad_to(vector[None], 1, size, value)
+
+
+def _params(semantics, tiles, hidden, itemsize, backward):
+    limit = _vmem_bytes(tiles, hidden, itemsize, backward) + SLACK
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
+
+
+def _cost(products, x, weight, *extra):
+    """`products` of the size of the logits; every operand read or written once."""
+    logits = x.shape[0] * weight.shape[1]
+    moved = sum(a.size * a.dtype.itemsize for a in (x, weight, *extra))
+    return pl.CostEstimate(flops=2 * products * logits * x.shape[1], transcendentals=logits, bytes_accessed=moved)
+
+
+def forward(
+    x: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None = None, *,
+    label_smoothing: float, z_loss: float, logits_soft_cap: float | None, tiles: Tiles | None = None,
+):
+    """((loss[tokens], lse[tokens]) in float32, ()) of x[tokens, hidden], weight[hidden, vocab], labels[tokens], bias[vocab]."""
+    tokens, vocab = x.shape[0], weight.shape[1]
+    x, weight, bias, tiles = _prepare(x, weight, bias, tiles, backward=False)
+    padded, hidden = x.shape
+    row = pl.BlockSpec((1, tiles.tokens), lambda i, j: (0, i))
+    statistic = pltpu.VMEM((tiles.tokens, LANES), f32)
+    loss, lse = pl.pallas_call(
+        functools.partial(
+            _forward_kernel, vocab=vocab, tiles=tiles, label_smoothing=label_smoothing, z_loss=z_loss,
+            logits_soft_cap=logits_soft_cap, with_bias=bool(bias),
+        ),
+        grid=(padded // tiles.tokens, pl.cdiv(vocab, tiles.vocab)),
+        in_specs=[
+            pl.BlockSpec((tiles.tokens, hidden), lambda i, j: (i, 0)),
+            pl.BlockSpec((hidden, tiles.vocab), lambda i, j: (0, j)),
+            row,
+        ] + [pl.BlockSpec((1, tiles.vocab), lambda i, j: (0, j)) for _ in bias],
+        out_specs=[row] * 2,
+        out_shape=[jax.ShapeDtypeStruct((1, padded), f32)] * 2,
+        scratch_shapes=[statistic] * 4 + [pltpu.VMEM((tiles.tokens, LANES), jnp.int32)],
+        compiler_params=_params(("parallel", "arbitrary"), tiles, hidden, x.dtype.itemsize, False),
+        cost_estimate=_cost(1, x, weight),
+        name="linear_cross_entropy",
+    )(x, weight, _row(labels, padded), *bias)
+    return (loss[0, :tokens], lse[0, :tokens]), ()
+
+
+# ------------------------------------------------------------------------------------------------ backward
+def _backward_kernel(
+    xt_ref, w_ref, labels_ref, lse_ref, g_ref, slope_ref, *refs,
+    vocab, blocks, tiles, label_smoothing, logits_soft_cap, with_bias,
+):
+    """Grid (share of the vocabulary, block of it, block of tokens); everything is [vocab or hidden, tokens].
+
+    dx_hbm[share, hidden, tokens] is added to through two buffers. Step s reads its block while step s-1 computes, and its write
+    ends while step s+1 computes. The read for s+1 is issued once the write of s-1 has ended: with at least two blocks of
+    tokens, what it reads was written at s-1 or before.
+    """
+    bias_ref, refs = (refs[:1], refs[1:]) if with_bias else ((), refs)
+    dx_hbm, dw_ref, db_ref, wt_ref, dw_sum, db_sum, dz_ref, dx_ref, bias_column, reading, writing = refs
+    share, v, t = (pl.program_id(axis) for axis in range(3))
+    rounds, turns = pl.num_programs(1), pl.num_programs(2)
+    block = share * rounds + v
+    step, steps = v * turns + t, jnp.minimum(rounds, blocks - share * rounds) * turns
+    slot = lax.rem(step, 2)
+
+    def place(s):
+        return dx_hbm.at[share, :, pl.ds(pl.multiple_of(lax.rem(s, turns) * tiles.tokens, LANES), tiles.tokens)]
+
+    def read(s):
+        return pltpu.make_async_copy(place(s), dx_ref.at[lax.rem(s, 2)], reading.at[lax.rem(s, 2)])
+
+    def write(s):
+        return pltpu.make_async_copy(dx_ref.at[lax.rem(s, 2)], place(s), writing.at[lax.rem(s, 2)])
+
+    def logits_gradient(strip, z):
+        """dz of a strip of products [strip, tokens]."""
+        if with_bias:
+            z = z + bias_column[strip, :1]
+        if logits_soft_cap is not None:
+            bent = jnp.tanh(z * (1 / logits_soft_cap))
+            z = logits_soft_cap * bent
+        row = lax.broadcasted_iota(jnp.int32, z.shape, 0) + (block * tiles.vocab + strip.start)
+        g = g_ref[...]
+        dz = slope_ref[...] * jnp.exp(z - lse_ref[...]) - jnp.where(row == labels_ref[...], (1 - label_smoothing) * g, 0.0)
+        if label_smoothing:
+            dz = dz - (label_smoothing / vocab) * g
+        if logits_soft_cap is not None:
+            dz = dz * (1 - jnp.square(bent))
+        if vocab % tiles.vocab:
+            dz = jnp.where(row < vocab, dz, 0.0)
+        if with_bias:
+            db_sum[strip] += functools.reduce(jnp.add, [dz[:, u : u + LANES] for u in range(0, tiles.tokens, LANES)])
+        dz_ref[strip] = dz.astype(dz_ref.dtype)
+
+    @pl.when(block < blocks)
+    def _():
+        @pl.when(t == 0)
+        def _():
+            _clear_past_the_end(w_ref, block, vocab)
+            wt_ref[...] = w_ref[...].T
+            dw_sum[...] = jnp.zeros(dw_sum.shape, f32)
+            if with_bias:
+                bias_column[...] = jnp.broadcast_to(bias_ref[0][...], (LANES, tiles.vocab)).T
+                db_sum[...] = jnp.zeros(db_sum.shape, f32)
+
+        _overlapped(_strips(tiles), lambda strip: _dot(wt_ref[strip], xt_ref[...], NN), logits_gradient)
+
+        @pl.when(step > 0)
+        def _():
+            write(step - 1).wait()
+
+        @pl.when((step + 1 < steps) & (step + 1 >= turns))
+        def _():
+            read(step + 1).start()
+
+        dw_sum[...] += _dot(xt_ref[...], dz_ref[...], NT)
+
+        @pl.when(v == 0)
+        def _():
+            dx_ref[slot] = jnp.zeros(dx_ref.shape[1:], f32)
+
+        @pl.when(v > 0)
+        def _():
+            read(step).wait()
+
+        dx_ref[slot] += _dot(w_ref[...], dz_ref[...], NN)
+        write(step).start()
+
+        @pl.when(step + 1 == steps)
+        def _():
+            write(step).wait()
+
+        @pl.when(t + 1 == turns)
+        def _():
+            dw_ref[...] = dw_sum[...].astype(dw_ref.dtype)
+            if with_bias:
+                db_ref[...] = jnp.sum(db_sum[...].T, 0, keepdims=True)
+
+
+def backward(
+    x: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None = None, *, outputs, residuals, cotangents,
+    label_smoothing: float, z_loss: float, logits_soft_cap: float | None, tiles: Tiles | None = None,
+) -> dict[str, jax.Array]:
+    """Gradients of x, weight and bias (if present) from the cotangent g[tokens] of the loss and the saved lse[tokens]."""
+    operands = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    (tokens, hidden), vocab, dtype = x.shape, weight.shape[1], x.dtype
+    x, weight, bias, tiles = _prepare(x, weight, bias, tiles, backward=True)
+    padded, wide = x.shape
+    g, lse = cotangents[0].astype(f32), outputs[1]
+    # Tokens past the end: g = 0 and lse = ∞, so that dz is 0 whatever the bias.
+    rows = (_row(labels, padded), _row(lse, padded, jnp.inf), _row(g, padded), _row(g * (1 + 2 * z_loss * lse), padded))
+    blocks = pl.cdiv(vocab, tiles.vocab)
+    shares = min(chips.current("tpu").cores, blocks)
+    rounds = pl.cdiv(blocks, shares)
+
+    def along_vocab(height):
+        # The last share may be a round short: it stays on the block before and does nothing.
+        return pl.BlockSpec((height, tiles.vocab), lambda p, v, t: (0, jnp.minimum(p * rounds + v, blocks - 1)))
+
+    def along_tokens(height):
+        return pl.BlockSpec((height, tiles.tokens), lambda p, v, t: (0, t))
+
+    dx, dw, db = pl.pallas_call(
+        functools.partial(
+            _backward_kernel, vocab=vocab, blocks=blocks, tiles=tiles, label_smoothing=label_smoothing,
+            logits_soft_cap=logits_soft_cap, with_bias=bool(bias),
+        ),
+        grid=(shares, rounds, padded // tiles.tokens),
+        in_specs=[along_tokens(wide), along_vocab(wide), *[along_tokens(1)] * 4, *[along_vocab(1) for _ in bias]],
+        out_specs=[pl.BlockSpec(memory_space=pl.ANY), along_vocab(wide), along_vocab(1)],
+        out_shape=[
+            jax.ShapeDtypeStruct((shares, wide, padded), f32),
+            jax.ShapeDtypeStruct(weight.shape, dtype),
+            jax.ShapeDtypeStruct((1, blocks * tiles.vocab), f32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((tiles.vocab, wide), dtype),
+            pltpu.VMEM((wide, tiles.vocab), f32),
+            pltpu.VMEM((tiles.vocab, LANES), f32),
+            pltpu.VMEM((tiles.vocab, tiles.tokens), dtype),
+            pltpu.VMEM((2, wide, tiles.tokens), f32),
+            pltpu.VMEM((tiles.vocab, LANES), f32),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        compiler_params=_params(("parallel", "arbitrary", "arbitrary"), tiles, wide, dtype.itemsize, True),
+        cost_estimate=_cost(3, x, weight, x, weight),
+        name="linear_cross_entropy_backward",
+    )(x.T, weight, *rows, *bias)
+    grads = {"x": dx.sum(0).T[:tokens, :hidden], "weight": dw[:hidden, :vocab], "bias": db[0, :vocab]}
+    return {name: grads[name].astype(operand.dtype) for name, operand in operands.items()}

@@ -1,0 +1,146 @@
+"""The Mosaic GPU attention kernels in the interpreter (memory poisoned with NaN, races detected) against float64."""
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gpu_interpreter import interpreter
+
+from pallas_kernels import chips
+from pallas_kernels.gpu import attention
+from pallas_kernels.gpu.attention import Tiles
+
+SMALL = Tiles(keys=64, keys_dq=64, queries_dkv=64)  # many steps: every slot and barrier phase is used again
+DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+
+
+def case(T, S, *, heads=(2, 1), dim=64, dtype="bfloat16", batch=1, tiles=SMALL, mask=None, bias=None, bias_dtype="float32",
+         lengths=None, segments=0, sinks=False, causal=False, window=None, cap=None, shift=0.0):  # fmt: skip
+    return locals()
+
+
+CASES = {
+    # sizes, head sizes, types
+    "one": case(1, 1, tiles=None, dtype="float16", dim=16),
+    "one-query": case(1, 129, heads=(1, 1), sinks=True),
+    "full": case(127, 128, heads=(2, 1), dim=96),
+    "causal": case(300, 300, causal=True),
+    "causal-default-tiles": case(129, 300, causal=True, tiles=None, heads=(1, 1)),
+    "causal-more-queries": case(200, 129, causal=True, dim=128, tiles=None, heads=(1, 1), dtype="float16"),
+    "wide": case(129, 130, causal=True, dim=256, tiles=None, heads=(1, 1)),
+    # features
+    "window": case(330, 260, window=(70, 20), heads=(1, 1)),
+    "window-causal": case(1000, 129, window=(100, None), causal=True, tiles=None, heads=(1, 1)),
+    "lengths": case(150, 200, lengths=((150, 70, 0), (0, 130, 200)), batch=3, heads=(1, 1)),
+    "lengths-sinks": case(200, 150, lengths=((200, 100), (0, 140)), batch=2, causal=True, heads=(1, 1), sinks=True),
+    "segments": case(140, 200, segments=3, causal=True, batch=2, heads=(1, 1)),
+    "cap": case(70, 130, cap=3.0, sinks=True),
+    "mask": case(130, 140, mask=(1, 2, 130, 140)),
+    "masks-of-rows-and-columns": case(70, 130, mask=(1, 2, 1, 130), bias=(1, 1, 70, 1), bias_dtype="bfloat16"),
+    "bias": case(130, 70, bias=(1, 2, 130, 70), causal=True, batch=2),
+    "low-scores": case(70, 70, heads=(1, 1), shift=-400.0),  # exp(0 - lse) overflows for the zero rows that fill a tile
+    "all": case(140, 200, bias=(1, 1, 140, 200), mask=(2, 1, 1, 200), lengths=((140, 90), (200, 130)), segments=2, sinks=True,
+                cap=4.0, window=(90, 30), batch=2, dim=32),
+}  # fmt: skip
+
+
+def build(c):
+    """(operands, dout, options)"""
+    rng = np.random.default_rng(c["T"] * 1000 + c["S"])
+    (N, K), B, T, S, H, dtype = c["heads"], c["batch"], c["T"], c["S"], c["dim"], c["dtype"]
+    normal = lambda *shape: rng.standard_normal(shape)
+    operands = dict(query=normal(B, T, N, H), key=normal(B, S, K, H), value=normal(B, S, K, H))
+    if c["shift"]:  # one column of query · key is the same for all: it shifts every score
+        operands["query"][..., 0], operands["key"][..., 0] = c["shift"], H**0.5
+    operands = {name: jnp.asarray(x, dtype) for name, x in operands.items()}
+    if c["bias"]:
+        operands["bias"] = jnp.asarray(normal(*c["bias"]), c["bias_dtype"])
+    if c["mask"]:
+        operands["mask"] = jnp.asarray(rng.random(c["mask"]) > 0.3).at[..., :2, :].set(c["mask"][2] == 1)  # rows that see nothing
+    if c["lengths"]:
+        operands |= {f"{name}_seq_lengths": jnp.asarray(x, jnp.int32) for name, x in zip(("query", "key_value"), c["lengths"])}
+    if c["segments"]:
+        ids = lambda size: jnp.asarray(np.sort(rng.integers(0, c["segments"], (B, size))), jnp.int32)
+        operands |= dict(query_segment_ids=ids(T).at[:, -3:].set(-1), key_value_segment_ids=ids(S))  # -1 sees nothing
+    if c["sinks"]:
+        operands["sinks"] = jnp.asarray(normal(N), jnp.float32)
+    options = dict(scale=H**-0.5, is_causal=c["causal"], local_window_size=c["window"], logits_soft_cap=c["cap"])
+    return operands, jnp.asarray(normal(B, T, N, H), dtype), options
+
+
+def plain(operands, scale, is_causal, local_window_size, logits_soft_cap):
+    """(out, lse) by the formula, in the operands' dtypes with float32 scores: the XLA form, or the oracle for float64 operands."""
+    query, key, value = operands["query"], operands["key"], operands["value"]
+    (B, T, N, H), S = query.shape, key.shape[1]
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    key, value = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (key, value))
+    s = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=wide) * scale
+    if logits_soft_cap is not None:
+        s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
+    s = s + operands.get("bias", jnp.zeros((), wide)).astype(wide)
+    i, j = jnp.arange(T)[:, None], jnp.arange(S)
+    left, right = local_window_size or (None, None)
+    seen = (j <= i) | (not is_causal)
+    seen &= (j >= i - (T + S if left is None else left)) & (j <= i + (T + S if right is None else right))
+    seen = seen & operands.get("mask", True)
+    if "query_seq_lengths" in operands:
+        seen = seen & (i < operands["query_seq_lengths"][:, None, None, None])
+        seen = seen & (j < operands["key_value_seq_lengths"][:, None, None, None])
+    if "query_segment_ids" in operands:
+        seen = seen & (operands["query_segment_ids"][:, None, :, None] == operands["key_value_segment_ids"][:, None, None, :])
+    seen = jnp.broadcast_to(seen, s.shape)
+    sinks = operands["sinks"].astype(wide)[:, None, None] if "sinks" in operands else -jnp.inf
+    top = jnp.maximum(jnp.max(jnp.where(seen, s, -jnp.inf), axis=-1, keepdims=True), sinks)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+    e = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0) - top), 0.0)
+    total = e.sum(-1, keepdims=True) + jnp.exp(sinks - top)
+    p = e / jnp.where(total > 0, total, 1.0)
+    out = jnp.einsum("bnts,bsnh->btnh", p.astype(value.dtype), value, preferred_element_type=wide).astype(query.dtype)
+    return out, jnp.where(total > 0, top + jnp.log(total), jnp.inf)[..., 0]
+
+
+def plain_gradients(operands, dout, options):
+    """{"out", "lse", and each gradient by name}"""
+    primals = {name: operands[name] for name in DIFFERENTIABLE if name in operands}
+    (out, lse), pull = jax.vjp(lambda x: plain({**operands, **x}, **options), primals)
+    return dict(out=out, lse=lse) | pull((dout, jnp.zeros_like(lse)))[0]
+
+
+def oracle(operands, dout, options):
+    with jax.enable_x64(True):
+        exact = lambda x: jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return jax.tree.map(np.asarray, plain_gradients({n: exact(x) for n, x in operands.items()}, exact(dout), options))
+
+
+def fused(operands, dout, options, tiles):
+    outputs, residuals = attention.forward(**operands, **options, tiles=tiles)
+    gradients = attention.backward(
+        **operands, **options, tiles=tiles, outputs=outputs, residuals=residuals, cotangents=(dout, jnp.zeros_like(outputs[1])))
+    return dict(zip(("out", "lse"), outputs)) | gradients
+
+
+def compare(operands, dout, options, got):
+    want, unfused = oracle(operands, dout, options), plain_gradients(operands, dout, options)
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        assert (got[name].shape, got[name].dtype) == (unfused[name].shape, unfused[name].dtype), name
+        mine, yardstick = (np.asarray(x[name], np.float64) for x in (got, unfused))
+        known = np.isfinite(exact)  # lse is +inf for a row that sees nothing
+        np.testing.assert_array_equal(mine[~known], exact[~known], err_msg=name)
+        error, allowed = (np.abs(x[known] - exact[known]).max(initial=0) for x in (mine, yardstick))
+        slack = 2e-6 * np.abs(exact[known]).max(initial=1)  # a few float32 roundings of what is summed, which is of size one
+        print(f"{name}: error {error:.2e}, unfused {allowed:.2e}, slack {slack:.1e}, norm ratio "
+              f"{np.linalg.norm(mine[known] - exact[known]) / max(np.linalg.norm(yardstick[known] - exact[known]), 1e-30):.2f}")
+        assert error <= 2 * allowed + slack, name
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name):
+    operands, dout, options = build(CASES[name])
+    assert attention.unsupported(**operands, **options) is None
+    with interpreter():
+        got = jax.block_until_ready(fused(operands, dout, options, CASES[name]["tiles"]))
+    compare(operands, dout, options, got)

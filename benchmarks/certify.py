@@ -195,30 +195,34 @@ def certify(chip: chips.Chip, case: Case, direction: str, dtype: str, device) ->
 
 
 def vmem_bytes(text: str) -> int:
-    """The most VMEM a kernel of the compiled program `text` uses."""
-    calls = [line for line in text.splitlines() if KERNEL_CALL["tpu"] in line]
-    used = [
+    """The most VMEM that XLA sets aside for a kernel of the compiled program `text`; 0 if none asks for more than the default."""
+    sizes = [
         int(size)
-        for line in calls
-        for config in re.findall(r'used_scoped_memory_configs":\[(.*?)\]', line)
+        for line in text.splitlines()
+        if KERNEL_CALL["tpu"] in line
+        for config in re.findall(r'scoped_memory_configs":\[(.*?)\]', line)
         for size in re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', config)
     ]
-    return max(used, default=0)
+    return max(sizes, default=0)
 
 
-def gpu_resources(printed: str) -> dict:
-    """Registers of a thread and spilled bytes from ptxas' report, shared memory from Mosaic's; the most of any kernel."""
-    kernels = re.findall(
+def gpu_resources(printed: str, kernels: int) -> dict:
+    """Registers of a thread and spilled bytes from ptxas' report, shared memory from Mosaic's; the most of any kernel.
+
+    Mosaic reports a kernel when it is lowered, ptxas when it is compiled: of the `kernels` that XLA kept, which are the last ones lowered.
+    """
+    reports = re.findall(
         r"Compiling entry function '\S+_mosaic_gpu_kernel'.*?(\d+) bytes spill stores.*?Used (\d+) registers", printed, re.S
     )
     shared = []
     for line in re.findall(r"^Resources\((.*)", printed, re.M):
-        barriers = sum(map(int, re.findall(r"num_barriers=(\d+)", line)))
-        shared.append(int(re.search(r"smem_scratch_bytes=(\d+)", line)[1]) + 8 * barriers)
+        scratch = int(re.search(r"smem_scratch_bytes=(\d+)", line)[1])
+        barriers = sum(int(size) * int(count) for size, count in re.findall(r"num_barriers=(\d+).*?\): (\d+)", line))
+        shared.append(scratch + 8 * barriers)
     return {
-        "smem_bytes": max(shared, default=0),
-        "registers": max((int(registers) for _, registers in kernels), default=0),
-        "spill_bytes": max((int(spills) for spills, _ in kernels), default=0),
+        "smem_bytes": max(shared[-kernels:], default=0),
+        "registers": max((int(registers) for _, registers in reports), default=0),
+        "spill_bytes": max((int(spills) for spills, _ in reports), default=0),
     }
 
 
@@ -247,7 +251,7 @@ def work(chip_name: str, start: int) -> None:
 
 
 def _lines(process, seconds: float) -> Iterator[str]:
-    """What `process` prints; raises `queue.Empty` once it prints no mark for `seconds`."""
+    """What `process` prints; raises `queue.Empty` once it prints nothing for `seconds`."""
     lines: queue.Queue = queue.Queue()
 
     def read():
@@ -266,16 +270,25 @@ def last_words(printed: list[str]) -> str:
     return plain_words((fatal or printed or ["nothing was said"])[-1])
 
 
+def worker(chip_name: str, start: int) -> list[str]:
+    """The command that works off the cells of a chip from the `start`-th on."""
+    return [sys.executable, "-m", "benchmarks.certify", "--worker", chip_name, "--start", str(start)]
+
+
 def supervise(chip_name: str, seconds: float) -> dict[str, dict]:
     """Certificates of all cells of a chip, by key."""
-    todo, results = cells(), {}
-    while len(results) < len(todo):
-        start = len(results)
-        command = [sys.executable, "-m", "benchmarks.certify", "--worker", chip_name, "--start", str(start)]
+    keys = [key_of(chip_name, *cell) for cell in cells()]
+    results: dict[str, dict] = {}
+    while len(results) < len(keys):
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            env={**os.environ, **ENVIRONMENT}, cwd=DOCS.parent,
-        )  # fmt: skip
+            worker(chip_name, len(results)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, **ENVIRONMENT},
+            cwd=DOCS.parent,
+        )
         printed: list[str] = []
         end = "the compiler aborted: {}"
         try:
@@ -285,8 +298,8 @@ def supervise(chip_name: str, seconds: float) -> dict[str, dict]:
                 elif line.startswith(END):
                     found = json.loads(line[len(END) :])
                     if found["status"] == "compiled" and chips.named(chip_name).platform == "gpu":
-                        found |= gpu_resources("".join(printed))
-                    results[key_of(chip_name, *todo[len(results)])] = found
+                        found |= gpu_resources("".join(printed), found["kernels"])
+                    results[keys[len(results)]] = found
                 else:
                     printed.append(line)
         except queue.Empty:
@@ -294,8 +307,8 @@ def supervise(chip_name: str, seconds: float) -> dict[str, dict]:
         finally:
             process.kill()
             process.wait()
-        if len(results) < len(todo):  # the cell at which the process ended; the next process takes the one after it
-            results[key_of(chip_name, *todo[len(results)])] = {"status": "failed", "reason": end.format(last_words(printed))}
+        if len(results) < len(keys):  # the cell at which the process ended; the next process takes the one after it
+            results[keys[len(results)]] = {"status": "failed", "reason": end.format(last_words(printed))}
     return results
 
 
@@ -399,7 +412,7 @@ def render(certificates: dict) -> str:
 def _figures(cell: dict) -> list[str]:
     sizes = [_size(cell[name]) for name in ("temp_bytes", "argument_bytes", "output_bytes")]
     if "vmem_bytes" in cell:
-        return [*sizes, _size(cell["vmem_bytes"]), "", ""]
+        return [*sizes, _size(cell["vmem_bytes"]) if cell["vmem_bytes"] else "default", "", ""]
     return [*sizes, _size(cell["smem_bytes"]), str(cell["registers"]), _size(cell["spill_bytes"])]
 
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax._src import config
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
@@ -42,6 +44,11 @@ def only_xla(name: str, implementation: Implementation) -> None:
     """For an operator without kernels: checks `implementation`. Raises `ValueError` if it asks for "pallas" alone."""
     if "xla" not in order_of(name, implementation):
         raise ValueError(f"{name}: implementation 'pallas' was asked for, but {name} has no Pallas kernel yet")
+
+
+def on_cpu(cpu: Callable, otherwise: Callable, *operands: Any) -> Any:
+    """`cpu(*operands)` in a program for the CPU, `otherwise(*operands)` in any other: for XLA rules tiled for a cache."""
+    return lax.platform_dependent(*operands, cpu=cpu, default=otherwise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +94,17 @@ def _partitioning(context: Any) -> str | None:
     return None
 
 
-def _device(context: Any) -> Any:
-    """The abstract device a program is lowered for, if its axis context tells."""
-    devices = getattr(context, "device_assignment", None)
-    if devices is None and hasattr(context, "mesh") and context.mesh.devices.size:
-        devices = context.mesh.devices.flat[:1]
-    if devices is None or len(devices) == 0:
-        return None
-    chip = chips.of_kind(devices[0].device_kind)
-    return chip and chips.abstract_device(chip)
+def _device(context: Any, platform: str | None) -> Any:
+    """The abstract device a program is lowered for: the one its axis context tells, else the default of `platform`."""
+    devices = getattr(context, "device_assignment", None) or ()
+    if hasattr(context, "mesh"):
+        devices = getattr(context.mesh, "devices", np.array([])).flat[:1]
+    chip = chips.of_kind(devices[0].device_kind) if len(devices) else None
+    if chip is None or chip.platform != platform:
+        if platform is None:
+            return None
+        chip = chips.current(platform)
+    return chips.abstract_device(chip)
 
 
 def register(primitive: Any, refusal: Callable[[str, Any, Sequence[Any]], str | None]) -> None:
@@ -128,13 +137,14 @@ def register(primitive: Any, refusal: Callable[[str, Any, Sequence[Any]], str | 
     def rule_for(platform: str | None):
         def rule(ctx, *operands, call):
             context = ctx.module_context.axis_context
-            with alone(None if chips.targeted() else _device(context)):
+            with alone(None if chips.targeted() else _device(context, platform)):
                 run = chosen(call, ctx.avals_in, platform, _partitioning(context))
                 local = ctx.replace(avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in])
                 return mlir.lower_fun(run)(local, *operands)
 
         return rule
 
+    prim_requires_devices_during_lowering.add(primitive)  # else JAX does not say which chip a program is lowered for
     primitive.def_impl(evaluate)
     mlir.register_lowering(primitive, rule_for(None))
     for name, ours in _PLATFORMS.items():

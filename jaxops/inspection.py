@@ -98,7 +98,7 @@ def explain(function: Callable[..., Any], *args: Any, target: str | None = None,
         chip = chips.targeted()
         traced = jax.jit(call).trace(*[flat[i] for i in arrays])
         found: dict[tuple, Line] = {}
-        for equation in _equations(traced.jaxpr.jaxpr):
+        for equation in operator_calls(traced.jaxpr.jaxpr):
             line = _line(equation, chip)
             key = (line.operator, line.phase, line.operands)
             found[key] = dataclasses.replace(line, count=found[key].count + 1) if key in found else line
@@ -129,7 +129,7 @@ def _line(equation: Any, chip: chips.Chip | None) -> Line:
     )
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def operator_calls(jaxpr: Any) -> Iterator[Any]:
     """Every operator call of a program, those of its inner programs included."""
     for equation in jaxpr.eqns:
         if equation.primitive is autodiff.operator_p:
@@ -138,4 +138,4 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if isinstance(inner, core.Jaxpr):
-                    yield from _equations(inner)
+                    yield from operator_calls(inner)

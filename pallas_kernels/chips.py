@@ -67,11 +67,8 @@ CHIPS = {
         _gpu("b200", "NVIDIA B200", 148, 2250e12, 8000e9, 232448, (10, 0), 191.5, 126, 1.965, 128),
     )
 }
-# What a kernel may count on when nobody said which chip it is for: the least memory of the chips the kernels are proved on.
-_DEFAULT = {
-    "tpu": dataclasses.replace(CHIPS["v5p"], name="unknown TPU", cores=1),
-    "gpu": dataclasses.replace(CHIPS["h100"], name="unknown GPU"),
-}
+# What a kernel is made for when nobody said which chip it is for: the least memory of the chips the kernels are proved on.
+_DEFAULT = {"tpu": CHIPS["v5p"], "gpu": CHIPS["h100"]}
 
 
 def named(name: str) -> Chip:

@@ -19,7 +19,7 @@ def pad_to(x: jax.Array, axis: int, size: int, value=0) -> jax.Array:
 
 
 def to_tiles(x: jax.Array, axis: int, size: int, value=0) -> jax.Array:
-    """`x` cut along `axis` into tiles of `size`, which become a new leading axis; the last one is filled with `value`."""
+    """`x` cut along `axis` into tiles of `size`, which become a new leading axis; the last is filled with `value`."""
     axis %= x.ndim
     x = pad_to(x, axis, round_up(x.shape[axis], size), value)
     x = x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
@@ -27,7 +27,7 @@ def to_tiles(x: jax.Array, axis: int, size: int, value=0) -> jax.Array:
 
 
 def from_tiles(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """The inverse of `to_tiles`: the tiles of the leading axis joined along `axis` of the result, cut back to `size`."""
+    """The inverse of `to_tiles`: the tiles of the leading axis joined along `axis` of the result, cut to `size`."""
     axis %= x.ndim - 1
     x = jnp.moveaxis(x, 0, axis)
     x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])

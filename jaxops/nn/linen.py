@@ -188,12 +188,12 @@ class _Kernel(linen.Module):
     """A parameter `kernel` under a name of its own, as a Dense layer has it."""
 
     shape: tuple[int, int]
-    init: Initializer
+    kernel_init: Initializer
     param_dtype: Any
 
     @linen.compact
     def __call__(self) -> jax.Array:
-        return self.param("kernel", self.init, self.shape, self.param_dtype)
+        return self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
 
 
 class GatedMLP(linen.Module):

@@ -1,11 +1,13 @@
 """Attention: the public function, and its XLA rules, which never hold more than a tile of logits per head.
 
-Forward (online softmax, Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022): for each tile of queries, over the tiles of keys,
+Forward, for each tile of queries, over the tiles of keys (online softmax, arXiv:1805.02867; FlashAttention,
+arXiv:2205.14135):
 
-    m' = max(m, max_j s_ij);  p = exp(s - m');  l' = e^(m - m') l + Σ_j p;  acc' = e^(m - m') acc + p v;   out = acc / l
+    m' = max(m, max_j s_ij);  p = exp(s - m');  l' = e^(m - m') l + Σ_j p;  acc' = e^(m - m') acc + p v;  out = acc / l
 
 Backward: p = exp(s - lse);  dv = pᵀ dout;  ds = p ∘ (dout vᵀ - Σ_h dout ∘ out);  dq = scale ds k;  dk = scale dsᵀ q.
 """
+
 import dataclasses
 import functools
 import math
@@ -15,20 +17,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from jaxops.autodiff import Operator, Rules
+from jaxops.ops import checks
 from jaxops.reference.attention import FLOOR
 from jaxops.reference.attention import dot_product_attention as reference
+from pallas_kernels import gpu, tpu
 from pallas_kernels.masks import Band
 from pallas_kernels.padding import from_tiles, pad_to, round_up, to_tiles
 
+_NAME = "dot_product_attention"
 # Sides of a tile of logits, and how many logits the tiles of all heads may have together: what stays in a CPU's cache.
 _LEAST_SIDE, _MOST_SIDE, _MOST_LOGITS = 128, 512, 1 << 20
 
 
 def _tile_sizes(queries: int, keys: int, heads: int) -> tuple[int, int]:
-    """(rows, columns) of a tile: square where both sizes are long, one tile where one is short; cut evenly, so little is padded."""
+    """(rows, columns) of a tile: square where both sizes are long, longer on one side where the other is short."""
     side = _MOST_SIDE
     while side > _LEAST_SIDE and heads * side * side > _MOST_LOGITS:
         side //= 2
@@ -123,26 +131,27 @@ class _Call:
         return lax.scan(lambda carry, at: f(at[0], carry, at[1]), carry, (jnp.arange(count), tiles))
 
     def over_key_tiles(self, i, f: Callable, carry: Any) -> Any:
-        """`carry = f(j, carry, masked=…)` for every key tile j that query tile i sees any of; unmasked where it sees all."""
-        row, columns, tiles = i * self.rows, self.columns, self.key.shape[0]
-        if tiles == 1:
-            first, whole = 0, self.band.whole(row, self.rows, self.keys) if isinstance(i, int) else (0, 0)
-            seen_whole = isinstance(i, int) and whole[0] <= 0 and whole[1] >= self.keys
-            return f(0, carry, masked=self.always_masked or self.key_lengths is not None or not seen_whole)
-
+        """`carry = f(j, carry, masked=…)` for every key tile j that query tile i sees any of, unmasked where all of it."""
+        row, columns = i * self.rows, self.columns
         first, end = self.band.touched(row, self.rows, self.keys)
         whole, whole_end = self.band.whole(row, self.rows, self.keys)
+        if self.key.shape[0] == 1:  # one step, known before any number is
+            all_seen = isinstance(i, int) and whole == 0 and whole_end == self.keys and self.key_lengths is None
+            return f(0, carry, masked=self.always_masked or not all_seen)
         if self.key_lengths is not None:
             end = jnp.minimum(end, jnp.max(self.key_lengths))
             whole_end = jnp.minimum(whole_end, jnp.min(self.key_lengths))
         first, end = first // columns, (end + columns - 1) // columns
-        whole, whole_end = (whole + columns - 1) // columns, whole_end // columns
         if self.always_masked:
             return _loop(first, end, functools.partial(f, masked=True), carry)
-        whole = _at_most(_at_least(whole, first), end)
-        whole_end = _at_most(_at_least(whole_end, whole), end)
+        if self.band.left is None:
+            whole = first
+        else:
+            whole = _least(_greatest((whole + columns - 1) // columns, first), end)
+        whole_end = _least(_greatest(whole_end // columns, whole), end)
         for start, stop, masked in ((first, whole, True), (whole, whole_end, False), (whole_end, end, True)):
-            carry = _loop(start, stop, functools.partial(f, masked=masked), carry)
+            if start is not stop:
+                carry = _loop(start, stop, functools.partial(f, masked=masked), carry)
         return carry
 
     @property
@@ -212,11 +221,11 @@ def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.promote_types(b.dtype, jnp.float32))
 
 
-def _at_least(a, b):
+def _greatest(a, b):
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
 
 
-def _at_most(a, b):
+def _least(a, b):
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
 
 
@@ -272,7 +281,18 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
 
 
 def _backward(
-    query, key, value, *, outputs, residuals, cotangents, scale, is_causal, local_window_size, logits_soft_cap, **optional
+    query,
+    key,
+    value,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    scale,
+    is_causal,
+    local_window_size,
+    logits_soft_cap,
+    **optional,
 ):
     del residuals
     call = _Call.of(
@@ -332,3 +352,196 @@ def _backward(
 
 def _add_at(x: jax.Array, j, update: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(x, lax.dynamic_index_in_dim(x, j, keepdims=False) + update, j, 0)
+
+
+_OPERATOR = Operator(
+    name=_NAME,
+    differentiable=("query", "key", "value", "bias", "sinks"),
+    reference=reference,
+    xla=Rules(_forward, _backward),
+    tpu=tpu.attention,
+    gpu=gpu.attention,
+    partition=lambda query: (query, PartitionSpec(query[0], query[2], query[1])),  # out [B, T, N, H], lse [B, N, T]
+)
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    implementation: str | Sequence[str] | None = None,
+    return_residual: bool = False,
+    logits_soft_cap: float | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+) -> Any:
+    """out_i = Σ_j p_ij v_j,  p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),  s = cap(scale · q kᵀ) + bias where masks allow.
+
+    A drop-in for `jax.nn.dot_product_attention` that never holds the T × S logits: memory is O(T + S). One difference: a
+    query that sees no key gives zeros. B batch, T queries, S keys, N heads, K key/value heads dividing N, H head size.
+
+    Args:
+      query: [B, T, N, H] or [T, N, H]; float32, bfloat16 or float16.
+      key, value: [B, S, K, H] or [S, K, H], of the query's dtype. Query head n uses key/value head n // (N / K).
+      bias: floating, up to 4-D, broadcastable to [B, N, T, S]; added to the logits. Its gradient has its own shape.
+      mask: boolean, broadcastable likewise; True = attend.
+      scale: of the logits; None: 1 / sqrt(H).
+      is_causal: query i sees the keys j ≤ i, counted from the start of both, whatever T and S.
+      query_seq_lengths: integers [B]; queries beyond give zeros and pass no gradient.
+      key_value_seq_lengths: integers [B]; keys beyond are not seen.
+      local_window_size: (left, right): query i sees i - left ≤ j ≤ i + right, None leaves a side open; n is (n, n).
+      implementation: None chooses; "pallas" or "xla" is strict; a sequence is tried in order.
+      return_residual: also return the log-sum-exp of each row of logits.
+      logits_soft_cap: c > 0 applies cap(s) = c · tanh(s / c) before the bias; None: cap(s) = s.
+      query_segment_ids, key_value_segment_ids: integers [B, T] and [B, S]; only equal ids see each other. If T = S one serves
+        for both.
+      sinks: floating [N]; one more logit per head, without a value (as if a key of value zero were always seen).
+
+    Returns:
+      out, of the query's shape and dtype; with `return_residual`, (out, lse): lse is [B, T, N] or [T, N] in the key's dtype,
+      constant to derivatives, and JAX's large negative number where nothing is seen.
+
+    Raises:
+      ValueError: shapes, lengths, windows or the cap do not fit, or `implementation` is unknown or refuses.
+      TypeError: a dtype is not one of those above.
+
+    An additive mask hides a key if it is -inf or the most negative float32 or bfloat16; a query all of whose logits are about
+    -1e9 sees every key, but float32 cannot give it a gradient: hide such keys by `mask`.
+
+    FlashAttention-2 (Dao, arXiv:2307.08691); grouped heads (Ainslie et al., arXiv:2305.13245); soft cap as in Gemma 2
+    (arXiv:2408.00118); sinks as learned in gpt-oss (arXiv:2508.10925) after StreamingLLM (arXiv:2309.17453).
+    """
+    query, shape = _heads("query", query), jnp.shape(query)
+    key, value = _heads("key", key, query), _heads("value", value, query)
+    (batch, queries, heads, size), (_, keys, groups, _) = query.shape, key.shape
+    if value.shape != key.shape:
+        raise ValueError(f"{_NAME}: value must have the shape of key, {key.shape}, got {value.shape}")
+    if heads % groups if groups else heads:
+        hint = _SWAPPED if keys and queries % keys == 0 else ""
+        raise ValueError(f"{_NAME}: query must have a multiple of the {groups} heads of key, got {heads}{hint}")
+    for name, option in (("is_causal", is_causal), ("return_residual", return_residual)):
+        if not isinstance(option, bool | np.bool_):
+            raise TypeError(f"{_NAME}: {name} must be a bool, got {type(option).__name__}")
+    if logits_soft_cap is not None:
+        logits_soft_cap = checks.number(_NAME, "logits_soft_cap", logits_soft_cap, positive=True)
+    if (query_segment_ids is None) != (key_value_segment_ids is None):
+        if queries != keys:
+            raise ValueError(
+                f"{_NAME}: query_segment_ids and key_value_segment_ids must come together because T = {queries} and "
+                f"S = {keys} differ, got {'query' if key_value_segment_ids is None else 'key_value'}_segment_ids alone"
+            )
+        shared = query_segment_ids if key_value_segment_ids is None else key_value_segment_ids
+        query_segment_ids = key_value_segment_ids = shared
+    if sinks is not None:
+        sinks = checks.floating(_NAME, "sinks", sinks, shape=(heads,), of="one per query head")
+    query, scale = _fold_scale(query, scale, size)
+    logits = (batch, heads, queries, keys), (batch, queries, heads, groups)
+    operands = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": _over_logits("bias", bias, *logits),
+        "mask": _over_logits("mask", mask, *logits),
+        "query_seq_lengths": _integers("query_seq_lengths", query_seq_lengths, (batch,), "[B]"),
+        "key_value_seq_lengths": _integers("key_value_seq_lengths", key_value_seq_lengths, (batch,), "[B]"),
+        "query_segment_ids": _integers("query_segment_ids", query_segment_ids, (batch, queries), "[B, T]"),
+        "key_value_segment_ids": _integers("key_value_segment_ids", key_value_segment_ids, (batch, keys), "[B, S]"),
+        "sinks": sinks,
+    }
+    out, lse = _OPERATOR(
+        operands,
+        implementation=implementation,
+        scale=scale,
+        is_causal=bool(is_causal),
+        local_window_size=_window(local_window_size),
+        logits_soft_cap=logits_soft_cap,
+    )
+    out = out.reshape(shape)
+    if not return_residual:
+        return out
+    lse = jnp.where(lse == jnp.inf, -0.7 * float(jnp.finfo(jnp.float32).max), lse)
+    lse = lse.transpose(0, 2, 1).reshape(shape[:-1]).astype(key.dtype)
+    return out, lax.stop_gradient(lse)
+
+
+_SWAPPED = "; BTNH is expected, this looks like BNTH: swap axes 1 and 2 of query, key and value"
+
+
+def _heads(name: str, x: ArrayLike, query: jax.Array | None = None) -> jax.Array:
+    """`x` as [batch, length, heads, size], with the dtype, batch and head size of `query`."""
+    x = checks.floating(_NAME, name, x)
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise TypeError(f"{_NAME}: {name} must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.ndim not in (3, 4):
+        raise ValueError(
+            f"{_NAME}: {name} must have shape [batch, length, heads, size] without or with batch, got {x.shape}"
+        )
+    x = x if x.ndim == 4 else x[None]
+    if query is not None:
+        if x.dtype != query.dtype:
+            raise TypeError(f"{_NAME}: {name} must have the dtype of query, {query.dtype}, got {x.dtype}")
+        for axis, what in ((0, "batch"), (3, "head size")):
+            if x.shape[axis] != query.shape[axis]:
+                raise ValueError(f"{_NAME}: {name} must have the {what} of query {query.shape}, got {x.shape}")
+    return x
+
+
+def _over_logits(name: str, x: ArrayLike | None, full: tuple, swapped: tuple) -> jax.Array | None:
+    """`x` as a 4-D array that broadcasts to `full`; `swapped` is what the logits would be if BNTH had been given."""
+    if x is None:
+        return None
+    x = checks.array(_NAME, name, x)
+    if name == "mask" and x.dtype != jnp.bool_:
+        raise TypeError(f"{_NAME}: mask must be boolean, got {x.dtype}; an additive mask goes into bias")
+    if name == "bias" and not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = "; a boolean mask goes into mask" if x.dtype == jnp.bool_ else ""
+        raise TypeError(f"{_NAME}: bias must be of a floating dtype, got {x.dtype}{hint}")
+    fits_swapped = x.ndim == 4 and all(have in (1, want) for have, want in zip(x.shape, swapped, strict=True))
+    checks.broadcastable(_NAME, name, x, to=full, of="[B, N, T, S]" + (_SWAPPED if fits_swapped else ""))
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _integers(name: str, x: ArrayLike | None, shape: tuple[int, ...], of: str) -> jax.Array | None:
+    if x is None:
+        return None
+    x = checks.array(_NAME, name, x)
+    if shape[0] == 1 and (1, *x.shape) == shape:  # [T], as the query may be [T, N, H]
+        x = x[None]
+    return checks.integer(_NAME, name, x, shape=shape, of=of).astype(jnp.int32)
+
+
+def _fold_scale(query: jax.Array, scale: Any, size: int) -> tuple[jax.Array, float]:
+    """(query, scale) with the same product, the scale a Python number ≥ 0 (kernels take the maximum before they scale)."""
+    if scale is None:
+        return query, 1 / math.sqrt(size) if size else 1.0
+    if isinstance(scale, jax.Array) and scale.ndim == 0 and jnp.issubdtype(scale.dtype, jnp.floating):
+        if isinstance(scale, jax.core.Tracer):
+            wide = jnp.promote_types(query.dtype, jnp.float32)
+            return (query.astype(wide) * scale).astype(query.dtype), 1.0
+        scale = float(scale)
+    scale = checks.finite(_NAME, "scale", scale)
+    return (-query, -scale) if scale < 0 else (query, scale)
+
+
+def _window(size: Any) -> tuple[int | None, int | None] | None:
+    if size is None:
+        return None
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    try:
+        sides = tuple(None if side is None else operator.index(side) for side in sides)
+    except TypeError:
+        sides = ()
+    if len(sides) != 2:
+        raise TypeError(f"{_NAME}: local_window_size must be an int or (left, right) of ints or None, got {size!r}")
+    if any(side is not None and side < 0 for side in sides):
+        raise ValueError(f"{_NAME}: local_window_size must not be negative, got {size!r}")
+    return sides

@@ -77,11 +77,11 @@ def layer_norm(
     x = checks.floating("layer_norm", "x", x)
     expected = dict(shape=x.shape[-1:], of="the last axis of x")
     eps = checks.number("layer_norm", "eps", eps)
+    scale_offset = checks.finite("layer_norm", "scale_offset", scale_offset)
     if scale is None:
         scale, scale_offset = jnp.ones(x.shape[-1:], x.dtype), 0.0
     else:
         scale = checks.floating("layer_norm", "scale", scale, **expected)
-    scale_offset = checks.finite("layer_norm", "scale_offset", scale_offset)
     bias = jnp.zeros(x.shape[-1:], x.dtype) if bias is None else checks.floating("layer_norm", "bias", bias, **expected)
     (y,) = _OPERATOR(
         dict(x=x, scale=scale, bias=bias), implementation=implementation, eps=eps, scale_offset=scale_offset

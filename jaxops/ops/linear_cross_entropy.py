@@ -136,11 +136,8 @@ def _backward_chunked(elements, x, weight, labels, bias, lse, g, *, label_smooth
 
 
 def _by_platform(run: Callable, *operands):
-    return lax.platform_dependent(
-        *operands,
-        cpu=functools.partial(run, _CPU_ELEMENTS),
-        default=functools.partial(run, _ACCELERATOR_ELEMENTS),
-    )
+    cpu, otherwise = (functools.partial(run, elements) for elements in (_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS))
+    return dispatch.on_cpu(cpu, otherwise, *operands)
 
 
 _OPERATOR = Operator(

@@ -71,10 +71,10 @@ def rms_norm(
     """
     x = checks.floating("rms_norm", "x", x)
     eps = checks.number("rms_norm", "eps", eps)
+    scale_offset = checks.finite("rms_norm", "scale_offset", scale_offset)
     if scale is None:
         scale, scale_offset = jnp.ones(x.shape[-1:], x.dtype), 0.0
     else:
         scale = checks.floating("rms_norm", "scale", scale, shape=x.shape[-1:], of="the last axis of x")
-    scale_offset = checks.finite("rms_norm", "scale_offset", scale_offset)
     (y,) = _OPERATOR(dict(x=x, scale=scale), implementation=implementation, eps=eps, scale_offset=scale_offset)
     return y

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxops import dispatch
+
 # Of one tile: 512 KiB in float32, what a core's own cache holds. A tile much larger costs a trip to memory for every
 # intermediate, one much smaller costs loop overhead.
 _TILE_ELEMENTS = 1 << 17
@@ -27,7 +29,7 @@ def map_rows(rows: Rows, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array
     Returns:
       y[..., features] and each sum[features].
     """
-    return lax.platform_dependent(*arrays, cpu=lambda *xs: _tiled(rows, xs), default=lambda *xs: _whole(rows, xs))
+    return dispatch.on_cpu(lambda *xs: _tiled(rows, xs), lambda *xs: _whole(rows, xs), *arrays)
 
 
 def _whole(rows: Rows, arrays):

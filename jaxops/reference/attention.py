@@ -1,4 +1,5 @@
 """out = softmax(scale · q kᵀ + bias, where masks allow) · v: what attention means, in plain JAX."""
+
 import jax
 import jax.numpy as jnp
 
@@ -29,13 +30,13 @@ def dot_product_attention(
     local_window_size: tuple[int | None, int | None] | None,
     logits_soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),  out_i = Σ_j p_ij v_j,  s = cap(scale · q kᵀ) + bias where seen.
+    """out_i = Σ_j p_ij v_j,  p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),  s = cap(scale · q kᵀ) + bias where seen.
 
     cap(s) = logits_soft_cap · tanh(s / logits_soft_cap). Shapes: query [B, T, N, H], key and value [B, S, K, H] with K
     dividing N, bias and mask broadcastable to [B, N, T, S], lengths [B], segment ids [B, T] and [B, S], sinks [N].
 
-    Returns out [B, T, N, H] in the query's dtype and lse [B, N, T] in float32 (float64 for float64), the logarithm of the
-    denominator. A row that sees no key has out 0 and lse +inf (with sinks: lse = sink).
+    Returns out [B, T, N, H] in the query's dtype and lse [B, N, T] in float32 (float64 for float64): the logarithm of
+    the denominator. A row that sees no key has out 0 and lse +inf (with sinks: lse = sink).
     """
     batch, length, heads, _ = query.shape
     keys, groups = key.shape[1], key.shape[2]
@@ -88,8 +89,9 @@ def dot_product_attention(
         row, query, *varying = tiles
         # What is the same for every query was not split.
         whole = (bias, mask, query_segment_ids)
-        return attend(row, query, *(x if tile is None else tile for x, tile in zip(whole, varying)))
+        return attend(row, query, *(x if tile is None else tile for x, tile in zip(whole, varying, strict=True)))
 
-    tiles = (to_tiles(jnp.arange(length), 0, tile), split(query, 1), split(bias, 2), split(mask, 2), split(query_segment_ids, 1))
+    varying = (split(bias, 2), split(mask, 2), split(query_segment_ids, 1))
+    tiles = (to_tiles(jnp.arange(length), 0, tile), split(query, 1), *varying)
     out, lse = jax.lax.map(jax.checkpoint(attend_tile), tiles)
     return from_tiles(out, 1, length), from_tiles(lse, 2, length)

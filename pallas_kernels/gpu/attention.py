@@ -245,10 +245,10 @@ def _tiles_touched(band, first, rows, columns, tile):
     return start, (end if isinstance(start, int) and start == 0 else lax.max(start, end))
 
 
-def _sections(band, first, rows, block, columns, tile, *, ragged, all_masked):
+def _sections(band, first, rows, block, columns, tile, *, ragged, segmented, wide):
     """[(begin, end, kind)]: the tiles `block` = [start, end) as the owner of rows first … first + rows - 1 goes through them.
 
-    `ragged`: the last tile holds columns past the end. `all_masked`: segments need a mask everywhere.
+    `ragged`: the last tile holds columns past the end. `segmented`: any tile may be cut. `wide`: a second loop would not fit the registers.
     """
     start, end = block
     open_left, open_right = band.left is None, band.right is None
@@ -260,7 +260,7 @@ def _sections(band, first, rows, block, columns, tile, *, ragged, all_masked):
     whole_start = mine_start if open_left else _clip(_div(whole[0] + tile - 1, tile), mine_start, mine_end)
     whole_end = mine_end if open_right and not ragged else _clip(_div(whole[1], tile), whole_start, mine_end)
     sections = [(start, mine_start, SKIPPED)] if skip_left else []
-    if all_masked:
+    if segmented or wide and (ragged or not band.open):
         sections += [(mine_start, mine_end, MASKED)]
     else:
         sections += [] if open_left else [(mine_start, whole_start, MASKED)]
@@ -330,7 +330,7 @@ def _forward(problem: _Problem):
     B, T, S, N, K, H = problem.shape
     band, keys, operands, dtype = problem.band, problem.tiles.keys, problem.operands, problem.dtype
     stages, query_tiles = min(problem.tiles.stages, pl.cdiv(S, keys)), pl.cdiv(T, BLOCK)
-    ragged = S % keys != 0 or "key_lengths" in operands
+    ragged, segmented = S % keys != 0 or "key_lengths" in operands, "query_segments" in operands
     width = H if H <= 128 else 64  # of one rescaled product: [64, 256] twice would not fit the registers
     pieces = [pl.ds(start, width) for start in range(0, H, width)]
 
@@ -348,7 +348,7 @@ def _forward(problem: _Problem):
             rows = pl.ds(first, ROWS)
             query = refs.query_tile.at[group]
             plgpu.copy_gmem_to_smem(refs.query.at[batch, rows, head], query, refs.query_ready.at[group])
-            row_segments = _load_rows(refs.query_segments.at[batch, rows]) if "query_segments" in operands else None
+            row_segments = _load_rows(refs.query_segments.at[batch, rows]) if segmented else None
             plgpu.barrier_wait(refs.query_ready.at[group])
 
             def swap_turns():  # the other warpgroup's products run under this one's softmax
@@ -364,7 +364,7 @@ def _forward(problem: _Problem):
                     plgpu.wgmma(acc, query, refs.key_tiles.at[slot].T)
                     extras = refs.terms(batch, head, rows, columns, shape)  # loaded while the product runs
                     segments = None
-                    if row_segments is not None:
+                    if segmented:
                         segments = row_segments, _load_columns(refs.key_segments.at[batch, columns])
                     swap_turns()
                     return acc[...], extras, segments
@@ -404,7 +404,7 @@ def _forward(problem: _Problem):
                 zeros, row(LOWEST), row(0.0))
             pl.when(group == 1)(swap_turns)
             accs, top, total = _go_through(
-                _sections(band, first, ROWS, block, key_end, keys, ragged=ragged, all_masked=row_segments is not None), step, skip, carry)
+                _sections(band, first, ROWS, block, key_end, keys, ragged=ragged, segmented=segmented, wide=H > 128), step, skip, carry)
             pl.when(group == 0)(swap_turns)
 
             lse = (top + jnp.log2(total)) * LN2
@@ -494,7 +494,7 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
             plgpu.copy_gmem_to_smem(refs.value.at[here], value, refs.key_value_ready.at[group])
             row_segments = _load_rows(refs.key_segments.at[batch, rows]) if segmented else None
             plgpu.barrier_wait(refs.key_value_ready.at[group])
-            sections = _sections(band, block_first, BLOCK, block, query_end, queries, ragged=False, all_masked=segmented)
+            sections = _sections(band, block_first, BLOCK, block, query_end, queries, ragged=False, segmented=segmented, wide=H > 128)
 
             def accumulate(**sums):
                 def per_member(member, _):
@@ -633,7 +633,7 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
                     plgpu.barrier_arrive(refs.free.at[lax.rem(j - block[0], stages)])
 
                 sections = [(0, key_tiles, MASKED)] if dense else _sections(
-                    band, first, ROWS, block, key_end, keys, ragged=ragged, all_masked=segmented)
+                    band, first, ROWS, block, key_end, keys, ragged=ragged, segmented=segmented, wide=H > 128)
                 _go_through(sections, step, skip, None)
                 return [acc[...] for acc in dq]
 

@@ -5,10 +5,11 @@
 
 Layer norm: m = mean(x). RMS norm: m = 0, no bias, and the mean(g) term is absent.
 
-One warpgroup owns one row at a time: the row lies across its 128 threads, so a mean is one reduction. Rows stream through
-shared memory by TMA. A sweep over the row reads it from shared memory again instead of keeping it in registers: what the
-registers hold across rows are only the float32 sums for the parameters' gradients. Each warpgroup writes those once, after
-its last row, and XLA adds the few hundred partial sums.
+A team of `split` warpgroups owns one row at a time, each a piece of it: the piece lies across its 128 threads, a mean is one
+reduction, and one exchange through shared memory where there are several pieces. Rows stream through shared memory by TMA. A
+sweep over the row reads it from shared memory again instead of keeping it in registers: what the registers hold across rows
+are only the float32 sums for the parameters' gradients. Each warpgroup writes those once, after its last row, and XLA adds the
+few hundred partial sums.
 """
 import dataclasses
 import functools
@@ -25,33 +26,34 @@ from pallas_kernels.padding import pad_to, round_up
 
 THREADS = 128  # of one warpgroup
 MAX_COPY = 256  # elements one TMA copy moves along an axis
-MAX_FEATURES = 8192
+GROUPS = 4  # warpgroups of a block: each thread may use 128 registers
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`features` numbers laid over the threads of a warpgroup as a tile [padded, width], of which [used, width] are copied."""
+    """`features` numbers in `split` pieces of [used, width], each laid over a warpgroup as a tile [padded, width]."""
 
     features: int
+    split: int = 1
 
     @property
-    def aligned(self) -> int:
-        """`features` rounded up to what TMA copies at once: 16-byte multiples, at most 256 entries along both axes."""
-        sizes = (round_up(self.features, multiple) for multiple in (8, 16, 32))
-        return next(size for size in sizes if size <= MAX_COPY * math.gcd(size, MAX_COPY))
+    def piece(self) -> int:
+        """Features of a piece, rounded up to what TMA copies at once: 16-byte multiples, at most 256 entries along both axes."""
+        sizes = (round_up(pl.cdiv(self.features, self.split), multiple) for multiple in (8, 16, 32, 64, 128, 256))
+        return next((size for size in sizes if size <= MAX_COPY * math.gcd(size, MAX_COPY)), MAX_COPY * MAX_COPY)
 
     @property
     def width(self) -> int:
-        return math.gcd(self.aligned, MAX_COPY)
+        return math.gcd(self.piece, MAX_COPY)
 
     @property
     def used(self) -> int:
-        return self.aligned // self.width
+        return self.piece // self.width
 
     @property
-    def view(self) -> tuple[int, int]:
-        return self.used, self.width
+    def view(self) -> tuple[int, int, int]:
+        return self.split, self.used, self.width
 
     def _padded(self, vector: int) -> int:
         return round_up(self.used, THREADS * vector // math.gcd(THREADS * vector, self.width))
@@ -73,52 +75,44 @@ class Row:
     def layout(self):
         return plgpu.Layout.WG_STRIDED(self.shape, vec_size=self.vector)
 
-    def keep(self, value):
-        """`value` with zeros where the tile has no feature."""
-        if self.size == self.features:
-            return value
-        index = [plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=self.layout) for axis in (0, 1)]
-        return jnp.where(index[0] * self.width + index[1] < self.features, value, 0.0)
-
-    def load(self, ref):
-        """The row in float32. The end of a slot is never written, so it must not be trusted."""
-        return self.keep(plgpu.load(ref, layout=self.layout).astype(jnp.float32))
-
-    def mean(self, value):
-        return jnp.sum(value) * (1 / self.features)
-
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """`blocks` thread blocks of `groups` warpgroups, each with `stages` rows arriving and `stores` rows leaving."""
+    """`blocks` thread blocks of `groups` warpgroups, `split` of them to a row, which has `stages` slots to arrive in and `stores` to leave."""
 
     blocks: int
     groups: int
+    split: int
     stages: int
     stores: int
 
-    def smem_bytes(self, features: int, itemsize: int, *, backward: bool, parameters: int) -> int:
-        """Shared memory of a block: rows arriving and leaving, the float32 parameters at worst, barriers and reductions."""
+    def smem_bytes(self, features: int, itemsize: int, parameter_bytes: int, *, backward: bool) -> int:
+        """Shared memory of a block: rows arriving and leaving, the parameters, then reductions, exchanges and barriers."""
         slots = self.groups * (self.stages * (2 if backward else 1) + self.stores)
-        return Row(features).size * (slots * itemsize + parameters * 4) + 4096
+        return Row(features, self.split).size * (slots * itemsize + self.split * parameter_bytes) + 512 * self.groups + 1024
 
     @staticmethod
-    def default(features: int, itemsize: int, *, backward: bool, centered: bool) -> "Tiles":
-        """As many warpgroups as the registers allow, then as many rows in flight as the shared memory allows."""
+    def default(features: int, itemsize: int, parameter_bytes: int, *, backward: bool, centered: bool) -> "Tiles | None":
+        """The fewest pieces that fit the registers and, two rows at a time, the shared memory; then as many rows in flight as fit.
+
+        `parameter_bytes` is the size of one feature's parameters in shared memory. None: nothing fits.
+        """
         chip = chips.current("gpu")
-        sums = ((2 if centered else 1) if backward else 0)
-        parameters = 2 if centered and not backward else 1
-        # Two rows in flight through the registers besides the sums; 4 warpgroups leave 128 registers a thread, 2 leave 255.
-        registers = pl.cdiv(features, THREADS) * (2 + sums)
-        fits = functools.partial(Tiles.smem_bytes, features=features, itemsize=itemsize, backward=backward, parameters=parameters)
+        sums = (2 if centered else 1) if backward else 0
         # A short row costs mostly latency: a second block on the multiprocessor hides it.
-        blocks, share = (2 * chip.cores, 2) if features <= 1024 else (chip.cores, 1)
-        choices = (
-            Tiles(blocks, groups, stages, stores)
-            for groups in ((4, 2, 1) if registers <= 96 else (2, 1))
-            for stages, stores in ((4, 2), (3, 2), (2, 2), (2, 1))
-        )
-        return next(tiles for tiles in choices if fits(tiles) * share <= chip.smem_bytes)
+        share = 2 if features <= 1024 else 1
+        for split, stages, stores in (
+            *((split, *depth) for split in (1, 2, 4) for depth in ((4, 2), (3, 2), (2, 2), (2, 1))),
+            (GROUPS, 1, 1),
+        ):
+            tiles = Tiles(share * chip.cores, GROUPS, split, stages, stores)
+            size = Row(features, split).size
+            # Two rows in flight through the registers besides the sums, and a quarter of them for all else.
+            registers = size // THREADS * (2 + sums)
+            smem = tiles.smem_bytes(features, itemsize, parameter_bytes, backward=backward)
+            if registers <= (96 if split < GROUPS else 128) and smem * share <= chip.smem_bytes:
+                return tiles
+        return None
 
 
 def unsupported(x, parameters: dict) -> str | None:
@@ -129,15 +123,22 @@ def unsupported(x, parameters: dict) -> str | None:
     for name, operand in {"x": x, **parameters}.items():
         if operand.dtype not in DTYPES:
             return f"{name} must be float32, bfloat16 or float16, got {operand.dtype}"
-    if x.shape[-1] > MAX_FEATURES:
-        return f"a warpgroup holds its sums for at most {MAX_FEATURES} features in registers, got {x.shape[-1]}"
+    features, itemsize, centered = x.shape[-1], x.dtype.itemsize, len(parameters) == 2
+    for backward in (False, True):
+        sizes = [p.dtype.itemsize for p in parameters.values()][: 1 if backward else 2]
+        if Tiles.default(features, itemsize, sum(sizes), backward=backward, centered=centered) is None:
+            return (
+                f"a row, its results and its parameters must fit {chip.smem_bytes} bytes of shared memory and the registers, "
+                f"got {features} features of {x.dtype}"
+            )
     return None
 
 
 def _share(rows: int, tiles: Tiles) -> tuple[int, int]:
-    """(rows of one warpgroup, blocks that have any)."""
-    each = pl.cdiv(rows, tiles.blocks * tiles.groups)
-    return each, pl.cdiv(rows, each * tiles.groups)
+    """(rows of one team, blocks that have any)."""
+    teams = tiles.groups // tiles.split
+    each = pl.cdiv(rows, tiles.blocks * teams)
+    return each, pl.cdiv(rows, each * teams)
 
 
 def _stream(sources, slots, ready, count, stages, body, init):
@@ -163,158 +164,214 @@ def _stream(sources, slots, ready, count, stages, body, init):
     return lax.fori_loop(0, count, step, init)
 
 
-def _statistics(row: Row, x_slot, eps: float, centered: bool):
-    """(m, r) of the row in `x_slot`."""
-    mean = row.mean(row.load(x_slot)) if centered else 0.0
-    # Two sweeps: E[x²] - E[x]² would cancel for rows far from zero.
-    deviation = row.keep(row.load(x_slot) - mean) if centered else row.load(x_slot)
-    return mean, lax.rsqrt(row.mean(deviation * deviation) + eps)
+class _Piece:
+    """What one warpgroup does with its piece of the rows. `exchange` and `met` are of its team: a slot and a barrier for partial sums."""
+
+    def __init__(self, row: Row, tiles: Tiles, count: int, exchange, met):
+        group = lax.axis_index("group")
+        self.row, self.exchange, self.met = row, exchange, met
+        self.team, self.index = lax.div(group, tiles.split), lax.rem(group, tiles.split)
+        self.group, self.used = group, pl.ds(0, row.used)
+        teams = tiles.groups // tiles.split
+        self.worker = lax.axis_index("block") * teams + self.team  # this team among those of all blocks
+        each, _ = _share(count, tiles)
+        self.first = self.worker * each
+        self.count = lax.clamp(0, count - self.first, each)
+
+    def keep(self, value):
+        """`value` with zeros where the tile has no feature."""
+        row = self.row
+        if row.size * row.split == row.features:
+            return value
+        axes = [plgpu.broadcasted_iota(jnp.int32, row.shape, axis, layout=row.layout) for axis in (0, 1)]
+        size = row.features if row.split == 1 else lax.clamp(0, row.features - self.index * row.piece, row.piece)
+        return jnp.where(axes[0] * row.width + axes[1] < size, value, 0.0)
+
+    def load(self, ref):
+        """The piece in float32. The end of a slot is never written, so it must not be trusted."""
+        return self.keep(plgpu.load(ref, layout=self.row.layout).astype(jnp.float32))
+
+    def means(self, i, start, *values):
+        """Mean of each value over the i-th row; they are the `start`-th and following of that row."""
+        sums = [jnp.sum(value) for value in values]
+        if self.row.split > 1:
+            turn = lax.rem(i, 2)  # a slot is written again two rows on, when every warpgroup has read it
+            for k, partial in enumerate(sums, start):
+                self.exchange[self.team, turn, k, self.index] = partial
+            plgpu.barrier_arrive(self.met.at[self.team])
+            plgpu.barrier_wait(self.met.at[self.team])
+            pieces = range(self.row.split)
+            sums = [sum(self.exchange[self.team, turn, k, piece] for piece in pieces) for k in range(start, start + len(sums))]
+        return [total * (1 / self.row.features) for total in sums]
+
+    def statistics(self, i, x_slot, eps: float, centered: bool):
+        """(m, r) of the row in `x_slot`."""
+        (mean,) = self.means(i, 0, self.load(x_slot)) if centered else (0.0,)
+        # A second sweep: E[x²] - E[x]² would cancel for rows far from zero.
+        deviation = self.keep(self.load(x_slot) - mean) if centered else self.load(x_slot)
+        (variance,) = self.means(i, 1, deviation * deviation)
+        return mean, lax.rsqrt(variance + eps)
+
+    def normal(self, x_slot, mean, inverse, centered: bool):
+        """x̂ of the row in `x_slot`."""
+        value = self.load(x_slot)
+        return (self.keep(value - mean) if centered else value) * inverse
+
+    def fetch_parameters(self, refs, slots, ready):
+        """The first team copies the parameters for the whole block, everyone waits."""
+
+        @pl.when(self.team == 0)
+        def _():
+            for ref, slot in zip(refs, slots):
+                plgpu.copy_gmem_to_smem(ref.at[self.index], slot.at[self.index, self.used], ready)
+
+        plgpu.barrier_wait(ready)
 
 
-def _normal(row: Row, x_slot, mean, inverse, centered: bool):
-    """x̂ of the row in `x_slot`."""
-    value = row.load(x_slot)
-    return (row.keep(value - mean) if centered else value) * inverse
+def _scratch(row: Row, tiles: Tiles, arriving, leaving, parameters):
+    """Slots for the rows and the parameters, barriers, and the exchange of the teams."""
+    return [
+        *(plgpu.SMEM((tiles.groups, tiles.stages, *row.shape), dtype) for dtype in arriving),
+        plgpu.SMEM((tiles.groups, tiles.stores, *row.shape), leaving),
+        [plgpu.SMEM((tiles.split, *row.shape), p.dtype) for p in parameters],
+        plgpu.Barrier(num_barriers=(tiles.groups, tiles.stages), num_arrivals=len(arriving)),
+        plgpu.Barrier(num_arrivals=len(parameters) * tiles.split),
+        plgpu.SMEM((tiles.groups // tiles.split, 2, 4, tiles.split), jnp.float32),
+        plgpu.Barrier(num_barriers=tiles.groups // tiles.split, num_arrivals=tiles.split),
+    ]
 
 
 def _call(body, name, out_type, scratch, blocks, tiles):
     body.__name__ = name
     return plgpu.kernel(
-        body, out_type=out_type, scratch_types=scratch, grid=(blocks,), grid_names=("block",),
-        num_threads=tiles.groups, thread_name="group",
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=tiles.groups,
+        thread_name="group",
     )
 
 
 def _rows(row: Row, array):
-    """`array[..., features]` as [rows, used, width]."""
-    return pad_to(array.reshape(-1, row.features), 1, row.aligned).reshape(-1, *row.view)
+    """`array[..., features]` as [rows, split, used, width]."""
+    return pad_to(array.reshape(-1, row.features), 1, row.split * row.piece).reshape(-1, *row.view)
 
 
 def _unrows(row: Row, array, shape):
     """The inverse of `_rows`."""
-    return array.reshape(-1, row.aligned)[:, : row.features].reshape(shape)
-
-
-def _fetch_parameters(row: Row, group, refs, slots, ready):
-    """One warpgroup copies the parameters for the whole block, everyone waits."""
-
-    @pl.when(group == 0)
-    def _():
-        for ref, slot in zip(refs, slots):
-            plgpu.copy_gmem_to_smem(ref, slot.at[pl.ds(0, row.used)], ready)
-
-    plgpu.barrier_wait(ready)
+    return array.reshape(-1, row.split * row.piece)[:, : row.features].reshape(shape)
 
 
 def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | None):
     """y like x[..., features]; with a bias it is layer norm, with None RMS norm."""
     centered = bias is not None
-    row = Row(x.shape[-1])
-    tiles = tiles or Tiles.default(row.features, x.dtype.itemsize, backward=False, centered=centered)
+    parameters = [scale, bias] if centered else [scale]
+    width = sum(p.dtype.itemsize for p in parameters)
+    tiles = tiles or Tiles.default(x.shape[-1], x.dtype.itemsize, width, backward=False, centered=centered)
+    row = Row(x.shape[-1], tiles.split)
     source = _rows(row, x)
-    each, blocks = _share(len(source), tiles)
-    parameters = [_rows(row, p)[0] for p in ((scale, bias) if centered else (scale,))]
+    rows = len(source)
 
     def body(x_ref, *refs):
-        parameter_refs, (y_ref, x_smem, y_smem, parameter_smem, ready, parameters_ready) = refs[: len(parameters)], refs[len(parameters) :]
-        group = lax.axis_index("group")
-        first = (lax.axis_index("block") * tiles.groups + group) * each
-        used = pl.ds(0, row.used)
-        _fetch_parameters(row, group, parameter_refs, parameter_smem, parameters_ready)
+        parameter_refs, (y_ref, x_smem, y_smem, parameter_smem, ready, parameters_ready, exchange, met) = (
+            refs[: len(parameters)], refs[len(parameters) :]
+        )  # fmt: skip
+        piece = _Piece(row, tiles, rows, exchange, met)
+        group, used = piece.group, piece.used
+        piece.fetch_parameters(parameter_refs, parameter_smem, parameters_ready)
 
         def normalise(i, slot, _):
             x_slot = x_smem.at[group, slot]
-            mean, inverse = _statistics(row, x_slot, eps, centered)
-            y = _normal(row, x_slot, mean, inverse, centered) * (row.load(parameter_smem[0]) + scale_offset)
+            mean, inverse = piece.statistics(i, x_slot, eps, centered)
+            weight = piece.load(parameter_smem[0].at[piece.index]) + scale_offset
+            y = piece.normal(x_slot, mean, inverse, centered) * weight
             if centered:
-                y += row.load(parameter_smem[1])
+                y += piece.load(parameter_smem[1].at[piece.index])
             out = lax.rem(i, tiles.stores)
             plgpu.wait_smem_to_gmem(tiles.stores - 1, wait_read_only=True)  # the slot's last store has left
             y_smem[group, out] = y.astype(y_ref.dtype)
             plgpu.commit_smem()  # orders the reads of x and the writes of y before the copies that follow
-            plgpu.copy_smem_to_gmem(y_smem.at[group, out, used], y_ref.at[first + i])
+            plgpu.copy_smem_to_gmem(y_smem.at[group, out, used], y_ref.at[piece.first + i, piece.index])
             return ()
 
-        count = lax.clamp(0, len(source) - first, each)
         _stream(
-            [lambda i: x_ref.at[first + i]], [lambda slot: x_smem.at[group, slot, used]], lambda slot: ready.at[group, slot],
-            count, tiles.stages, normalise, (),
-        )
+            [lambda i: x_ref.at[piece.first + i, piece.index]],
+            [lambda slot: x_smem.at[group, slot, used]],
+            lambda slot: ready.at[group, slot],
+            piece.count, tiles.stages, normalise, (),
+        )  # fmt: skip
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = [
-        plgpu.SMEM((tiles.groups, tiles.stages, *row.shape), x.dtype),
-        plgpu.SMEM((tiles.groups, tiles.stores, *row.shape), x.dtype),
-        [plgpu.SMEM(row.shape, p.dtype) for p in parameters],
-        plgpu.Barrier(num_barriers=(tiles.groups, tiles.stages)),
-        plgpu.Barrier(num_arrivals=len(parameters)),
-    ]
     name = "layer_norm_forward" if centered else "rms_norm_forward"
-    y = _call(body, name, jax.ShapeDtypeStruct(source.shape, x.dtype), scratch, blocks, tiles)(source, *parameters)
+    y = _call(
+        body,
+        name,
+        jax.ShapeDtypeStruct(source.shape, x.dtype),
+        _scratch(row, tiles, [x.dtype], x.dtype, parameters),
+        _share(rows, tiles)[1],
+        tiles,
+    )(source, *(_rows(row, p)[0] for p in parameters))
     return _unrows(row, y, x.shape)
 
 
 def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tiles | None):
     """(dx, dscale, dbias), each like its operand; with no bias, that of RMS norm and None for dbias."""
     centered = bias is not None
-    row = Row(x.shape[-1])
-    tiles = tiles or Tiles.default(row.features, x.dtype.itemsize, backward=True, centered=centered)
+    tiles = tiles or Tiles.default(
+        x.shape[-1], x.dtype.itemsize, scale.dtype.itemsize, backward=True, centered=centered
+    )
+    row = Row(x.shape[-1], tiles.split)
     source, cotangent = _rows(row, x), _rows(row, dy.astype(x.dtype))
-    each, blocks = _share(len(source), tiles)
-    sums = 2 if centered else 1
+    rows, sums = len(source), 2 if centered else 1
 
-    def body(x_ref, dy_ref, scale_ref, dx_ref, sums_ref, x_smem, dy_smem, dx_smem, scale_smem, ready, scale_ready):
-        group = lax.axis_index("group")
-        index = lax.axis_index("block") * tiles.groups + group
-        first = index * each
-        used = pl.ds(0, row.used)
-        _fetch_parameters(row, group, [scale_ref], [scale_smem], scale_ready)
+    def body(x_ref, dy_ref, scale_ref, dx_ref, sums_ref, x_smem, dy_smem, dx_smem, scale_smem, ready, scale_ready, exchange, met):
+        piece = _Piece(row, tiles, rows, exchange, met)
+        group, used = piece.group, piece.used
+        piece.fetch_parameters([scale_ref], scale_smem, scale_ready)
 
         def differentiate(i, slot, totals):
             x_slot, dy_slot = x_smem.at[group, slot], dy_smem.at[group, slot]
-            mean, inverse = _statistics(row, x_slot, eps, centered)
+            mean, inverse = piece.statistics(i, x_slot, eps, centered)
 
             def normal():
-                return _normal(row, x_slot, mean, inverse, centered)
+                return piece.normal(x_slot, mean, inverse, centered)
 
             def weighted():
-                return row.load(dy_slot) * (row.load(scale_smem) + scale_offset)
+                return piece.load(dy_slot) * (piece.load(scale_smem[0].at[piece.index]) + scale_offset)
 
-            slope = row.mean(weighted() * normal())
-            level = row.mean(weighted()) if centered else 0.0
+            slope, *level = piece.means(i, 2, weighted() * normal(), *([weighted()] if centered else []))
             out = lax.rem(i, tiles.stores)
             plgpu.wait_smem_to_gmem(tiles.stores - 1, wait_read_only=True)  # the slot's last store has left
-            dx_smem[group, out] = (inverse * (weighted() - normal() * slope - level)).astype(dx_ref.dtype)
-            terms = (row.load(dy_slot) * normal(), *([row.load(dy_slot)] if centered else []))
+            dx = weighted() - normal() * slope
+            dx_smem[group, out] = (inverse * (dx - level[0] if centered else dx)).astype(dx_ref.dtype)
+            terms = (piece.load(dy_slot) * normal(), *([piece.load(dy_slot)] if centered else []))
             plgpu.commit_smem()  # orders the reads of x and dy and the writes of dx before the copies that follow
-            plgpu.copy_smem_to_gmem(dx_smem.at[group, out, used], dx_ref.at[first + i])
+            plgpu.copy_smem_to_gmem(dx_smem.at[group, out, used], dx_ref.at[piece.first + i, piece.index])
             return tuple(total + term for total, term in zip(totals, terms))
 
         zeros = plgpu.layout_cast(jnp.zeros(row.shape, jnp.float32), row.layout)
         totals = _stream(
-            [lambda i: x_ref.at[first + i], lambda i: dy_ref.at[first + i]],
+            [lambda i: x_ref.at[piece.first + i, piece.index], lambda i: dy_ref.at[piece.first + i, piece.index]],
             [lambda slot: x_smem.at[group, slot, used], lambda slot: dy_smem.at[group, slot, used]],
             lambda slot: ready.at[group, slot],
-            lax.clamp(0, len(source) - first, each), tiles.stages, differentiate, (zeros,) * sums,
-        )
+            piece.count, tiles.stages, differentiate, (zeros,) * sums,
+        )  # fmt: skip
         for which, total in enumerate(totals):
-            sums_ref[index, which] = total
+            sums_ref[piece.worker, which, piece.index] = total
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = [
-        plgpu.SMEM((tiles.groups, tiles.stages, *row.shape), x.dtype),
-        plgpu.SMEM((tiles.groups, tiles.stages, *row.shape), x.dtype),
-        plgpu.SMEM((tiles.groups, tiles.stores, *row.shape), x.dtype),
-        plgpu.SMEM(row.shape, scale.dtype),
-        plgpu.Barrier(num_barriers=(tiles.groups, tiles.stages), num_arrivals=2),
-        plgpu.Barrier(num_arrivals=1),
-    ]
-    out_type = [
-        jax.ShapeDtypeStruct(source.shape, x.dtype),
-        jax.ShapeDtypeStruct((blocks * tiles.groups, sums, *row.shape), jnp.float32),
-    ]
-    name = "layer_norm_backward" if centered else "rms_norm_backward"
-    dx, partial = _call(body, name, out_type, scratch, blocks, tiles)(source, cotangent, _rows(row, scale)[0])
-    totals = partial.sum(0).reshape(sums, -1)[:, : row.features]
+    blocks = _share(rows, tiles)[1]
+    partials = (blocks * (tiles.groups // tiles.split), sums, tiles.split, *row.shape)
+    dx, partial = _call(
+        body,
+        "layer_norm_backward" if centered else "rms_norm_backward",
+        [jax.ShapeDtypeStruct(source.shape, x.dtype), jax.ShapeDtypeStruct(partials, jnp.float32)],
+        _scratch(row, tiles, [x.dtype, x.dtype], x.dtype, [scale]),
+        blocks,
+        tiles,
+    )(source, cotangent, _rows(row, scale)[0])
+    totals = partial.sum(0).reshape(sums, tiles.split, row.size)[:, :, : row.piece].reshape(sums, -1)[:, : row.features]
     dbias = totals[1].astype(bias.dtype) if centered else None
     return _unrows(row, dx, x.shape), totals[0].astype(scale.dtype), dbias

@@ -14,7 +14,7 @@ a span the step loops over blocks of `Tiles.keys` keys:
   edge    blocks that a window, a length or the end of the keys cuts: masked element by element;
   whole   blocks that all queries of the step see: no band mask at all.
 Blocks outside the band are never visited. In program order the scores of one item precede the softmax of the item before, so
-that the matrix unit and the vector units overlap. The softmax is in base 2, the scale is folded into the queries.
+that the matrix unit and the vector units overlap. The softmax is in base 2.
 """
 import dataclasses
 import functools
@@ -125,17 +125,12 @@ class Problem:
     def tiled(self) -> bool:
         return "tile" in self.additive or self.bias
 
-    @property
-    def factor(self) -> float:
-        """Multiplies the queries: the products are then base-2 logits, or the argument of the soft cap's tanh."""
-        return self.scale * LOG2E if self.cap is None else self.scale / self.cap
-
     def vmem(self, tiles: Tiles, backward: bool) -> int:
         """Bytes of VMEM of a kernel: operands twice (they are double-buffered), scratch, and the tiles in flight."""
         size, dim, wide = self.itemsize, self.head_dim, round_up(self.head_dim, 128)
         queries, span, sequences = tiles.queries, tiles.span, 4 if backward else 2
         blocks = 2 * sequences * dim * queries * size + 2 * sequences * dim * span * size
-        scratch = dim * queries * (4 + size) + 24 * queries * 4 + (2 if backward else 1) * span * wide * size
+        scratch = dim * queries * 4 + 24 * queries * 4 + (2 if backward else 1) * span * wide * size
         if backward:
             scratch += 2 * dim * span * 4
         blocks += 2 * self.additive.count("tile") * span * queries * 4 + 2 * 8 * 4 * (3 * span + 3 * queries)
@@ -219,8 +214,11 @@ class View:
         query, queries, key, keys, kind = item
         key, width = key + offset, s.shape[0]
         at, tanh = (pl.ds(key, width), pl.ds(query, queries)), None
-        if self.p.cap is not None:
-            tanh = jnp.tanh(s)
+        # Scaled here, in float32: queries scaled beforehand would be rounded to their own type once more.
+        if self.p.cap is None:
+            s = s * (self.p.scale * LOG2E)
+        else:
+            tanh = jnp.tanh(s * (self.p.scale / self.p.cap))
             s = tanh * (self.p.cap * LOG2E)
         for n, shape in enumerate(self.p.additive):
             ref = self.refs[f"additive{n}"]
@@ -266,24 +264,23 @@ def _fold(x, op):
 
 # ---------------------------------------------------------------------------------------------- forward
 def _forward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, precision):
-    """scratch: peak, total the running max and (eight partial) sums; acc: outᵀ in float32; scaled: queries; keys: K, head_dim minor."""
+    """scratch: peak, total the running max and (eight partial) sums; acc: outᵀ in float32; keys: K, head_dim minor."""
     block, span = pl.program_id(3), pl.program_id(2)
     view = View(p, t, refs, block, span * t.span if spans > 1 else 0, precision)
-    keys, values, scaled = scratch["keys"], refs["value"], scratch["scaled"]
+    queries, keys, values = refs["query"], scratch["keys"], refs["value"]
     peak, total, acc = scratch["peak"], scratch["total"], scratch["acc"]
 
     @pl.when(block == 0)
     def _per_head():
         keys[...] = refs["key"][...].T
 
-    scaled[...] = (refs["query"][...].astype(f32) * p.factor).astype(scaled.dtype)
     if not view._causal_only():
         peak[...] = jnp.full(peak.shape, FLOOR, f32)
         total[...] = jnp.zeros(total.shape, f32)
         acc[...] = jnp.zeros(acc.shape, f32)
 
     def scores(item, offset, width):
-        s = view.dot(keys[pl.ds(item[2] + offset, width), :], scaled[:, pl.ds(item[0], item[1])], NN)
+        s = view.dot(keys[pl.ds(item[2] + offset, width), :], queries[:, pl.ds(item[0], item[1])], NN)
         s, _ = view.logits(s, item, offset)
         return s, _fold(s, jnp.max)
 
@@ -344,15 +341,14 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
     heads of a group too: no partial result reaches HBM (but for dQ, when the keys are cut into spans)."""
     span, member, block = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     view = View(p, t, refs | {"dk": out["dk"]}, block, span * t.span if spans > 1 else 0, precision)
-    keys, values, scaled, delta, stat = (scratch[n] for n in ("keys", "values", "scaled", "delta", "stat"))
-    dq, dk, dv, dout = scratch["dq"], scratch["dk"], scratch["dv"], refs["dout"]
+    keys, values, delta, stat = (scratch[n] for n in ("keys", "values", "delta", "stat"))
+    dq, dk, dv, queries, dout = scratch["dq"], scratch["dk"], scratch["dv"], refs["query"], refs["dout"]
 
     @pl.when((member == 0) & (block == 0))
     def _per_head():
         keys[...], values[...] = refs["key"][...].T, refs["value"][...].T
         dk[...], dv[...] = jnp.zeros(dk.shape, f32), jnp.zeros(dv.shape, f32)
 
-    scaled[...] = (refs["query"][...].astype(f32) * p.factor).astype(scaled.dtype)
     delta[...] = (refs["out"][...].astype(f32) * dout[...].astype(f32)).sum(0, keepdims=True)
     stat[...] = refs["lse"][...] * LOG2E
     dq[...] = jnp.zeros(dq.shape, f32)
@@ -360,9 +356,8 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
         out["dbias"][...] = jnp.zeros(out["dbias"].shape, f32)
 
     def products(item):
-        query, queries, key, width, _ = item
-        columns, rows = pl.ds(query, queries), pl.ds(key, width)
-        return view.dot(keys[rows, :], scaled[:, columns], NN), view.dot(values[rows, :], dout[:, columns], NN)
+        columns, rows = pl.ds(item[0], item[1]), pl.ds(item[2], item[3])
+        return view.dot(keys[rows, :], queries[:, columns], NN), view.dot(values[rows, :], dout[:, columns], NN)
 
     def softmax(item, s, dp):
         columns, rows = pl.ds(item[0], item[1]), pl.ds(item[2], item[3])
@@ -373,12 +368,12 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
             out["dbias"][rows, columns] = ds
         if tanh is not None:
             ds = ds * (1 - tanh * tanh)
-        return weight.astype(scaled.dtype), ds.astype(scaled.dtype)
+        return weight.astype(dout.dtype), ds.astype(dout.dtype)
 
     def gradients(item, weight, ds):
         columns, rows = pl.ds(item[0], item[1]), pl.ds(item[2], item[3])
         dv[:, rows] += view.dot(dout[:, columns], weight, NT)
-        dk[:, rows] += view.dot(scaled[:, columns], ds, NT)
+        dk[:, rows] += view.dot(queries[:, columns], ds, NT)
         dq[:, columns] += view.dot(refs["key"][:, rows], ds, NN)
 
     def run(items):
@@ -396,8 +391,7 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
 
     @pl.when((member == pl.num_programs(3) - 1) & (block == pl.num_programs(4) - 1))
     def _store():
-        undo = p.scale / p.factor  # the scaled queries carry `factor`, the gradient wants `scale`
-        out["dk"][...] = (dk[...] * undo).astype(out["dk"].dtype)
+        out["dk"][...] = (dk[...] * p.scale).astype(out["dk"].dtype)
         out["dv"][...] = dv[...].astype(out["dv"].dtype)
 
 
@@ -547,6 +541,8 @@ def unsupported(
         return f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
     if query.shape[3] > MAX_HEAD:
         return f"the TPU attention kernel takes head sizes up to {MAX_HEAD}, got {query.shape[3]}"
+    if not scale > 0:
+        return f"scale must be positive, got {scale}"
     if (query_segment_ids is None) != (key_value_segment_ids is None):
         return "segment ids of queries and of keys must come together"
     problem = _problem(
@@ -635,7 +631,6 @@ def forward(
             peak=pltpu.VMEM((1, t.queries), f32),
             total=pltpu.VMEM((8, t.queries), f32),
             acc=pltpu.VMEM((p.head_dim, t.queries), f32),
-            scaled=pltpu.VMEM((p.head_dim, t.queries), query.dtype),
             keys=pltpu.VMEM((t.span, p.head_dim), query.dtype),
         ),
     )
@@ -727,7 +722,6 @@ def backward(
         dict(
             keys=pltpu.VMEM((t.span, p.head_dim), query.dtype),
             values=pltpu.VMEM((t.span, p.head_dim), query.dtype),
-            scaled=pltpu.VMEM((p.head_dim, t.queries), query.dtype),
             delta=pltpu.VMEM((1, t.queries), f32),
             stat=pltpu.VMEM((1, t.queries), f32),
             dq=pltpu.VMEM((p.head_dim, t.queries), f32),

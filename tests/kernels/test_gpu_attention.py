@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_interpreter import interpreter
+from tests.kernels.gpu_interpreter import interpreter
 
 from pallas_kernels import chips
 from pallas_kernels.gpu import attention
@@ -122,6 +122,10 @@ def fused(operands, dout, options, tiles):
 
 
 def compare(operands, dout, options, got):
+    """The error of every result, as a norm, is at most twice that of the unfused form; that of its worst entry at most four times.
+
+    The worst entry is a matter of luck: gradients of the scores are rounded once more here, as operands of the tensor cores.
+    """
     want, unfused = oracle(operands, dout, options), plain_gradients(operands, dout, options)
     assert got.keys() == want.keys()
     for name, exact in want.items():
@@ -129,14 +133,14 @@ def compare(operands, dout, options, got):
         mine, yardstick = (np.asarray(x[name], np.float64) for x in (got, unfused))
         known = np.isfinite(exact)  # lse is +inf for a row that sees nothing
         np.testing.assert_array_equal(mine[~known], exact[~known], err_msg=name)
-        error, allowed = (np.abs(x[known] - exact[known]).max(initial=0) for x in (mine, yardstick))
-        slack = 2e-6 * np.abs(exact[known]).max(initial=1)  # a few float32 roundings of what is summed, which is of size one
-        print(f"{name}: error {error:.2e}, unfused {allowed:.2e}, slack {slack:.1e}, norm ratio "
-              f"{np.linalg.norm(mine[known] - exact[known]) / max(np.linalg.norm(yardstick[known] - exact[known]), 1e-30):.2f}")
-        assert error <= 2 * allowed + slack, name
+        mine, yardstick, exact = mine[known], yardstick[known], exact[known]
+        slack = 2e-6 * np.abs(exact).max(initial=1)  # a few float32 roundings of what is summed, which is of size one
+        for norm, factor in ((np.inf, 4), (2, 2)):
+            error, allowed = np.linalg.norm(mine - exact, norm), np.linalg.norm(yardstick - exact, norm)
+            assert error <= factor * allowed + slack * (1 if norm == np.inf else exact.size**0.5), (name, norm, error, allowed)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)  # a lost arrival is a deadlock
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name):
     operands, dout, options = build(CASES[name])
@@ -144,3 +148,39 @@ def test_interpreted(name):
     with interpreter():
         got = jax.block_until_ready(fused(operands, dout, options, CASES[name]["tiles"]))
     compare(operands, dout, options, got)
+
+
+@pytest.mark.timeout(300)
+def test_vmap():
+    """Of a batch of queries over shared keys every member is as alone."""
+    operands, dout, options = build(case(70, 70, heads=(1, 1), causal=True))
+    two = jnp.stack([operands["query"], 2 * operands["query"]])
+    both = lambda query: fused(operands | dict(query=query), dout, options, SMALL)
+    with interpreter():
+        got = jax.block_until_ready(jax.vmap(both)(two))
+    for i in range(2):
+        compare(operands | dict(query=two[i]), dout, options, jax.tree.map(lambda x: x[i], got))
+
+
+def shapes(dim=64, dtype="bfloat16", queries=1000, keys=1000, heads=(4, 2)):
+    make = lambda size, heads: jax.ShapeDtypeStruct((2, size, heads, dim), dtype)
+    return dict(query=make(queries, heads[0]), key=make(keys, heads[1]), value=make(keys, heads[1]))
+
+
+REFUSED = {
+    "a100": ("a100", shapes(), {}, "compute capability 9.0 have, not 8.0 (a100)"),
+    "b200": ("b200", shapes(), {}, "compute capability 9.0 have, not 10.0 (b200)"),
+    "float32": ("h100", shapes(dtype="float32"), {}, "must share bfloat16 or float16, got float32, float32, float32"),
+    "wide": ("h100", shapes(dim=320), {}, "at most 256, got 320"),
+    "scale": ("h100", shapes(), dict(scale=0.0), "scale must be positive and finite, got 0.0"),
+    "cap": ("h100", shapes(), dict(logits_soft_cap=-1.0), "logits_soft_cap must be positive, got -1.0"),
+    "bias": ("h100", shapes(), dict(bias=jax.ShapeDtypeStruct((1, 1, 1, 1000), "float64")), "float32, got float64"),
+    "grid": ("h100", shapes(queries=128 * 65536), {}, "limited to 65535"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    chip, operands, options, reason = REFUSED[name]
+    with chips.target(chips.named(chip)):
+        assert reason in attention.unsupported(**operands, **dict(dict(scale=0.125, is_causal=True), **options))

@@ -15,18 +15,19 @@ from pallas_kernels.gpu.row_norm import Tiles
 
 EPS = 1e-5
 KERNELS = {"rms_norm": rms_norm, "layer_norm": layer_norm}
-FEW = Tiles(blocks=2, groups=2, stages=2, stores=1)  # every slot is used again after two rows
+FEW = Tiles(blocks=2, groups=2, split=1, stages=2, stores=1)  # every slot is used again after two rows
+TEAM = Tiles(blocks=2, groups=2, split=2, stages=2, stores=1)  # two warpgroups to a row
 
 # leading shape, features, dtype, dtype of the parameters, scale_offset, tiles
 CASES = [
     ((1,), 1, "float32", "float32", 0.0, None),
     ((), 127, "bfloat16", "float32", 0.0, None),
     ((2, 5), 128, "bfloat16", "bfloat16", 1.0, FEW),
-    ((17,), 129, "float16", "float16", 0.0, Tiles(blocks=4, groups=2, stages=3, stores=2)),
-    ((19,), 64, "float32", "bfloat16", 0.0, Tiles(blocks=2, groups=4, stages=4, stores=2)),
+    ((17,), 129, "float16", "float16", 0.0, Tiles(blocks=4, groups=2, split=1, stages=3, stores=2)),
+    ((19,), 64, "float32", "bfloat16", 0.0, Tiles(blocks=2, groups=4, split=2, stages=4, stores=2)),
     ((5,), 1000, "bfloat16", "float32", 0.0, FEW),
-    ((1,), 1000, "float32", "float32", -0.5, FEW),
-    ((3,), 2056, "bfloat16", "bfloat16", 0.0, FEW),
+    ((5,), 1000, "float32", "float32", -0.5, TEAM),
+    ((3,), 2056, "bfloat16", "bfloat16", 0.0, Tiles(blocks=1, groups=4, split=4, stages=1, stores=1)),
     ((2,), 8191, "float16", "float32", 0.0, None),
 ]
 
@@ -126,7 +127,7 @@ def _fused_body(operands, dy):
 
 REFUSED = [
     ("a100", (8, 128), "float32", "compute capability 9.0, got 8.0"),
-    ("h100", (8, 8200), "bfloat16", "8192 features in registers, got 8200"),
+    ("h100", (8, 16385), "bfloat16", "shared memory and the registers, got 16385 features of bfloat16"),
     ("h100", (8, 128), "int32", "x must be float32, bfloat16 or float16, got int32"),
 ]
 
@@ -139,14 +140,14 @@ def test_refused(chip, shape, dtype, reason):
         assert reason in layer_norm.unsupported(x, p, p, eps=EPS, scale_offset=0.0)
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("itemsize, most", [(2, 16384), (4, 12288)])
 @pytest.mark.parametrize("backward", [False, True])
-def test_default_tiles_fit_the_shared_memory(itemsize, backward):
+def test_default_tiles_exist_and_fit_the_shared_memory(itemsize, most, backward):
     for name in ("h100", "b200"):
         chip = chips.named(name)
         with chips.target(chip):
-            for features in (*range(1, 8193, 97), 8192):
+            for features in (*range(1, most, 97), most):
                 for centered in (False, True):
-                    tiles = Tiles.default(features, itemsize, backward=backward, centered=centered)
-                    parameters = 2 if centered and not backward else 1
-                    assert tiles.smem_bytes(features, itemsize, backward=backward, parameters=parameters) <= chip.smem_bytes
+                    parameter_bytes = itemsize * (2 if centered and not backward else 1)
+                    tiles = Tiles.default(features, itemsize, parameter_bytes, backward=backward, centered=centered)
+                    assert tiles.smem_bytes(features, itemsize, parameter_bytes, backward=backward) <= chip.smem_bytes

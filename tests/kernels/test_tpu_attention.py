@@ -50,6 +50,7 @@ CASES = {
     "spans": case(260, 700, tiles=SPANS, sinks=True, lengths=True, batch=2),
     "spans-causal": case(400, 400, tiles=SPANS, causal=True, bias=(1, 1, 400, 400)),
 }  # fmt: skip
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # the interpreter is all callbacks
 GRADS = ("query", "key", "value", "bias", "sinks")
 
 
@@ -140,8 +141,11 @@ def unfused(x, dout, options, c):
         p = jnp.where(some, jax.nn.softmax(s, -1), 0)[..., : c["S"]].astype(v.dtype)
         return jnp.einsum("bnts,bsnh->btnh", p, v)
 
-    out, pull = jax.vjp(plain, {n: x[n] for n in GRADS if n in x})
-    return out, pull(dout)[0]
+    def both(t, dout):
+        out, pull = jax.vjp(plain, t)
+        return out, pull(dout)[0]
+
+    return jax.jit(both)({n: x[n] for n in GRADS if n in x}, dout)
 
 
 def run(x, dout, options, tiles):
@@ -166,7 +170,7 @@ def test_against_float64(name):
     x, dout, options = build(c)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         assert attention.unsupported(**x, **options) is None
-        (out, lse), grads = jax.jit(lambda x, dout: run(x, dout, options, c["tiles"]))(x, dout)
+        (out, lse), grads = jax.jit(lambda x, dout: run(x, dout, options, c["tiles"]), compiler_options=QUICK)(x, dout)
         jax.block_until_ready(grads)
     want, want_lse, want_grads = oracle(x, dout, options, c)
     plain, plain_grads = unfused(x, dout, options, c)
@@ -174,7 +178,7 @@ def test_against_float64(name):
     assert out.dtype == x["query"].dtype and lse.dtype == jnp.float32
     np.testing.assert_array_equal(np.isposinf(lse), np.isposinf(want_lse))
     finite = np.isfinite(want_lse)
-    np.testing.assert_allclose(np.asarray(lse)[finite], want_lse[finite], atol=1e-2 if c["dtype"] == "bfloat16" else 1e-5)
+    np.testing.assert_allclose(np.asarray(lse)[finite], want_lse[finite], atol=2e-5)
     check("out", out, want, plain, atol)
     assert set(grads) == {n for n in GRADS if n in x}
     for n, grad in grads.items():

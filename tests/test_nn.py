@@ -1,0 +1,332 @@
+"""The layers against Flax's own with the same parameters, decoding against the whole sequence, and the Linen twins against the NNX layers."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as flax_linen
+from flax import nnx
+
+import jaxops.nn
+from jaxops.nn import linen
+
+WIDTH = 24
+BFLOAT16 = {"dtype": jnp.bfloat16}
+
+
+def data(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def twins(ours, theirs, *args, **kwargs):
+    """The same layer of both libraries with the same random parameters."""
+    layers = ours(*args, rngs=nnx.Rngs(0), **kwargs), theirs(*args, rngs=nnx.Rngs(1), **kwargs)
+    state = nnx.state(layers[0], nnx.Param)
+    leaves, tree = jax.tree.flatten(state)
+    state = jax.tree.unflatten(tree, [data(*leaf.shape, seed=i) * 0.3 for i, leaf in enumerate(leaves)])
+    for layer in layers:
+        nnx.update(layer, state)
+    return layers
+
+
+def agree(ours, theirs, *args, tolerance=2e-5, **call):
+    """Value, and gradients by input and parameters, of two layers with equal parameters."""
+
+    def loss(layer, *args):
+        y = layer(*args, **call).astype(jnp.float32)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
+
+    found, expected = [
+        jax.jit(lambda state, *args, graph=nnx.split(layer, nnx.Param, ...): jax.grad(
+            lambda state, *args: loss(nnx.merge(graph[0], state, graph[2]), *args), argnums=(0, 1), has_aux=True
+        )(state, *args))(nnx.state(layer, nnx.Param), *args)
+        for layer in (ours, theirs)
+    ]  # fmt: skip
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(jnp.abs(b).max()))
+
+
+NORMS = {
+    "plain": {},
+    "bfloat16": BFLOAT16,
+    "bfloat16 parameters": {"param_dtype": jnp.bfloat16},
+    "no scale": {"use_scale": False},
+    "epsilon": {"epsilon": 0.1},
+    "other axis, served by flax": {"reduction_axes": 1, "feature_axes": -1},
+}
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("case", NORMS)
+def test_norm_is_flax_norm(name, case):
+    tolerance = 2e-2 if "bfloat16" in case else 2e-5
+    agree(*twins(getattr(jaxops.nn, name), getattr(nnx, name), WIDTH, **NORMS[case]), data(3, 5, WIDTH), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_norm_with_mask_and_offset(name):
+    ours, theirs = twins(getattr(jaxops.nn, name), getattr(nnx, name), WIDTH)
+    agree(ours, theirs, data(3, WIDTH), mask=jnp.arange(WIDTH) < 7)
+    offset = getattr(jaxops.nn, name)(WIDTH, scale_offset=1.0, scale_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    one = getattr(nnx, name)(WIDTH, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(offset(data(3, WIDTH)), one(data(3, WIDTH)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="scale_offset must be 0"):
+        offset(data(3, WIDTH), mask=jnp.ones(WIDTH, bool))
+
+
+MASK = jnp.asarray(np.random.default_rng(5).random((2, 1, 7, 7)) < 0.6) | jnp.eye(7, dtype=bool)
+ATTENTION = {  # constructor, input shape, call
+    "plain": ({}, (2, 7, WIDTH), {}),
+    "grouped heads": ({"num_kv_heads": 2}, (2, 7, WIDTH), {}),
+    "one key head, no bias": ({"num_kv_heads": 1, "use_bias": False}, (2, 7, WIDTH), {"is_causal": True}),
+    "causal": ({}, (2, 7, WIDTH), {"is_causal": True}),
+    "mask": ({}, (2, 7, WIDTH), {"mask": MASK}),
+    "mask of floats": ({}, (2, 7, WIDTH), {"mask": MASK.astype(jnp.float32)}),
+    "mask and causal": ({"num_kv_heads": 2}, (2, 7, WIDTH), {"mask": MASK, "is_causal": True}),
+    "normalised queries and keys": ({"normalize_qk": True}, (2, 7, WIDTH), {}),
+    "other sizes": ({"qkv_features": 16, "out_features": 5}, (2, 7, WIDTH), {}),
+    "no batch": ({}, (7, WIDTH), {"is_causal": True}),
+    "two batch axes": ({"num_kv_heads": 2}, (2, 3, 7, WIDTH), {"is_causal": True}),
+    "bfloat16": (BFLOAT16, (2, 7, WIDTH), {"is_causal": True}),
+    "precision, served by flax": ({"precision": jax.lax.Precision.HIGHEST, "num_kv_heads": 2}, (2, 7, WIDTH), {"is_causal": True}),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_is_flax_attention(case):
+    options, shape, call = ATTENTION[case]
+    ours, theirs = twins(jaxops.nn.MultiHeadAttention, nnx.MultiHeadAttention, 4, WIDTH, decode=False, **options)
+    agree(ours, theirs, data(*shape), tolerance=5e-2 if case == "bfloat16" else 2e-5, **call)
+
+
+def test_cross_attention_is_flax_cross_attention():
+    agree(*twins(jaxops.nn.MultiHeadAttention, nnx.MultiHeadAttention, 4, WIDTH, in_kv_features=10, decode=False), data(2, 7, WIDTH), data(2, 9, 10))
+
+
+@pytest.mark.parametrize("positions", [None, jnp.arange(14).reshape(2, 7) * 3])
+def test_rope_is_flax_rope(positions):
+    hook = functools.partial(nnx.dot_product_attention_with_rope, rope=nnx.RoPE(500.0))
+    theirs = functools.partial(nnx.MultiHeadAttention, attention_fn=hook)
+    ours = functools.partial(jaxops.nn.MultiHeadAttention, use_rope=True, rope_base=500.0)
+    layers = twins(ours, theirs, 2, WIDTH, decode=False)
+    agree(*layers, data(2, 7, WIDTH), is_causal=True, input_positions=positions)
+
+
+def test_dropout_and_sown_weights_are_flax_ones():
+    ours, theirs = twins(jaxops.nn.MultiHeadAttention, nnx.MultiHeadAttention, 4, WIDTH, dropout_rate=0.5, decode=False)
+    x = data(2, 7, WIDTH)
+    both = [layer(x, deterministic=False, rngs=nnx.Rngs(dropout=3)) for layer in (ours, theirs)]
+    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(*[layer(x, deterministic=True) for layer in (ours, theirs)], rtol=1e-5, atol=1e-5)
+    sown = []
+    for layer in (ours, theirs):
+        run = nnx.capture(lambda layer, x: layer(x, deterministic=True, sow_weights=True), nnx.Intermediate)
+        sown.append(jax.tree.leaves(run(layer, x)[1])[0])
+    np.testing.assert_allclose(*sown, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="deterministic"):
+        ours(x)
+
+
+def windowed(layer, x, window):
+    """What a window means, as a mask of a layer that has none."""
+    i = jnp.arange(x.shape[-2])
+    near = (i[:, None] - i <= window) & (i[:, None] >= i)
+    return layer(x, mask=near[None, None])
+
+
+def test_window_segments_and_soft_cap():
+    make = functools.partial(jaxops.nn.MultiHeadAttention, 4, WIDTH, num_kv_heads=2)
+    x = data(2, 7, WIDTH)
+    plain = make(rngs=nnx.Rngs(0))
+    near = make(local_window_size=(2, 0), is_causal=True, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(near(x), windowed(plain, x, 2), rtol=1e-5, atol=1e-5)
+    high = make(local_window_size=(2, 0), is_causal=True, precision="highest", rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(near(x), high(x), rtol=1e-5, atol=1e-5)
+
+    segments = jnp.array([[0, 0, 0, 1, 1, 1, 1]] * 2)
+    apart = jnp.concatenate([plain(x[:, :3]), plain(x[:, 3:])], axis=1)
+    np.testing.assert_allclose(plain(x, query_segment_ids=segments), apart, rtol=1e-5, atol=1e-5)
+
+    lengths = {"key_value_seq_lengths": jnp.array([3, 3])}
+    np.testing.assert_allclose(plain(x, **lengths), plain(x, x[:, :3]), rtol=1e-5, atol=1e-5)
+    capped = make(logits_soft_cap=1e4, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(capped(x), plain(x), rtol=1e-3, atol=1e-4)
+    assert jnp.abs(make(logits_soft_cap=0.1, rngs=nnx.Rngs(0))(x) - plain(x)).max() > 1e-3
+
+
+DECODING = {
+    "plain": {},
+    "grouped heads": {"num_kv_heads": 2},
+    "rope": {"num_kv_heads": 2, "use_rope": True},
+    "window": {"num_kv_heads": 1, "use_rope": True, "local_window_size": (2, 0)},
+    "bfloat16": {"num_kv_heads": 2, "use_rope": True, **BFLOAT16},
+    "soft cap": {"logits_soft_cap": 2.0},
+    "precision, served by flax": {"num_kv_heads": 2, "precision": "highest"},
+}
+
+
+@pytest.mark.parametrize("chunks", [[1] * 7, [4, 1, 1, 1], [3, 4]], ids=str)
+@pytest.mark.parametrize("case", DECODING)
+def test_decoding_is_the_whole_sequence(case, chunks):
+    layer = jaxops.nn.MultiHeadAttention(4, WIDTH, is_causal=True, rngs=nnx.Rngs(0), **DECODING[case])
+    x = data(2, 7, WIDTH)
+    whole = layer(x)
+    layer.init_cache((2, 7, WIDTH), layer.dtype or jnp.float32)
+    assert layer.cached_key[...].shape == (2, 7, layer.num_kv_heads, layer.head_dim)
+    step = nnx.jit(lambda layer, x: layer(x, decode=True))
+    parts, start = [], 0
+    for size in chunks:
+        parts.append(step(layer, x[:, start : start + size]))
+        start += size
+    tolerance = 5e-2 if case == "bfloat16" else 1e-5
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1).astype(jnp.float32), whole.astype(jnp.float32), rtol=tolerance, atol=tolerance)
+    assert int(layer.cache_index[...]) == 7
+    assert jnp.isnan(step(layer, x[:, :1])).all(), "one token more than the cache holds must not pass for an answer"
+
+
+def test_decoding_is_flax_decoding():
+    ours, theirs = twins(jaxops.nn.MultiHeadAttention, nnx.MultiHeadAttention, 4, WIDTH, num_kv_heads=2, decode=True)
+    for layer in (ours, theirs):
+        layer.init_cache((2, 5, WIDTH))
+    for t in range(5):
+        token = data(2, 1, WIDTH, seed=t)
+        np.testing.assert_allclose(ours(token), theirs(token), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours.cached_key[...], theirs.cached_key[...], rtol=1e-6)
+
+
+@pytest.mark.parametrize("call", [{}, {"mask": MASK}, {"is_causal": True}], ids=str)
+def test_hook_of_nnx(call):
+    ours, theirs = (
+        nnx.MultiHeadAttention(4, WIDTH, num_kv_heads=2, decode=False, rngs=nnx.Rngs(0), **hook)
+        for hook in ({"attention_fn": jaxops.nn.attention_fn}, {})
+    )
+    agree(ours, theirs, data(2, 7, WIDTH), **call)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dropout_rate": 0.3, "deterministic": False}, {"force_fp32_for_softmax": True}, {"precision": "highest"}],
+    ids=str,
+)
+def test_hook_of_linen(options):
+    x = data(2, 7, WIDTH)
+    theirs = flax_linen.MultiHeadDotProductAttention(4, **options)
+    ours = theirs.clone(attention_fn=jaxops.nn.attention_fn)
+    variables = theirs.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+    rngs = {"dropout": jax.random.key(2)}
+    results = [layer.apply(variables, x, mask=MASK, rngs=rngs) for layer in (ours, theirs)]
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
+    sown = [layer.apply(variables, x, sow_weights=True, rngs=rngs, mutable="intermediates") for layer in (ours, theirs)]
+    np.testing.assert_allclose(*[jax.tree.leaves(one)[0] for one in sown], rtol=1e-5, atol=1e-5)
+
+
+def test_gated_mlp_is_its_formula():
+    x = data(2, 7, WIDTH)
+    for activation in (jax.nn.silu, jax.nn.relu):
+        for precision in (None, "highest"):
+            layer = jaxops.nn.GatedMLP(WIDTH, 40, 9, activation=activation, precision=precision, rngs=nnx.Rngs(0))
+            gate, up, down = (linear.kernel[...] for linear in (layer.gate, layer.up, layer.down))
+            np.testing.assert_allclose(layer(x), (activation(x @ gate) * (x @ up)) @ down, rtol=1e-4, atol=1e-5)
+    assert jaxops.nn.GatedMLP(WIDTH, 40, **BFLOAT16, rngs=nnx.Rngs(0))(x).dtype == jnp.bfloat16
+
+
+def test_block_is_its_formula_and_decodes():
+    block = jaxops.nn.TransformerBlock(4, WIDTH, 40, num_kv_heads=2, is_causal=True, use_rope=True, rngs=nnx.Rngs(0))
+    x = data(2, 7, WIDTH)
+    h = x + block.attention(block.attention_norm(x))
+    np.testing.assert_allclose(block(x), h + block.mlp(block.mlp_norm(h)), rtol=1e-5, atol=1e-5)
+    block.init_cache((2, 7, WIDTH))
+    tokens = [block(x[:, t : t + 1], decode=True) for t in range(7)]
+    np.testing.assert_allclose(jnp.concatenate(tokens, axis=1), block(x), rtol=1e-4, atol=1e-5)
+    norm = jaxops.nn.TransformerBlock(4, WIDTH, 40, norm=jaxops.nn.LayerNorm, implementation=["pallas", "xla"], rngs=nnx.Rngs(0))
+    assert jax.jit(lambda x: norm(x))(x).shape == x.shape
+
+
+GROUPED = {"num_kv_heads": 2, "is_causal": True, "use_rope": True}
+LINEN = {
+    "RMSNorm": ((WIDTH,), (), {"scale_offset": 1.0}),
+    "LayerNorm": ((WIDTH,), (), {"epsilon": 1e-3}),
+    "MultiHeadAttention": ((4, WIDTH), (4,), {**GROUPED, "local_window_size": (3, 0), "normalize_qk": True, "out_features": 10}),
+    "GatedMLP": ((WIDTH, 40), (40,), {"out_features": 9}),
+    "TransformerBlock": ((4, WIDTH, 40), (4, 40), GROUPED),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("name", LINEN)
+def test_linen_twin(name, dtype):
+    args, linen_args, options = LINEN[name]
+    layer = getattr(jaxops.nn, name)(*args, dtype=dtype, rngs=nnx.Rngs(0), **options)
+    if name == "TransformerBlock":
+        own = {"num_kv_heads": options["num_kv_heads"]}
+        options = own | {"attention_options": {k: v for k, v in options.items() if k not in own}}
+    twin = getattr(linen, name)(*linen_args, dtype=dtype, **options)
+    x = data(2, 7, WIDTH)
+    parameters = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    shapes = jax.tree.map(jnp.shape, twin.init(jax.random.key(0), x)["params"])
+    assert shapes == jax.tree.map(jnp.shape, parameters)
+    found, expected = twin.apply({"params": parameters}, x), layer(x)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_linen_decoding_is_the_whole_sequence():
+    x = data(2, 7, WIDTH)
+    whole = linen.MultiHeadAttention(4, **GROUPED)
+    decoding = whole.clone(decode=True)
+    variables = decoding.init(jax.random.key(0), x)
+    assert variables["cache"]["cached_key"].shape == (2, 7, 2, 6) and variables["cache"]["cache_index"] == 0
+    expected = whole.apply({"params": variables["params"]}, x)
+    cache, parts = variables["cache"], []
+    for part in (x[:, :4], x[:, 4:5], x[:, 5:]):
+        y, changed = decoding.apply({"params": variables["params"], "cache": cache}, part, mutable="cache")
+        cache = changed["cache"]
+        parts.append(y)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_linen_dropout_draws_from_its_stream():
+    x = data(2, 7, WIDTH)
+    layer = linen.MultiHeadAttention(4, dropout_rate=0.5)
+    variables = layer.init(jax.random.key(0), x, deterministic=True)
+    first, second = (layer.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(k)}) for k in (1, 2))
+    assert not np.allclose(first, second)
+
+
+def decode_without_cache():
+    jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))(data(2, 1, WIDTH), decode=True)
+
+
+def decode_other_batch():
+    layer = jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))
+    layer.init_cache((2, 5, WIDTH))
+    layer(data(3, 1, WIDTH), decode=True)
+
+
+def soft_cap_with_dropout():
+    layer = jaxops.nn.MultiHeadAttention(4, WIDTH, dropout_rate=0.5, logits_soft_cap=2.0, rngs=nnx.Rngs(0))
+    layer(data(2, 3, WIDTH), deterministic=False)
+
+
+BAD = {
+    "call `init_cache` first": decode_without_cache,
+    "with a cache of shape": decode_other_batch,
+    "logits_soft_cap cannot be had together with dropout": soft_cap_with_dropout,
+    "inputs_q: expected 24 features": lambda: jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))(data(2, 3, 5)),
+    "inputs_k: must be given": lambda: jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))(data(2, 3, WIDTH), None, data(2, 3, WIDTH)),
+    "num_heads: expected a divisor": lambda: linen.MultiHeadAttention(5).init(jax.random.key(0), data(2, 3, WIDTH)),
+    "implementation must be None": lambda: jaxops.nn.RMSNorm(WIDTH, implementation="triton", rngs=nnx.Rngs(0))(data(2, WIDTH)),
+    "implementation 'pallas' was asked for": lambda: jaxops.nn.RMSNorm(WIDTH, implementation="pallas", rngs=nnx.Rngs(0))(
+        data(2, WIDTH), jnp.ones(WIDTH, bool)
+    ),
+    "key, value: expected the batch axes": lambda: jaxops.nn.attention_fn(data(2, 3, 4, 8), data(3, 4, 8), data(3, 4, 8)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    with pytest.raises(ValueError, match=message):
+        BAD[message]()

@@ -4,9 +4,9 @@
     python -m benchmarks.certify --check      # writes nothing; exit 1 if something that compiled no longer does
 
 A cell is operator × direction × chip × dtype × shape, called as a user would: the public operator with
-`implementation="pallas"`, its backward through `jax.vjp` with the cotangent as an operand. Green means that the compiler made
-a program of it and that the program holds the kernel. Every chip has its own process, so a compiler that aborts or
-hangs costs one cell.
+`implementation="pallas"`, its backward through `jax.vjp` with the cotangent as an operand. Green means that the
+compiler made a program of it and that the program holds the kernel. Every chip has its own process, so a compiler that
+aborts or hangs costs one cell.
 """
 
 import argparse
@@ -52,7 +52,7 @@ BEGIN, END = "certificate begins ", "certificate ends "
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of an operator: the shapes of its floating operands, its int32 operands and their exclusive upper bounds, its options."""
+    """One call of an operator: the shapes of its floating and of its int32 operands, and its options."""
 
     operator: str
     shape: str  # "main" or "awkward"
@@ -67,31 +67,33 @@ class Case:
 
 
 def _attention(batch, length, heads, key_heads, dim):
-    return dict(
-        query=(batch, length, heads, dim), key=(batch, length, key_heads, dim), value=(batch, length, key_heads, dim)
-    )
+    return {
+        "query": (batch, length, heads, dim),
+        "key": (batch, length, key_heads, dim),
+        "value": (batch, length, key_heads, dim),
+    }
 
 
 CASES = (
-    Case("rms_norm", "main", dict(x=(8192, 4096), scale=(4096,))),
-    Case("rms_norm", "awkward", dict(x=(3, 37, 1000), scale=(1000,)), options=dict(scale_offset=1.0)),
-    Case("layer_norm", "main", dict(x=(8192, 4096), scale=(4096,), bias=(4096,))),
-    Case("layer_norm", "awkward", dict(x=(3, 37, 1000), scale=(1000,), bias=(1000,))),
-    Case("dot_product_attention", "main", _attention(4, 4096, 8, 8, 128), options=dict(is_causal=True)),
+    Case("rms_norm", "main", {"x": (8192, 4096), "scale": (4096,)}),
+    Case("rms_norm", "awkward", {"x": (3, 37, 1000), "scale": (1000,)}, options={"scale_offset": 1.0}),
+    Case("layer_norm", "main", {"x": (8192, 4096), "scale": (4096,), "bias": (4096,)}),
+    Case("layer_norm", "awkward", {"x": (3, 37, 1000), "scale": (1000,), "bias": (1000,)}),
+    Case("dot_product_attention", "main", _attention(4, 4096, 8, 8, 128), options={"is_causal": True}),
     Case(
         "dot_product_attention",
         "awkward",
         _attention(2, 1000, 6, 2, 64),
-        dict(query_seq_lengths=(2,), key_value_seq_lengths=(2,)),
-        dict(is_causal=True, local_window_size=(255, 0)),
+        {"query_seq_lengths": (2,), "key_value_seq_lengths": (2,)},
+        {"is_causal": True, "local_window_size": (255, 0)},
     ),
-    Case("linear_cross_entropy", "main", dict(x=(8192, 2048), weight=(2048, 65536)), dict(labels=(8192,))),
+    Case("linear_cross_entropy", "main", {"x": (8192, 2048), "weight": (2048, 65536)}, {"labels": (8192,)}),
     Case(
         "linear_cross_entropy",
         "awkward",
-        dict(x=(1000, 512), weight=(512, 50257)),
-        dict(labels=(1000,)),
-        dict(label_smoothing=0.1, z_loss=1e-4, logits_soft_cap=30.0),
+        {"x": (1000, 512), "weight": (512, 50257)},
+        {"labels": (1000,)},
+        {"label_smoothing": 0.1, "z_loss": 1e-4, "logits_soft_cap": 30.0},
     ),
 )
 
@@ -195,7 +197,7 @@ def certify(chip: chips.Chip, case: Case, direction: str, dtype: str, device) ->
 
 
 def vmem_bytes(text: str) -> int:
-    """The most VMEM that XLA sets aside for a kernel of the compiled program `text`; 0 if none asks for more than the default."""
+    """The most VMEM set aside for a kernel of the program `text`; 0 if none asks for more than the default."""
     sizes = [
         int(size)
         for line in text.splitlines()
@@ -209,10 +211,12 @@ def vmem_bytes(text: str) -> int:
 def gpu_resources(printed: str, kernels: int) -> dict:
     """Registers of a thread and spilled bytes from ptxas' report, shared memory from Mosaic's; the most of any kernel.
 
-    Mosaic reports a kernel when it is lowered, ptxas when it is compiled: of the `kernels` that XLA kept, which are the last ones lowered.
+    Mosaic reports a kernel when it is lowered, ptxas when it is compiled: of the `kernels` XLA kept, the last lowered.
     """
     reports = re.findall(
-        r"Compiling entry function '\S+_mosaic_gpu_kernel'.*?(\d+) bytes spill stores.*?Used (\d+) registers", printed, re.S
+        r"Compiling entry function '\S+_mosaic_gpu_kernel'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+        printed,
+        re.S,
     )
     shared = []
     for line in re.findall(r"^Resources\((.*)", printed, re.M):
@@ -236,7 +240,7 @@ def plain_words(message: str) -> str:
 
 
 def work(chip_name: str, start: int) -> None:
-    """Compiles the cells of a chip from the `start`-th on. Everything printed between two marks belongs to that cell."""
+    """Compiles the cells of a chip from the `start`-th on. What is printed between two marks belongs to that cell."""
     chip = chips.named(chip_name)
     device = device_of(chip)
     flush = ctypes.CDLL(None).fflush  # the compilers print through C's own buffer
@@ -376,12 +380,12 @@ def render(certificates: dict) -> str:
     lines = [
         "# Certificates",
         "",
-        "Every operator, compiled ahead of time by the real compiler of every chip with `implementation=\"pallas\"`, on a machine",
-        "that has none of these chips. Written by `python -m benchmarks.certify`; nothing here was measured on hardware.",
+        'Every operator with `implementation="pallas"`, compiled ahead of time by the real compiler of every chip on a',
+        "machine that has none of them. Written by `python -m benchmarks.certify`; nothing was measured on hardware.",
         "",
         f"Compilers: {versions_line}.",
         "",
-        "✓ compiled, and the program holds the kernel; – the kernel refuses, and without `implementation=` XLA runs instead;",
+        "✓ compiled, and the program holds the kernel; – the kernel refuses, and by default XLA runs instead;",
         "✗ the compiler failed. Numbers in brackets are the reasons below the table.",
         "",
     ]
@@ -389,10 +393,16 @@ def render(certificates: dict) -> str:
     for case, direction, dtype in cells():
         by_chip = [found.get(key_of(name, case, direction, dtype)) for name in names]
         if any(by_chip):
-            rows.append([case.operator, case.shape, dtype, direction, *(mark(cell) if cell else "" for cell in by_chip)])
+            rows.append(
+                [case.operator, case.shape, dtype, direction, *(mark(cell) if cell else "" for cell in by_chip)]
+            )
     lines += [*_table(["operator", "shape", "dtype", "direction", *names], rows), ""]
     lines += [f"{number}. {text.replace('|', chr(92) + '|')}" for number, text in enumerate(reasons, 1)] + [""]
-    lines += ["## Memory", "", "temp: what the program allocates in device memory besides its arguments and results. VMEM, shared memory,"]
+    lines += [
+        "## Memory",
+        "",
+        "temp: what the program allocates in device memory besides its arguments and results. VMEM, shared memory,",
+    ]
     lines += ["registers and spills: the most of any kernel of the program.", ""]
     for case in CASES:
         rows = []
@@ -404,7 +414,18 @@ def render(certificates: dict) -> str:
                         rows.append([dtype, direction, name, str(cell["kernels"]), *_figures(cell)])
         if rows:
             lines += [f"### {case.operator}, {case.shape}", "", f"`{case}`", ""]
-            header = ["dtype", "direction", "chip", "kernels", "temp", "arguments", "results", "VMEM or shared memory", "registers", "spills"]
+            header = [
+                "dtype",
+                "direction",
+                "chip",
+                "kernels",
+                "temp",
+                "arguments",
+                "results",
+                "VMEM or shared memory",
+                "registers",
+                "spills",
+            ]
             lines += [*_table(header, rows), ""]
     return "\n".join(lines)
 
@@ -419,7 +440,9 @@ def _figures(cell: dict) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.certify", description=__doc__.split("\n")[0])
     parser.add_argument("--chips", default=",".join(CHIPS), help="comma-separated, of " + ", ".join(CHIPS))
-    parser.add_argument("--check", action="store_true", help="compare with docs/certificates.json instead of writing it")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with docs/certificates.json instead of writing it"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="chips at a time")
     parser.add_argument("--seconds", type=float, default=120, help="time limit of one cell")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -450,7 +473,12 @@ def main() -> int:
         lines = reddened(before, now)
         print("\n".join(lines) or "nothing that compiled before fails now")
         return 1 if lines else 0
-    now = {"versions": {**before["versions"], **now["versions"]}, "cells": {**before["cells"], **found}}
+    merged = {**before["cells"], **found}
+    order = [key_of(name, *cell) for name in CHIPS for cell in cells()]
+    now = {
+        "versions": {**before["versions"], **now["versions"]},
+        "cells": {key: merged[key] for key in order if key in merged},
+    }
     committed.write_text(json.dumps(now, indent=1) + "\n")
     page.write_text(render(now))
     return 0

@@ -1,6 +1,6 @@
 """The README's table of what runs as a kernel where, taken from docs/certificates.json.
 
-    python docs/support_table.py    writes it into README.md, between the two marks
+python docs/support_table.py    writes it into README.md, between the two marks
 """
 
 import json
@@ -21,7 +21,9 @@ def render(cells: dict[str, dict]) -> str:
     header = ["operator", "dtype", *chips, "cpu"]
     rows = [
         [f"`{operator}`", dtype, *(_mark(by_chip.get(chip, [])) for chip in chips), "XLA"]
-        for (operator, dtype), by_chip in sorted(found.items(), key=lambda item: (item[0][0], _DTYPES.index(item[0][1])))
+        for (operator, dtype), by_chip in sorted(
+            found.items(), key=lambda item: (item[0][0], _DTYPES.index(item[0][1]))
+        )
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
@@ -33,7 +35,9 @@ def _mark(cells: list[tuple[str, str]]) -> str:
     """What the certificates of one operator, dtype and chip say together."""
     if any(status == "failed" for _, status in cells):
         return "fails"
-    compiled = {direction: {s == "compiled" for d, s in cells if d == direction} for direction in ("forward", "backward")}
+    compiled = {
+        direction: {s == "compiled" for d, s in cells if d == direction} for direction in ("forward", "backward")
+    }
     if compiled == {"forward": {True}, "backward": {True}}:
         return "kernel"
     if not any(True in statuses for statuses in compiled.values()):

@@ -3,8 +3,8 @@
     python examples/own_operator.py              checks it against float64 and says what would run on which chip
     python examples/own_operator.py --compile    also compiles its kernels for TPUs (pip install 'jaxops[tpu-compile]')
 
-The operator is the squared ReLU (So et al., arXiv:2109.08668) with a gain per feature, y = scale · max(x, 0)². docs/tutorial.md
-explains this file piece by piece.
+The operator is the squared ReLU (So et al., arXiv:2109.08668) with a gain per feature, y = scale · max(x, 0)².
+docs/tutorial.md explains this file piece by piece.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import jaxops
 from jaxops.autodiff import Operator, Rules
 from pallas_kernels.padding import pad_to, round_up
 
-# ---- what it means ------------------------------------------------------------------------------------------------------
+# ---- what it means ---------------------------------------------------------------------------------------------------
 
 
 def reference(x, scale):
@@ -33,7 +33,7 @@ def reference(x, scale):
     return ((scale.astype(wide) * positive * positive).astype(x.dtype),)
 
 
-# ---- the rules in XLA ---------------------------------------------------------------------------------------------------
+# ---- the rules in XLA ------------------------------------------------------------------------------------------------
 
 
 def xla_forward(x, scale):
@@ -49,7 +49,7 @@ def xla_backward(x, scale, *, outputs, residuals, cotangents):
     return {"x": (2 * dy * scale.astype(wide) * positive).astype(x.dtype), "scale": dscale.astype(scale.dtype)}
 
 
-# ---- the kernels for TPUs -----------------------------------------------------------------------------------------------
+# ---- the kernels for TPUs --------------------------------------------------------------------------------------------
 
 MOST_FEATURES = 16384
 
@@ -62,7 +62,7 @@ class Tiles:
 
     @staticmethod
     def default(features: int) -> "Tiles":
-        """64 Ki values a step: as many as the registers hold. A multiple of 16 rows, the height of a bfloat16 register."""
+        """64 Ki values a step: what the registers hold. A multiple of 16 rows, the height of a bfloat16 register."""
         return Tiles(max(16, min(256, (1 << 16) // features // 16 * 16)))
 
 
@@ -131,7 +131,7 @@ def tpu_backward(x, scale, *, outputs, residuals, cotangents, tiles=None):
     return {"x": dx[: x.size // x.shape[-1]].reshape(x.shape), "scale": dscale[0].astype(scale.dtype)}
 
 
-# ---- the operator -------------------------------------------------------------------------------------------------------
+# ---- the operator ----------------------------------------------------------------------------------------------------
 
 OPERATOR = Operator(
     name="scaled_squared_relu",
@@ -149,12 +149,14 @@ def scaled_squared_relu(x, scale, *, implementation=None):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"scaled_squared_relu: x must be of a floating dtype, got {x.dtype}")
     if scale.shape != x.shape[-1:]:
-        raise ValueError(f"scaled_squared_relu: scale must have shape {x.shape[-1:]} (the last axis of x), got {scale.shape}")
-    (y,) = OPERATOR(dict(x=x, scale=scale), implementation=implementation)
+        raise ValueError(
+            f"scaled_squared_relu: scale must have shape {x.shape[-1:]} (the last axis of x), got {scale.shape}"
+        )
+    (y,) = OPERATOR({"x": x, "scale": scale}, implementation=implementation)
     return y
 
 
-# ---- its proof ----------------------------------------------------------------------------------------------------------
+# ---- its proof -------------------------------------------------------------------------------------------------------
 
 
 def results(x, scale, dy, function):
@@ -168,7 +170,7 @@ def error(got, oracle):
 
 
 def verify(shape, dtype):
-    """The kernels, interpreted as on a v5e, against float64: their error is at most twice that of plain JAX in the same dtype."""
+    """The kernels, interpreted as on a v5e, against float64: at most twice the error of plain JAX in the same dtype."""
     random = np.random.default_rng(0)
     x, dy = (jnp.asarray(random.standard_normal(shape), dtype) for _ in range(2))
     scale = jnp.asarray(random.standard_normal(shape[-1]), dtype)
@@ -205,7 +207,9 @@ def compiled_for(chip):
         sharding = jax.sharding.SingleDeviceSharding(device)
         x = jax.ShapeDtypeStruct((8192, 1024), jnp.bfloat16, sharding=sharding)
         scale = jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=sharding)
-        step = jax.jit(functools.partial(results, function=functools.partial(scaled_squared_relu, implementation="pallas")))
+        step = jax.jit(
+            functools.partial(results, function=functools.partial(scaled_squared_relu, implementation="pallas"))
+        )
         return step.lower(x, scale, x).compile()
 
 

@@ -16,7 +16,7 @@ from jax import lax
 from jax._src import config
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, get_abstract_mesh, use_abstract_mesh
+from jax.sharding import AbstractMesh, Mesh, get_abstract_mesh, use_abstract_mesh
 
 from pallas_kernels import chips
 
@@ -96,10 +96,10 @@ def _partitioning(context: Any) -> str | None:
 
 def _device(context: Any, platform: str | None) -> Any:
     """The abstract device a program is lowered for: the one its axis context tells, else the default of `platform`."""
-    devices = getattr(context, "device_assignment", None) or ()
-    if hasattr(context, "mesh"):
-        devices = getattr(context.mesh, "devices", np.array([])).flat[:1]
-    chip = chips.of_kind(devices[0].device_kind) if len(devices) else None
+    devices = getattr(context, "device_assignment", None)
+    if devices is None and isinstance(getattr(context, "mesh", None), Mesh):
+        devices = tuple(context.mesh.devices.flat)
+    chip = chips.of_kind(devices[0].device_kind) if devices else None
     if chip is None or chip.platform != platform:
         if platform is None:
             return None

@@ -1,9 +1,10 @@
 """Facts about the chips, in one place, and which chip the code being traced or lowered is for.
 
-Every number is public: peak dense bf16 FLOP/s and HBM bytes/s of one device as JAX sees it, and the memories of one core.
-The chip is read from the abstract device of the current mesh, never from a live device: a machine without any accelerator
-compiles for all of them.
+Every number is public: peak dense bf16 FLOP/s and HBM bytes/s of one device as JAX sees it, and the memories of one
+core. The chip is read from the abstract device of the current mesh, never from a live device: a machine without any
+accelerator compiles for all of them.
 """
+
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ class Chip:
 
     `vmem_bytes` (TPU) is the vector memory of one core; `smem_bytes` (GPU) the shared memory one block may own;
     `mxu` (TPU) the side of the matrix unit; `cores` the cores behind one JAX device; `flops` and `bandwidth` the peak
-    bf16 FLOP/s and HBM bytes/s of that device; `capability` (GPU) the CUDA compute capability. For compiling without the
-    device: `topology` (TPU) the smallest slice, `memory_bytes`, `l2_bytes`, `clock_ghz` and `lanes` (float32 units of a core) (GPU).
+    bf16 FLOP/s and HBM bytes/s of that device; `capability` (GPU) the CUDA compute capability. To compile
+    without the device: `topology` (TPU), the smallest slice; `memory_bytes`, `l2_bytes`, `clock_ghz` and `lanes`, the
+    float32 units of a core (GPU).
     """
 
     name: str
@@ -43,14 +45,33 @@ class Chip:
 
 def _tpu(name, kind, cores, flops, bandwidth, vmem, mxu, slice_shape, *aliases):
     return Chip(
-        name, "tpu", kind, cores, flops, bandwidth, vmem_bytes=vmem * MIB, mxu=mxu, aliases=aliases, topology=f"{name}:{slice_shape}"
+        name,
+        "tpu",
+        kind,
+        cores,
+        flops,
+        bandwidth,
+        vmem_bytes=vmem * MIB,
+        mxu=mxu,
+        aliases=aliases,
+        topology=f"{name}:{slice_shape}",
     )
 
 
 def _gpu(name, kind, cores, flops, bandwidth, smem, capability, memory_gb, l2_mib, clock_ghz, lanes):
     return Chip(
-        name, "gpu", kind, cores, flops, bandwidth, smem_bytes=smem, capability=capability,
-        memory_bytes=int(memory_gb * 1e9), l2_bytes=l2_mib * MIB, clock_ghz=clock_ghz, lanes=lanes,
+        name,
+        "gpu",
+        kind,
+        cores,
+        flops,
+        bandwidth,
+        smem_bytes=smem,
+        capability=capability,
+        memory_bytes=int(memory_gb * 1e9),
+        l2_bytes=l2_mib * MIB,
+        clock_ghz=clock_ghz,
+        lanes=lanes,
     )
 
 
@@ -67,7 +88,7 @@ CHIPS = {
         _gpu("b200", "NVIDIA B200", 148, 2250e12, 8000e9, 232448, (10, 0), 191.5, 126, 1.965, 128),
     )
 }
-# What a kernel is made for when nobody said which chip it is for: the least memory of the chips the kernels are proved on.
+# What a kernel is made for when nobody said which chip: the least memory of the chips the kernels are proved on.
 _DEFAULT = {"tpu": CHIPS["v5p"], "gpu": CHIPS["h100"]}
 
 
@@ -103,7 +124,7 @@ def targeted() -> Chip | None:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Device(AbstractDevice):
-    """An abstract device that also tells its compute capability (Mosaic GPU asks for it), and whether kernels for it are
+    """An abstract device that also tells its compute capability (Mosaic GPU asks for it), and whether its kernels are
     interpreted. It is part of the mesh and so of every trace's cache key."""
 
     compute_capability: str = ""

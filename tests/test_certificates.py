@@ -1,4 +1,4 @@
-"""The certificates in docs/ and the supervisor that writes them. `make certify` compiles everything; nothing is compiled here."""
+"""The certificates in docs/ and the supervisor that writes them. `make certify` compiles; nothing is compiled here."""
 
 import copy
 import json
@@ -70,6 +70,8 @@ def test_figures_are_read_from_what_the_compilers_print():
         "ptxas info    : Used 168 registers, used 1 barriers\n"
     )
     assert certify.gpu_resources(printed, 1) == {"smem_bytes": 328, "registers": 168, "spill_bytes": 24}
-    call = 'custom_call_target="tpu_custom_call", "scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"%d"}]'
+    call = (
+        'custom_call_target="tpu_custom_call", "scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"%d"}]'
+    )
     assert certify.vmem_bytes(f"{call % 4096}\n{call % 512}") == 4096
     assert certify.plain_words("Error at /a/b/c.py\n\n  0x7fff\n--------\n") == "Error at <path> <address>"

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.compare import check, error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy
 from jaxops.reference.linear_cross_entropy import linear_cross_entropy as reference
+from tests.compare import check, error
 
 per_token = functools.partial(linear_cross_entropy, reduction="none")
 PLAIN = dict(label_smoothing=0.0, z_loss=0.0, logits_soft_cap=None)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.compare import check, error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxops.ops.layer_norm import layer_norm
 from jaxops.ops.rms_norm import rms_norm
 from jaxops.reference.layer_norm import layer_norm as layer_norm_reference
 from jaxops.reference.rms_norm import rms_norm as rms_norm_reference
+from tests.compare import check, error
 
 NORMS = {
     "layer_norm": (layer_norm, layer_norm_reference, ("x", "scale", "bias")),

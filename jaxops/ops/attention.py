@@ -53,11 +53,11 @@ def _tile_sizes(queries: int, keys: int, heads: int) -> tuple[int, int]:
 class _Call:
     """One call, tiled: T and S below are padded to whole tiles, N is split into K and G = N // K.
 
-    A tile of logits is [B, K, columns, G, rows], keys before queries: then no product needs a tile of logits transposed.
+    A tile of logits is [B, K, columns, G, rows], keys before queries: no product needs a tile of logits transposed.
+    Products are row times column (the last axis of the left side contracts with the first of the right).
     """
 
     key: jax.Array  # [key tiles, B, K, columns, H]
-    value: jax.Array  # the same
     bias: jax.Array | None  # [B or 1, K or 1, G or 1, T or 1, S or 1]
     mask: jax.Array | None  # the same
     key_lengths: jax.Array | None  # [B]
@@ -73,7 +73,7 @@ class _Call:
 
     @staticmethod
     def of(operands: dict[str, Any], scale, is_causal, local_window_size, logits_soft_cap) -> "_Call":
-        query, key, value = (operands[name] for name in ("query", "key", "value"))
+        query, key = operands["query"], operands["key"]
         (batch, queries, heads, _), (_, keys, groups, _) = query.shape, key.shape
         rows, columns = _tile_sizes(queries, keys, batch * heads)
 
@@ -93,7 +93,6 @@ class _Call:
             segments = [segments[0][:, None, None, None, :], segments[1][:, None, :, None, None]]
         return _Call(
             key=_key_tiles(key, columns),
-            value=_key_tiles(value, columns),
             bias=grouped("bias"),
             mask=grouped("mask"),
             key_lengths=operands.get("key_value_seq_lengths"),
@@ -131,7 +130,7 @@ class _Call:
         return lax.scan(lambda carry, at: f(at[0], carry, at[1]), carry, (jnp.arange(count), tiles))
 
     def over_key_tiles(self, i, f: Callable, carry: Any) -> Any:
-        """`carry = f(j, carry, masked=…)` for every key tile j that query tile i sees any of, unmasked where all of it."""
+        """`carry = f(j, carry, masked=…)` for every key tile j that query tile i sees any of, unmasked if all of it."""
         row, columns = i * self.rows, self.columns
         first, end = self.band.touched(row, self.rows, self.keys)
         whole, whole_end = self.band.whole(row, self.rows, self.keys)
@@ -158,9 +157,6 @@ class _Call:
     def always_masked(self) -> bool:
         return self.mask is not None or self.query_segments is not None
 
-    def key_tile(self, x: jax.Array, j) -> jax.Array:
-        return lax.dynamic_index_in_dim(x, j, keepdims=False)
-
     def corner(self, x: jax.Array, i, j) -> tuple:
         """Where tile (i, j) starts in an array [B or 1, K or 1, G or 1, T or 1, S or 1]."""
         return (0, 0, 0, 0 if x.shape[3] == 1 else i * self.rows, 0 if x.shape[4] == 1 else j * self.columns)
@@ -181,7 +177,7 @@ class _Call:
 
     def logits(self, query: jax.Array, i, j, masked: bool) -> tuple[jax.Array, jax.Array | None]:
         """Tile (i, j) of s, -inf where masked, and its tanh if it is capped."""
-        s = _dot("bksh,bkhgt->bksgt", self.key_tile(self.key, j), query) * self.scale
+        s = _dot("bksh,bkhgt->bksgt", _at(self.key, j), query) * self.scale
         tanh = None
         if self.soft_cap is not None:
             tanh = jnp.tanh(s / self.soft_cap)
@@ -246,6 +242,7 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
     sinks, query_lengths = optional.get("sinks"), optional.get("query_seq_lengths")
     wide = jnp.promote_types(query.dtype, jnp.float32)
     tiles = call.query_tiles(query)
+    values = _key_tiles(value, call.columns).mT
     statistics = (*tiles.shape[1:3], 1, *tiles.shape[4:])
     if sinks is None:
         start = jnp.full(statistics, FLOOR, wide), jnp.zeros(statistics, wide)
@@ -261,8 +258,7 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
             new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True))
             p, decay = jnp.exp(s - new_top), jnp.exp(top - new_top)
             total = decay * total + jnp.sum(p, axis=2, keepdims=True)
-            v = call.key_tile(call.value, j)
-            return new_top, total, decay * acc + _dot("bksh,bksgt->bkhgt", v, p.astype(v.dtype))
+            return new_top, total, decay * acc + _dot("bkhs,bksgt->bkhgt", _at(values, j), p.astype(value.dtype))
 
         top, total, acc = call.over_key_tiles(i, step, (*start, jnp.zeros(query.shape, wide)))
         empty = total == 0
@@ -300,6 +296,7 @@ def _backward(
     )
     bias, sinks, query_lengths = (optional.get(name) for name in ("bias", "sinks", "query_seq_lengths"))
     (out, lse), dout = outputs, cotangents[0]
+    keys, values = call.key.mT, _key_tiles(value, call.columns)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     lse = lse.transpose(0, 2, 1)  # [B, T, N]
     if query_lengths is not None:
@@ -316,14 +313,14 @@ def _backward(
             s, tanh = call.logits(query, i, j, masked)
             p = jnp.exp(s - lse)
             dvalue = _add_at(dvalue, j, _dot("bksgt,bkgth->bksh", p.astype(dout.dtype), dout_rows))
-            ds = p * (_dot("bksh,bkhgt->bksgt", call.key_tile(call.value, j), dout) - delta)
+            ds = p * (_dot("bksh,bkhgt->bksgt", _at(values, j), dout) - delta)
             if dbias is not None:
                 dbias = call.add_tile(dbias, ds, i, j)
             if tanh is not None:
                 ds = ds * (1 - tanh * tanh)
             ds = (ds * scale).astype(key.dtype)
             dkey = _add_at(dkey, j, _dot("bksgt,bkgth->bksh", ds, query_rows))
-            return dquery + _dot("bksh,bksgt->bkhgt", call.key_tile(call.key, j), ds), (dkey, dvalue, dbias)
+            return dquery + _dot("bkhs,bksgt->bkhgt", _at(keys, j), ds), (dkey, dvalue, dbias)
 
         dquery, carry = call.over_key_tiles(i, step, (jnp.zeros(query.shape, wide), carry))
         return carry, dquery.astype(query.dtype)
@@ -350,8 +347,12 @@ def _backward(
     return gradients
 
 
+def _at(x: jax.Array, j) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, j, keepdims=False)
+
+
 def _add_at(x: jax.Array, j, update: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(x, lax.dynamic_index_in_dim(x, j, keepdims=False) + update, j, 0)
+    return lax.dynamic_update_index_in_dim(x, _at(x, j) + update, j, 0)
 
 
 _OPERATOR = Operator(
@@ -384,10 +385,10 @@ def dot_product_attention(
     key_value_segment_ids: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
 ) -> Any:
-    """out_i = Σ_j p_ij v_j,  p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),  s = cap(scale · q kᵀ) + bias where masks allow.
+    """out_i = Σ_j p_ij v_j,  p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),  s = cap(scale · q kᵀ) + bias where seen.
 
-    A drop-in for `jax.nn.dot_product_attention` that never holds the T × S logits: memory is O(T + S). One difference: a
-    query that sees no key gives zeros. B batch, T queries, S keys, N heads, K key/value heads dividing N, H head size.
+    A drop-in for `jax.nn.dot_product_attention` that never holds the T × S logits: memory is O(T + S). One difference:
+    a query that sees no key gives zeros. B batch, T queries, S keys, N heads, K key/value heads dividing N, H head size.
 
     Args:
       query: [B, T, N, H] or [T, N, H]; float32, bfloat16 or float16.
@@ -402,20 +403,20 @@ def dot_product_attention(
       implementation: None chooses; "pallas" or "xla" is strict; a sequence is tried in order.
       return_residual: also return the log-sum-exp of each row of logits.
       logits_soft_cap: c > 0 applies cap(s) = c · tanh(s / c) before the bias; None: cap(s) = s.
-      query_segment_ids, key_value_segment_ids: integers [B, T] and [B, S]; only equal ids see each other. If T = S one serves
-        for both.
+      query_segment_ids, key_value_segment_ids: integers [B, T] and [B, S]; only equal ids see each other. If T = S one
+        serves for both.
       sinks: floating [N]; one more logit per head, without a value (as if a key of value zero were always seen).
 
     Returns:
-      out, of the query's shape and dtype; with `return_residual`, (out, lse): lse is [B, T, N] or [T, N] in the key's dtype,
-      constant to derivatives, and JAX's large negative number where nothing is seen.
+      out, of the query's shape and dtype; with `return_residual`, (out, lse): lse is [B, T, N] or [T, N] in the key's
+      dtype, constant to derivatives, and JAX's large negative number where nothing is seen.
 
     Raises:
       ValueError: shapes, lengths, windows or the cap do not fit, or `implementation` is unknown or refuses.
       TypeError: a dtype is not one of those above.
 
-    An additive mask hides a key if it is -inf or the most negative float32 or bfloat16; a query all of whose logits are about
-    -1e9 sees every key, but float32 cannot give it a gradient: hide such keys by `mask`.
+    A bias hides a key if it is -inf or below -1e30. A query all of whose keys have a bias of about -1e9 still sees them,
+    but float32 has no digits left for its gradient: hide such keys by `mask`.
 
     FlashAttention-2 (Dao, arXiv:2307.08691); grouped heads (Ainslie et al., arXiv:2305.13245); soft cap as in Gemma 2
     (arXiv:2408.00118); sinks as learned in gpt-oss (arXiv:2508.10925) after StreamingLLM (arXiv:2309.17453).
@@ -520,7 +521,7 @@ def _integers(name: str, x: ArrayLike | None, shape: tuple[int, ...], of: str) -
 
 
 def _fold_scale(query: jax.Array, scale: Any, size: int) -> tuple[jax.Array, float]:
-    """(query, scale) with the same product, the scale a Python number ≥ 0 (kernels take the maximum before they scale)."""
+    """(query, scale) with the same product; the scale a Python number ≥ 0: kernels take the maximum before they scale."""
     if scale is None:
         return query, 1 / math.sqrt(size) if size else 1.0
     if isinstance(scale, jax.Array) and scale.ndim == 0 and jnp.issubdtype(scale.dtype, jnp.floating):

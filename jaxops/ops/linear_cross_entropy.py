@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -212,12 +213,16 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
+    tokens = math.prod(leading)
     index = labels.astype(jnp.int32)
     valid = (index >= 0) & (index < vocab) & (index.astype(labels.dtype) == labels)
     counted = jnp.ones_like(valid) if ignore_index is None else index != ignore_index
     loss, _ = _OPERATOR(
         dict(
-            x=x.reshape(-1, hidden), weight=weight, labels=jnp.where(valid & counted, index, 0).reshape(-1), bias=bias
+            x=x.reshape(tokens, hidden),
+            weight=weight,
+            labels=jnp.where(valid & counted, index, 0).reshape(tokens),
+            bias=bias,
         ),
         implementation=implementation,
         label_smoothing=label_smoothing,

@@ -61,7 +61,7 @@ def dot_product_attention(
             seen = seen & (row[:, None] < query_seq_lengths[:, None, None, None])
         if key_value_seq_lengths is not None:
             seen = seen & (column < key_value_seq_lengths[:, None, None, None])
-        if segments is not None:
+        if segments is not None and key_value_segment_ids is not None:
             seen = seen & (segments[:, None, :, None] == key_value_segment_ids[:, None, None, :])
 
         top = jnp.max(s, axis=-1, keepdims=True, where=seen, initial=FLOOR)

@@ -1,4 +1,4 @@
-"""Flash attention on Hopper GPUs: one forward kernel and three backward kernels, of warpgroup matrix products fed by TMA.
+"""Flash attention on Hopper GPUs, forward and backward: warpgroup matrix products fed by TMA.
 
     x = scale · q kᵀ    x = cap · tanh(x / cap)    x = x + bias    x = -inf where masked        (each where given)
     lse = log(Σ_j exp(x_ij) + exp(sink))    p = exp(x - lse)    out = p v
@@ -6,15 +6,16 @@
     ds = dx ∘ (1 - tanh²)    dq = scale · ds k    dk = scale · dsᵀ q    dbias = dx    dsink = -Σ exp(sink - lse) · delta
 
 query, out [batch, queries, heads, dim]; key, value [batch, keys, kv_heads, dim]; lse [batch, heads, queries], float32.
-After FlashAttention-3 (Shah et al., 2024): two consumer warpgroups of 64 rows each take turns at the tensor cores, one producer
-warpgroup streams tiles through shared memory. Exponents are of base two with the scale folded in.
+After FlashAttention-3 (Shah et al., 2024): two consumer warpgroups of 64 rows each take turns at the tensor cores, one
+producer warpgroup streams tiles through shared memory. Exponents are of base two with the scale folded in.
 
 The kernels are written so that the interpreter runs the very text that the compiler compiles:
-- A product whose result is rescaled starts from a fresh accumulator and is added in registers: acc · alpha + new is one FFMA per
-  element, as cheap as rescaling in place. A product that only accumulates keeps its accumulator around the whole loop.
+- A product whose result is rescaled starts from a fresh accumulator and is added in registers: acc · alpha + new is one
+  FFMA per element, as cheap as rescaling in place. A product that only accumulates keeps its accumulator for the loop.
 - Both warpgroups observe every phase of every barrier, also for tiles that only the other one needs.
 - Ragged edges are left to the copies, which read zeros and drop writes out of bounds.
 """
+
 import dataclasses
 import functools
 import math
@@ -43,7 +44,7 @@ WHOLE, MASKED, SKIPPED = "whole", "masked", "skipped"
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Columns of one step: `keys` (forward), `keys_dq` (dq), `queries_dkv` (dk and dv). That many stages are in flight."""
+    """Columns of one step: `keys` (forward), `keys_dq` (dq), `queries_dkv` (dk, dv). So many `stages` are in flight."""
 
     keys: int
     keys_dq: int
@@ -54,8 +55,8 @@ class Tiles:
     @staticmethod
     def default(dim: int, extras: bool = False) -> "Tiles":
         """`extras`: a soft cap, segments, a bias or a mask."""
-        # A thread has 240 registers for the float32 tile of scores, its 16-bit copy and one or two [64, dim] accumulators;
-        # within that, wide tiles amortise the barriers. Extras hold one more number per score.
+        # A thread has 240 registers for the float32 tile of scores, its 16-bit copy and one or two [64, dim]
+        # accumulators; within that, wide tiles amortise the barriers. Extras hold one more number per score.
         if dim > 128:
             # Least tiles; two stages of the backward would not fit shared memory.
             return Tiles(keys=64, keys_dq=64, queries_dkv=64, stages_backward=1)
@@ -64,16 +65,27 @@ class Tiles:
         return Tiles(keys=128, keys_dq=64, queries_dkv=64) if extras else Tiles(keys=256, keys_dq=128, queries_dkv=128)
 
 
-def unsupported(query, key, value, *, bias=None, mask=None, query_seq_lengths=None, key_value_seq_lengths=None,
-                query_segment_ids=None, key_value_segment_ids=None, sinks=None, scale: float, is_causal: bool,
-                local_window_size=None, logits_soft_cap: float | None = None) -> str | None:
-    """Why these kernels cannot serve these operands on the current chip, in one sentence, or None."""
-    del mask, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, sinks
-    del is_causal, local_window_size
+def unsupported(
+    query,
+    key,
+    value,
+    *,
+    scale: float,
+    is_causal: bool,
+    local_window_size=None,
+    logits_soft_cap=None,
+    bias=None,
+    **others,
+) -> str | None:
+    """Why these kernels cannot serve these operands on the current chip, in one sentence, or None.
+
+    `others` are the optional operands that are served whatever they are: mask, lengths, segments, sinks.
+    """
+    del is_causal, local_window_size, others
     chip = chips.current("gpu")
     if chip.capability != (9, 0):
-        major, minor = chip.capability
-        return f"the kernel is built on wgmma, which only GPUs of compute capability 9.0 have, not {major}.{minor} ({chip.name})"
+        capability = ".".join(map(str, chip.capability))
+        return f"the kernel needs wgmma, which only GPUs of compute capability 9.0 have, not {capability} ({chip.name})"
     dtypes = [jnp.dtype(x.dtype) for x in (query, key, value)]
     if dtypes[0] not in (jnp.bfloat16, jnp.float16) or len(set(dtypes)) > 1:
         return f"query, key and value must share bfloat16 or float16, got {', '.join(x.name for x in dtypes)}"
@@ -90,15 +102,14 @@ def unsupported(query, key, value, *, bias=None, mask=None, query_seq_lengths=No
     return None
 
 
-# ---- what all kernels share -----------------------------------------------------------------------------------------------
+# ---- what all kernels share ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
     """The operands as the kernels take them, and what is known before any number is seen.
 
-    `vectors` are optional one- or two-dimensional operands by name; `terms` are added to the scores, as [batch or 1,
-    heads or 1, queries or 1, keys or 1], padded to whole tiles.
+    `terms` are added to the scores: [batch or 1, heads or 1, queries or 1, keys or 1], padded to whole tiles.
     """
 
     operands: dict[str, jax.Array]
@@ -110,12 +121,15 @@ class _Problem:
     tiles: Tiles
 
     @staticmethod
-    def of(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids,
-           sinks, scale, is_causal, local_window_size, logits_soft_cap, tiles) -> "_Problem":
+    def of(
+        query, key, value, scale, is_causal, local_window_size, logits_soft_cap, tiles, *, bias=None, mask=None,
+        query_seq_lengths=None, key_value_seq_lengths=None, query_segment_ids=None, key_value_segment_ids=None,
+        sinks=None,
+    ) -> "_Problem":  # fmt: skip
         T, S, dim = query.shape[1], key.shape[1], query.shape[-1]
         padded = round_up(dim, 64)
         extras = any(x is not None for x in (bias, mask, query_segment_ids, logits_soft_cap))
-        operands = {name: pad_to(x, 3, padded) for name, x in dict(query=query, key=key, value=value).items()}
+        operands = {name: pad_to(x, 3, padded) for name, x in {"query": query, "key": key, "value": value}.items()}
         if query_seq_lengths is not None:
             operands["query_lengths"] = jnp.clip(query_seq_lengths.astype(jnp.int32), 0, T)
         if key_value_seq_lengths is not None:
@@ -130,9 +144,19 @@ class _Problem:
             terms.append(jnp.where(mask, 0.0, -jnp.inf).astype(query.dtype))
         band = Band.of(is_causal, local_window_size)
         left, right = band.left, band.right  # sides that cut nothing are open; no number may overflow
-        band = Band(None if left is None or left >= T else max(left, -S), None if right is None or right >= S else max(right, -T))
-        return _Problem(operands, [_term(x) for x in terms], float(scale), band, logits_soft_cap, dim,
-                        tiles or Tiles.default(padded, extras))
+        band = Band(
+            None if left is None or left >= T else max(left, -S),
+            None if right is None or right >= S else max(right, -T),
+        )
+        return _Problem(
+            operands,
+            [_term(x) for x in terms],
+            float(scale),
+            band,
+            logits_soft_cap,
+            dim,
+            tiles or Tiles.default(padded, extras),
+        )
 
     @property
     def shape(self):
@@ -145,7 +169,7 @@ class _Problem:
         return self.operands["query"].dtype
 
     def exponents(self, s, terms):
-        """(x, factor, tanh): the base-two exponents of the scores are x · factor; tanh is that of the soft cap, or None."""
+        """(x, factor, tanh): the base-two exponents of the scores are x · factor; tanh is the soft cap's, or None."""
         factor, tanh = self.scale * LOG2E, None
         if self.cap is not None:
             # tanh x = 1 - 2 / (1 + exp 2x): the hardware's tanh is wrong by 2⁻¹¹, which the cap would multiply. The
@@ -172,10 +196,12 @@ def _term(x):
 
 def _products(*pairs):
     """The float32 products of (lhs, rhs) pairs, issued together."""
+
     def body(*accs):
-        for acc, (lhs, rhs) in zip(accs, pairs):
+        for acc, (lhs, rhs) in zip(accs, pairs, strict=True):
             plgpu.wgmma(acc, lhs, rhs)
         return tuple(acc[...] for acc in accs)
+
     return pl.run_scoped(body, *(plgpu.ACC((lhs.shape[0], rhs.shape[1]), jnp.float32) for lhs, rhs in pairs))
 
 
@@ -246,9 +272,10 @@ def _tiles_touched(band, first, rows, columns, tile):
 
 
 def _sections(band, first, rows, block, columns, tile, *, ragged, segmented, wide):
-    """[(begin, end, kind)]: the tiles `block` = [start, end) as the owner of rows first … first + rows - 1 goes through them.
+    """[(begin, end, kind)]: the tiles `block` = [start, end) as rows first … first + rows - 1 go through them.
 
-    `ragged`: the last tile holds columns past the end. `segmented`: any tile may be cut. `wide`: a second loop would not fit the registers.
+    `ragged`: the last tile holds columns past the end. `segmented`: any tile may be cut. `wide`: a loop of its own for
+    tiles without a mask would not fit the registers.
     """
     start, end = block
     open_left, open_right = band.left is None, band.right is None
@@ -260,7 +287,7 @@ def _sections(band, first, rows, block, columns, tile, *, ragged, segmented, wid
     whole_start = mine_start if open_left else _clip(_div(whole[0] + tile - 1, tile), mine_start, mine_end)
     whole_end = mine_end if open_right and not ragged else _clip(_div(whole[1], tile), whole_start, mine_end)
     sections = [(start, mine_start, SKIPPED)] if skip_left else []
-    if segmented or wide and (ragged or not band.open):
+    if segmented or (wide and (ragged or not band.open)):
         sections += [(mine_start, mine_end, MASKED)]
     else:
         sections += [] if open_left else [(mine_start, whole_start, MASKED)]
@@ -309,9 +336,17 @@ def _launch(kernel, name, operands, terms, results, scratch, grid):
             producer()
 
     arrays = plgpu.kernel(
-        body, kernel_name=name, out_type=list(results.values()), scratch_types=scratch, grid=grid, grid_names=("head", "tile", "batch"),
-        num_threads=CONSUMERS + 1, thread_name="group", compiler_params=plgpu.CompilerParams(approx_math=True))(*operands.values())
-    return dict(zip(results, arrays))
+        body,
+        kernel_name=name,
+        out_type=list(results.values()),
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("head", "tile", "batch"),
+        num_threads=CONSUMERS + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands.values())
+    return dict(zip(results, arrays, strict=True))
 
 
 def _smem(dtype, *shape):
@@ -322,7 +357,7 @@ def _barriers(stages, arrivals=1):
     return plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals)
 
 
-# ---- forward --------------------------------------------------------------------------------------------------------------
+# ---- forward -------------------------------------------------------------------------------------------------------
 
 
 def _forward(problem: _Problem):
@@ -331,6 +366,7 @@ def _forward(problem: _Problem):
     band, keys, operands, dtype = problem.band, problem.tiles.keys, problem.operands, problem.dtype
     stages, query_tiles = min(problem.tiles.stages, pl.cdiv(S, keys)), pl.cdiv(T, BLOCK)
     ragged, segmented = S % keys != 0 or "key_lengths" in operands, "query_segments" in operands
+    sunk = "sinks" in operands
     width = H if H <= 128 else 64  # of one rescaled product: [64, 256] twice would not fit the registers
     pieces = [pl.ds(start, width) for start in range(0, H, width)]
 
@@ -384,8 +420,8 @@ def _forward(problem: _Problem):
                 plgpu.barrier_wait(refs.value_ready.at[slot])
                 plgpu.barrier_wait(refs.turn)
                 scaled = []
-                for acc, piece in zip(accs, pieces):
-                    new, = _products((p, refs.value_tiles.at[slot, :, piece]))
+                for acc, piece in zip(accs, pieces, strict=True):
+                    (new,) = _products((p, refs.value_tiles.at[slot, :, piece]))
                     scaled.append(acc * _down(alpha, acc.shape) + new)
                 plgpu.barrier_arrive(refs.value_free.at[slot])
                 return tuple(scaled), higher, total
@@ -400,22 +436,24 @@ def _forward(problem: _Problem):
             row = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), WGMMA.reduce(1))
             zeros = tuple(plgpu.layout_cast(jnp.zeros((ROWS, piece.size), jnp.float32), WGMMA) for piece in pieces)
             # The sink is a key that was seen first and has no value.
-            carry = (zeros, row(jnp.maximum(refs.sinks[head], LOWEST)), row(1.0)) if "sinks" in operands else (
-                zeros, row(LOWEST), row(0.0))
+            sink = jnp.maximum(refs.sinks[head], LOWEST) if sunk else LOWEST
+            carry = zeros, row(sink), row(1.0 if sunk else 0.0)
             pl.when(group == 1)(swap_turns)
-            accs, top, total = _go_through(
-                _sections(band, first, ROWS, block, key_end, keys, ragged=ragged, segmented=segmented, wide=H > 128), step, skip, carry)
+            sections = _sections(
+                band, first, ROWS, block, key_end, keys, ragged=ragged, segmented=segmented, wide=H > 128
+            )
+            accs, top, total = _go_through(sections, step, skip, carry)
             pl.when(group == 0)(swap_turns)
 
             lse = (top + jnp.log2(total)) * LN2
             inverse = jnp.where(total > 0, 1 / total, 0.0)
-            if "sinks" not in operands:  # total is 0 for a row that sees nothing
+            if not sunk:  # total is 0 for a row that sees nothing
                 lse = jnp.where(total > 0, lse, jnp.inf)
             if query_end is not None:
                 inside = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA.reduce(1)) < query_end - first
                 inverse = jnp.where(inside, inverse, 0.0)
-                lse = jnp.where(inside, lse, refs.sinks[head] * LN2 if "sinks" in operands else jnp.inf)
-            for acc, piece in zip(accs, pieces):
+                lse = jnp.where(inside, lse, sink * LN2 if sunk else jnp.inf)
+            for acc, piece in zip(accs, pieces, strict=True):
                 query[:, piece] = (acc * _down(inverse, acc.shape)).astype(dtype)
             refs.lse_tile[group] = lse
             plgpu.commit_smem()
@@ -427,42 +465,61 @@ def _forward(problem: _Problem):
             def load(j, _):
                 slot = lax.rem(j - block[0], stages)
                 there = (batch, pl.ds(j * keys, keys), lax.div(head, jnp.int32(N // K)))
-                for source, tiles, ready, free in ((refs.key, refs.key_tiles, refs.key_ready, refs.key_free),
-                                                   (refs.value, refs.value_tiles, refs.value_ready, refs.value_free)):
+                for source, tiles, ready, free in (
+                    (refs.key, refs.key_tiles, refs.key_ready, refs.key_free),
+                    (refs.value, refs.value_tiles, refs.value_ready, refs.value_free),
+                ):
                     pl.when(j - block[0] >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                     plgpu.copy_gmem_to_smem(source.at[there], tiles.at[slot], ready.at[slot])
+
             lax.fori_loop(*block, load, None)
 
         return consumer, producer
 
     result = _launch(
-        kernel, "attention_forward", operands, problem.terms,
-        dict(out=jax.ShapeDtypeStruct((B, T, N, H), dtype), lse=jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK), jnp.float32)),
-        dict(query_tile=_smem(dtype, CONSUMERS, ROWS, H), lse_tile=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-             key_tiles=_smem(dtype, stages, keys, H), value_tiles=_smem(dtype, stages, keys, H),
-             query_ready=_barriers(CONSUMERS), key_ready=_barriers(stages), value_ready=_barriers(stages),
-             key_free=_barriers(stages, CONSUMERS), value_free=_barriers(stages, CONSUMERS),
-             turn=plgpu.Barrier(num_arrivals=CONSUMERS)),
-        (N, query_tiles, B))
+        kernel,
+        "attention_forward",
+        operands,
+        problem.terms,
+        {
+            "out": jax.ShapeDtypeStruct((B, T, N, H), dtype),
+            "lse": jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK), jnp.float32),
+        },
+        {
+            "query_tile": _smem(dtype, CONSUMERS, ROWS, H),
+            "lse_tile": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+            "key_tiles": _smem(dtype, stages, keys, H),
+            "value_tiles": _smem(dtype, stages, keys, H),
+            "query_ready": _barriers(CONSUMERS),
+            "key_ready": _barriers(stages),
+            "value_ready": _barriers(stages),
+            "key_free": _barriers(stages, CONSUMERS),
+            "value_free": _barriers(stages, CONSUMERS),
+            "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
+        },
+        (N, query_tiles, B),
+    )
     return result["out"], result["lse"]
 
 
-def forward(query, key, value, *, bias=None, mask=None, query_seq_lengths=None, key_value_seq_lengths=None,
-            query_segment_ids=None, key_value_segment_ids=None, sinks=None, scale: float, is_causal: bool,
-            local_window_size=None, logits_soft_cap: float | None = None, tiles: Tiles | None = None):
-    """((out, lse), ()): see the head of this file. A row that sees nothing has out 0 and lse +inf, or the sink if there is one."""
-    problem = _Problem.of(
-        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, sinks,
-        scale, is_causal, local_window_size, logits_soft_cap, tiles)
+def forward(
+    query, key, value, *, scale: float, is_causal: bool, local_window_size=None, logits_soft_cap: float | None = None,
+    tiles: Tiles | None = None, **optional: jax.Array | None,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[()]]:  # fmt: skip
+    """((out, lse), ()): see the head of this file. A row that sees nothing has out 0 and lse +inf, or the sink if any.
+
+    `optional`: bias, mask, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, sinks.
+    """
+    problem = _Problem.of(query, key, value, scale, is_causal, local_window_size, logits_soft_cap, tiles, **optional)
     out, lse = _forward(problem)
-    return (out[..., :problem.dim], lse[..., :query.shape[1]]), ()
+    return (out[..., : problem.dim], lse[..., : query.shape[1]]), ()
 
 
-# ---- backward: dk and dv; keys stay, the queries of every head of the group stream by -----------------------------------------
+# ---- backward: dk and dv; keys stay, the queries of every head of the group stream by ------------------------------
 
 
 def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
-    """{"key": dk, "value": dv} as far as `wanted`. Works on xᵀ = k qᵀ, so that pᵀ and dsᵀ are left operands as they are.
+    """{"key": dk, "value": dv} as far as `wanted`. Works on xᵀ = k qᵀ: pᵀ and dsᵀ are left operands as they are.
 
     lse is of base two and +inf for every query that attends to nothing, whole blocks of them.
     """
@@ -470,7 +527,7 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
     band, queries, dtype, heads = problem.band.transposed(), problem.tiles.queries_dkv, problem.dtype, N // K
     query_tiles = pl.cdiv(T, queries)
     stages = min(problem.tiles.stages_backward, query_tiles * heads)
-    inputs = problem.operands | dict(dout=dout, lse=lse, delta=delta)
+    inputs = problem.operands | {"dout": dout, "lse": lse, "delta": delta}
     segmented = "query_segments" in inputs
 
     def kernel(refs):
@@ -494,7 +551,9 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
             plgpu.copy_gmem_to_smem(refs.value.at[here], value, refs.key_value_ready.at[group])
             row_segments = _load_rows(refs.key_segments.at[batch, rows]) if segmented else None
             plgpu.barrier_wait(refs.key_value_ready.at[group])
-            sections = _sections(band, block_first, BLOCK, block, query_end, queries, ragged=False, segmented=segmented, wide=H > 128)
+            sections = _sections(
+                band, block_first, BLOCK, block, query_end, queries, ragged=False, segmented=segmented, wide=H > 128
+            )
 
             def accumulate(**sums):
                 def per_member(member, _):
@@ -505,17 +564,21 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
                         plgpu.barrier_wait(refs.ready.at[slot])
                         column = lambda ref: _across(plgpu.load(ref.at[slot], layout=WGMMA.reduce(0)), shape)
                         query, dout = refs.query_tiles.at[slot], refs.dout_tiles.at[slot]
-                        s, = _products((key, query.T))
+                        (s,) = _products((key, query.T))
                         extras = refs.terms(batch, head * heads + member, rows, columns, shape)
                         x, factor, tanh = problem.exponents(s, extras)
                         p = jnp.exp2(x * factor - column(refs.lse_tiles))
                         if masked:
-                            segments = (row_segments, _load_columns(refs.query_segments.at[batch, columns])) if segmented else None
+                            segments = (
+                                (row_segments, _load_columns(refs.query_segments.at[batch, columns]))
+                                if segmented
+                                else None
+                            )
                             p = jnp.where(_seen(shape, band, first, i * queries, None, segments), p, 0.0)
                         if "value" in sums:
                             plgpu.wgmma(sums["value"], p.astype(dtype), dout)
                         if "key" in sums:
-                            dp, = _products((value, dout.T))
+                            (dp,) = _products((value, dout.T))
                             ds = p * (dp - column(refs.delta_tiles))
                             if tanh is not None:
                                 ds = ds * (1 - tanh * tanh)
@@ -550,29 +613,46 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
         def producer():
             def load(n, _):
                 slot = lax.rem(n, stages)
-                rows, one = pl.ds((block[0] + lax.rem(n, per_head)) * queries, queries), head * heads + lax.div(n, per_head)
+                rows, one = (
+                    pl.ds((block[0] + lax.rem(n, per_head)) * queries, queries),
+                    head * heads + lax.div(n, per_head),
+                )
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(refs.free.at[slot]))
-                for source, tiles in ((refs.query.at[batch, rows, one], refs.query_tiles),
-                                      (refs.dout.at[batch, rows, one], refs.dout_tiles),
-                                      (refs.lse.at[batch, one, rows], refs.lse_tiles),
-                                      (refs.delta.at[batch, one, rows], refs.delta_tiles)):
+                for source, tiles in (
+                    (refs.query.at[batch, rows, one], refs.query_tiles),
+                    (refs.dout.at[batch, rows, one], refs.dout_tiles),
+                    (refs.lse.at[batch, one, rows], refs.lse_tiles),
+                    (refs.delta.at[batch, one, rows], refs.delta_tiles),
+                ):
                     plgpu.copy_gmem_to_smem(source, tiles.at[slot], refs.ready.at[slot])
+
             lax.fori_loop(0, per_head * heads, load, None)
 
         return consumer, producer
 
     result = _launch(
-        kernel, "attention_backward_" + "_".join(wanted), inputs, [x.swapaxes(2, 3) for x in problem.terms],
+        kernel,
+        "attention_backward_" + "_".join(wanted),
+        inputs,
+        [x.swapaxes(2, 3) for x in problem.terms],
         {f"d{name}": jax.ShapeDtypeStruct((B, S, K, H), dtype) for name in wanted},
-        dict(key_tile=_smem(dtype, CONSUMERS, ROWS, H), value_tile=_smem(dtype, CONSUMERS, ROWS, H),
-             query_tiles=_smem(dtype, stages, queries, H), dout_tiles=_smem(dtype, stages, queries, H),
-             lse_tiles=plgpu.SMEM((stages, queries), jnp.float32), delta_tiles=plgpu.SMEM((stages, queries), jnp.float32),
-             key_value_ready=_barriers(CONSUMERS, 2), ready=_barriers(stages, 4), free=_barriers(stages, CONSUMERS)),
-        (K, pl.cdiv(S, BLOCK), B))
+        {
+            "key_tile": _smem(dtype, CONSUMERS, ROWS, H),
+            "value_tile": _smem(dtype, CONSUMERS, ROWS, H),
+            "query_tiles": _smem(dtype, stages, queries, H),
+            "dout_tiles": _smem(dtype, stages, queries, H),
+            "lse_tiles": plgpu.SMEM((stages, queries), jnp.float32),
+            "delta_tiles": plgpu.SMEM((stages, queries), jnp.float32),
+            "key_value_ready": _barriers(CONSUMERS, 2),
+            "ready": _barriers(stages, 4),
+            "free": _barriers(stages, CONSUMERS),
+        },
+        (K, pl.cdiv(S, BLOCK), B),
+    )
     return {name: result[f"d{name}"] for name in wanted}
 
 
-# ---- backward: dq, or dx for the bias; queries stay, keys stream by -----------------------------------------------------------
+# ---- backward: dq, or dx for the bias; queries stay, keys stream by ------------------------------------------------
 
 
 def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
@@ -584,7 +664,7 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
     band, keys, dtype = problem.band, problem.tiles.keys_dq, problem.dtype
     key_tiles, query_tiles = pl.cdiv(S, keys), pl.cdiv(T, BLOCK)
     stages = min(problem.tiles.stages_backward, key_tiles)
-    inputs = problem.operands | dict(dout=dout, lse=lse, delta=delta)
+    inputs = problem.operands | {"dout": dout, "lse": lse, "delta": delta}
     segmented = "query_segments" in inputs
     ragged = S % keys != 0 or "key_lengths" in inputs
     dense = wanted == "bias"  # every tile of dx is written
@@ -595,7 +675,10 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
         key_end = refs.key_lengths[batch] if "key_lengths" in inputs else S
         block = (0, key_tiles) if dense else _tiles_touched(band, block_first, BLOCK, key_end, keys)
         if "query_lengths" in inputs and not dense:
-            block = block[0], lax.select(block_first < refs.query_lengths[batch], jnp.int32(block[1]), jnp.int32(block[0]))
+            block = (
+                block[0],
+                lax.select(block_first < refs.query_lengths[batch], jnp.int32(block[1]), jnp.int32(block[0])),
+            )
 
         def consumer(group):
             first = block_first + group * ROWS
@@ -603,7 +686,10 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
             query, dout = refs.query_tile.at[group], refs.dout_tile.at[group]
             plgpu.copy_gmem_to_smem(refs.query.at[batch, rows, head], query, refs.query_ready.at[group])
             plgpu.copy_gmem_to_smem(refs.dout.at[batch, rows, head], dout, refs.query_ready.at[group])
-            row_lse, row_delta = _load_rows(refs.lse.at[batch, head, rows]), _load_rows(refs.delta.at[batch, head, rows])
+            row_lse, row_delta = (
+                _load_rows(refs.lse.at[batch, head, rows]),
+                _load_rows(refs.delta.at[batch, head, rows]),
+            )
             row_segments = _load_rows(refs.query_segments.at[batch, rows]) if segmented else None
             plgpu.barrier_wait(refs.query_ready.at[group])
 
@@ -616,7 +702,9 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
                     x, factor, tanh = problem.exponents(s, refs.terms(batch, head, rows, columns, shape))
                     p = jnp.exp2(x * factor - _down(row_lse, shape))
                     if masked:
-                        segments = (row_segments, _load_columns(refs.key_segments.at[batch, columns])) if segmented else None
+                        segments = (
+                            (row_segments, _load_columns(refs.key_segments.at[batch, columns])) if segmented else None
+                        )
                         p = jnp.where(_seen(shape, band, first, j * keys, key_end - 1, segments), p, 0.0)
                     ds = p * (dp - _down(row_delta, shape))
                     if dense:
@@ -632,15 +720,20 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
                     plgpu.barrier_wait(refs.ready.at[lax.rem(j - block[0], stages)])
                     plgpu.barrier_arrive(refs.free.at[lax.rem(j - block[0], stages)])
 
-                sections = [(0, key_tiles, MASKED)] if dense else _sections(
-                    band, first, ROWS, block, key_end, keys, ragged=ragged, segmented=segmented, wide=H > 128)
+                sections = (
+                    [(0, key_tiles, MASKED)]
+                    if dense
+                    else _sections(
+                        band, first, ROWS, block, key_end, keys, ragged=ragged, segmented=segmented, wide=H > 128
+                    )
+                )
                 _go_through(sections, step, skip, None)
                 return [acc[...] for acc in dq]
 
             if dense:
                 accumulate()
             else:
-                dq, = pl.run_scoped(accumulate, plgpu.ACC((ROWS, H), jnp.float32))
+                (dq,) = pl.run_scoped(accumulate, plgpu.ACC((ROWS, H), jnp.float32))
                 query[...] = (dq * problem.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(query, refs.dquery.at[batch, rows, head])
@@ -653,48 +746,63 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
                 pl.when(j - block[0] >= stages)(lambda: plgpu.barrier_wait(refs.free.at[slot]))
                 plgpu.copy_gmem_to_smem(refs.key.at[there], refs.key_tiles.at[slot], refs.ready.at[slot])
                 plgpu.copy_gmem_to_smem(refs.value.at[there], refs.value_tiles.at[slot], refs.ready.at[slot])
+
             lax.fori_loop(*block, load, None)
 
         return consumer, producer
 
-    result = dict(dx=jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK, key_tiles * keys), jnp.float32)) if dense else dict(
-        dquery=jax.ShapeDtypeStruct((B, T, N, H), dtype))
+    result = (
+        {"dx": jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK, key_tiles * keys), jnp.float32)}
+        if dense
+        else {"dquery": jax.ShapeDtypeStruct((B, T, N, H), dtype)}
+    )
     return _launch(
-        kernel, f"attention_backward_{wanted}", inputs, problem.terms, result,
-        dict(query_tile=_smem(dtype, CONSUMERS, ROWS, H), dout_tile=_smem(dtype, CONSUMERS, ROWS, H),
-             key_tiles=_smem(dtype, stages, keys, H), value_tiles=_smem(dtype, stages, keys, H),
-             query_ready=_barriers(CONSUMERS, 2), ready=_barriers(stages, 2), free=_barriers(stages, CONSUMERS)),
-        (N, query_tiles, B))[next(iter(result))]
+        kernel,
+        f"attention_backward_{wanted}",
+        inputs,
+        problem.terms,
+        result,
+        {
+            "query_tile": _smem(dtype, CONSUMERS, ROWS, H),
+            "dout_tile": _smem(dtype, CONSUMERS, ROWS, H),
+            "key_tiles": _smem(dtype, stages, keys, H),
+            "value_tiles": _smem(dtype, stages, keys, H),
+            "query_ready": _barriers(CONSUMERS, 2),
+            "ready": _barriers(stages, 2),
+            "free": _barriers(stages, CONSUMERS),
+        },
+        (N, query_tiles, B),
+    )[next(iter(result))]
 
 
-def backward(query, key, value, *, outputs, residuals, cotangents, bias=None, mask=None, query_seq_lengths=None,
-             key_value_seq_lengths=None, query_segment_ids=None, key_value_segment_ids=None, sinks=None, scale: float,
-             is_causal: bool, local_window_size=None, logits_soft_cap: float | None = None,
-             tiles: Tiles | None = None) -> dict[str, jax.Array]:
+def backward(
+    query, key, value, *, outputs, residuals, cotangents, scale: float, is_causal: bool, local_window_size=None,
+    logits_soft_cap: float | None = None, tiles: Tiles | None = None, **optional: jax.Array | None,
+) -> dict[str, jax.Array]:  # fmt: skip
     """The gradients of query, key and value, and of bias and sinks if given; see the head of this file.
 
     `outputs` is (out, lse) as `forward` returns it; of `cotangents` only that of out counts: lse is a residual.
+    `optional` is as for `forward`.
     """
     del residuals
     (out, lse), dout = outputs, cotangents[0]
-    problem = _Problem.of(
-        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, sinks,
-        scale, is_causal, local_window_size, logits_soft_cap, tiles)
-    B, T, S, N, K, H = problem.shape
+    problem = _Problem.of(query, key, value, scale, is_causal, local_window_size, logits_soft_cap, tiles, **optional)
+    bias, sinks, lengths = (optional.get(name) for name in ("bias", "sinks", "query_seq_lengths"))
+    _B, T, S, _N, _K, H = problem.shape
     delta = jnp.einsum("btnh,btnh->bnt", out, dout, preferred_element_type=jnp.float32)
     gradients = {}
     if sinks is not None:
         sink = sinks.astype(jnp.float32)[:, None]
         gradients["sinks"] = -jnp.sum(jnp.exp(sink - lse) * delta, axis=(0, 2)).astype(sinks.dtype)
-    if query_seq_lengths is not None:  # with a sink, lse is finite there
-        lse = jnp.where(jnp.arange(T) < query_seq_lengths[:, None, None], lse, jnp.inf)
+    if lengths is not None:  # with a sink, lse is finite beyond them
+        lse = jnp.where(jnp.arange(T) < lengths[:, None, None], lse, jnp.inf)
     rows = round_up(T, BLOCK)  # and the stride of a copy is a multiple of 16 bytes
     arguments = (pad_to(dout.astype(query.dtype), 3, H), pad_to(lse * LOG2E, 2, rows, jnp.inf), pad_to(delta, 2, rows))
-    gradients["query"] = _backward_q(problem, *arguments, "query")[..., :problem.dim]
+    gradients["query"] = _backward_q(problem, *arguments, "query")[..., : problem.dim]
     # Beyond a dim of 128 the two sums do not fit the registers together: one kernel each.
-    for wanted in ((("key", "value"),) if H <= 128 else (("key",), ("value",))):
+    for wanted in (("key", "value"),) if H <= 128 else (("key",), ("value",)):
         for name, gradient in _backward_kv(problem, *arguments, wanted).items():
-            gradients[name] = gradient[..., :problem.dim]
+            gradients[name] = gradient[..., : problem.dim]
     if bias is not None:
         dx = _backward_q(problem, *arguments, "bias")[..., :T, :S]
         axes = tuple(axis for axis in range(4) if bias.shape[axis] == 1)

@@ -2,6 +2,7 @@
 
 Layer norm of Ba, Kiros and Hinton, arXiv:1607.06450. The kernels are those of `row_norm`.
 """
+
 from jax import Array
 
 from pallas_kernels.gpu import row_norm
@@ -28,5 +29,7 @@ def backward(
 ) -> dict[str, Array]:
     """Gradients of `x`, `scale` and `bias`; the statistics are computed again from `x`."""
     del outputs, residuals
-    dx, dscale, dbias = row_norm.backward(x, scale, bias, cotangents[0], eps=eps, scale_offset=scale_offset, tiles=tiles)
+    dx, dscale, dbias = row_norm.backward(
+        x, scale, bias, cotangents[0], eps=eps, scale_offset=scale_offset, tiles=tiles
+    )
     return {"x": dx, "scale": dscale, "bias": dbias}

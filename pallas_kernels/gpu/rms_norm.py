@@ -2,6 +2,7 @@
 
 RMS norm of Zhang and Sennrich, arXiv:1910.07467. The kernels are those of `row_norm`.
 """
+
 from jax import Array
 
 from pallas_kernels.gpu import row_norm

@@ -5,12 +5,13 @@
 
 Layer norm: m = mean(x). RMS norm: m = 0, no bias, and the mean(g) term is absent.
 
-A team of `split` warpgroups owns one row at a time, each a piece of it: the piece lies across its 128 threads, a mean is one
-reduction, and one exchange through shared memory where there are several pieces. Rows stream through shared memory by TMA. A
-sweep over the row reads it from shared memory again instead of keeping it in registers: what the registers hold across rows
-are only the float32 sums for the parameters' gradients. Each warpgroup writes those once, after its last row, and XLA adds the
-few hundred partial sums.
+A team of `split` warpgroups owns one row at a time, each a piece of it: the piece lies across its 128 threads, a mean
+is one reduction, and one exchange through shared memory where there are several pieces. Rows stream through shared
+memory by TMA. A sweep over the row reads it from shared memory again instead of keeping it in registers: what the
+registers hold across rows are only the float32 sums for the parameters' gradients. Each warpgroup writes those once,
+after its last row, and XLA adds the few hundred partial sums.
 """
+
 import dataclasses
 import functools
 import math
@@ -39,7 +40,7 @@ class Row:
 
     @property
     def piece(self) -> int:
-        """Features of a piece, rounded up to what TMA copies at once: 16-byte multiples, at most 256 entries along both axes."""
+        """Features of a piece, rounded up to what TMA copies at once: 16-byte multiples, at most 256 × 256."""
         sizes = (round_up(pl.cdiv(self.features, self.split), multiple) for multiple in (8, 16, 32, 64, 128, 256))
         return next((size for size in sizes if size <= MAX_COPY * math.gcd(size, MAX_COPY)), MAX_COPY * MAX_COPY)
 
@@ -78,7 +79,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """`blocks` thread blocks of `groups` warpgroups, `split` of them to a row, which has `stages` slots to arrive in and `stores` to leave."""
+    """`blocks` of `groups` warpgroups, `split` to a row, with `stages` slots to arrive in and `stores` to leave."""
 
     blocks: int
     groups: int
@@ -87,13 +88,19 @@ class Tiles:
     stores: int
 
     def smem_bytes(self, features: int, itemsize: int, parameter_bytes: int, *, backward: bool) -> int:
-        """Shared memory of a block: rows arriving and leaving, the parameters, then reductions, exchanges and barriers."""
+        """Shared memory of a block: rows, parameters, then reductions, barriers and alignment."""
         slots = self.groups * (self.stages * (2 if backward else 1) + self.stores)
-        return Row(features, self.split).size * (slots * itemsize + self.split * parameter_bytes) + 512 * self.groups + 1024
+        return (
+            Row(features, self.split).size * (slots * itemsize + self.split * parameter_bytes)
+            + 512 * self.groups
+            + 4096
+        )
 
     @staticmethod
-    def default(features: int, itemsize: int, parameter_bytes: int, *, backward: bool, centered: bool) -> "Tiles | None":
-        """The fewest pieces that fit the registers and, two rows at a time, the shared memory; then as many rows in flight as fit.
+    def default(
+        features: int, itemsize: int, parameter_bytes: int, *, backward: bool, centered: bool
+    ) -> "Tiles | None":
+        """The fewest pieces that fit the registers and, two rows at a time, the shared memory; then the most rows.
 
         `parameter_bytes` is the size of one feature's parameters in shared memory. None: nothing fits.
         """
@@ -107,10 +114,10 @@ class Tiles:
         ):
             tiles = Tiles(share * chip.cores, GROUPS, split, stages, stores)
             size = Row(features, split).size
-            # Two rows in flight through the registers besides the sums, and a quarter of them for all else.
+            # Two rows pass through the registers besides the sums; half of the 128 stay free if more pieces can be had.
             registers = size // THREADS * (2 + sums)
             smem = tiles.smem_bytes(features, itemsize, parameter_bytes, backward=backward)
-            if registers <= (96 if split < GROUPS else 128) and smem * share <= chip.smem_bytes:
+            if registers <= (64 if split < GROUPS else 128) and smem * share <= chip.smem_bytes:
                 return tiles
         return None
 
@@ -119,7 +126,8 @@ def unsupported(x, parameters: dict) -> str | None:
     """Why these kernels do not take `x[..., features]` and the named `parameters[features]`; None if they do."""
     chip = chips.current("gpu")
     if chip.capability < (9, 0):
-        return f"the rows are streamed by TMA, which needs compute capability 9.0, got {'.'.join(map(str, chip.capability))}"
+        capability = ".".join(map(str, chip.capability))
+        return f"the rows are streamed by TMA, which needs compute capability 9.0, got {capability}"
     for name, operand in {"x": x, **parameters}.items():
         if operand.dtype not in DTYPES:
             return f"{name} must be float32, bfloat16 or float16, got {operand.dtype}"
@@ -128,8 +136,8 @@ def unsupported(x, parameters: dict) -> str | None:
         sizes = [p.dtype.itemsize for p in parameters.values()][: 1 if backward else 2]
         if Tiles.default(features, itemsize, sum(sizes), backward=backward, centered=centered) is None:
             return (
-                f"a row, its results and its parameters must fit {chip.smem_bytes} bytes of shared memory and the registers, "
-                f"got {features} features of {x.dtype}"
+                f"a row, its results and its parameters must fit {chip.smem_bytes} bytes of shared memory and the "
+                f"registers, got {features} features of {x.dtype}"
             )
     return None
 
@@ -149,7 +157,7 @@ def _stream(sources, slots, ready, count, stages, body, init):
 
     def fetch(i):
         slot = lax.rem(i, stages)
-        for source, target in zip(sources, slots):
+        for source, target in zip(sources, slots, strict=True):
             plgpu.copy_gmem_to_smem(source(i), target(slot), ready(slot))
 
     def step(i, carry):
@@ -165,7 +173,10 @@ def _stream(sources, slots, ready, count, stages, body, init):
 
 
 class _Piece:
-    """What one warpgroup does with its piece of the rows. `exchange` and `met` are of its team: a slot and a barrier for partial sums."""
+    """What one warpgroup does with its piece of the rows.
+
+    `exchange` and `met` hold, for each team, slots for partial sums and the barrier that says they are filled.
+    """
 
     def __init__(self, row: Row, tiles: Tiles, count: int, exchange, met):
         group = lax.axis_index("group")
@@ -201,7 +212,10 @@ class _Piece:
             plgpu.barrier_arrive(self.met.at[self.team])
             plgpu.barrier_wait(self.met.at[self.team])
             pieces = range(self.row.split)
-            sums = [sum(self.exchange[self.team, turn, k, piece] for piece in pieces) for k in range(start, start + len(sums))]
+            sums = [
+                sum(self.exchange[self.team, turn, k, piece] for piece in pieces)
+                for k in range(start, start + len(sums))
+            ]
         return [total * (1 / self.row.features) for total in sums]
 
     def statistics(self, i, x_slot, eps: float, centered: bool):
@@ -222,7 +236,7 @@ class _Piece:
 
         @pl.when(self.team == 0)
         def _():
-            for ref, slot in zip(refs, slots):
+            for ref, slot in zip(refs, slots, strict=True):
                 plgpu.copy_gmem_to_smem(ref.at[self.index], slot.at[self.index, self.used], ready)
 
         plgpu.barrier_wait(ready)
@@ -326,7 +340,21 @@ def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tile
     source, cotangent = _rows(row, x), _rows(row, dy.astype(x.dtype))
     rows, sums = len(source), 2 if centered else 1
 
-    def body(x_ref, dy_ref, scale_ref, dx_ref, sums_ref, x_smem, dy_smem, dx_smem, scale_smem, ready, scale_ready, exchange, met):
+    def body(
+        x_ref,
+        dy_ref,
+        scale_ref,
+        dx_ref,
+        sums_ref,
+        x_smem,
+        dy_smem,
+        dx_smem,
+        scale_smem,
+        ready,
+        scale_ready,
+        exchange,
+        met,
+    ):
         piece = _Piece(row, tiles, rows, exchange, met)
         group, used = piece.group, piece.used
         piece.fetch_parameters([scale_ref], scale_smem, scale_ready)
@@ -349,7 +377,7 @@ def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tile
             terms = (piece.load(dy_slot) * normal(), *([piece.load(dy_slot)] if centered else []))
             plgpu.commit_smem()  # orders the reads of x and dy and the writes of dx before the copies that follow
             plgpu.copy_smem_to_gmem(dx_smem.at[group, out, used], dx_ref.at[piece.first + i, piece.index])
-            return tuple(total + term for total, term in zip(totals, terms))
+            return tuple(total + term for total, term in zip(totals, terms, strict=True))
 
         zeros = plgpu.layout_cast(jnp.zeros(row.shape, jnp.float32), row.layout)
         totals = _stream(

@@ -29,17 +29,18 @@ f32 = jnp.float32
 LANES = 128
 FLOOR = -1e30  # below every logit; -inf would make exp(-inf - -inf) of a block without any
 SLACK = 6 << 20  # VMEM left to the compiler for what does not stay in registers
+STRIP = 256  # of the vocabulary in one product; the arithmetic on a strip hides behind the product of the next
+WORK = 1 << 15  # passes of the matrix unit written out in one turn of a loop: more only makes the program longer
 NN = (((1,), (0,)), ((), ()))  # a · b
 NT = (((1,), (1,)), ((), ()))  # a · bᵀ
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """A grid step takes `tokens` × `vocab` logits, `strip` columns of the vocabulary at a time; all multiples of 128."""
+    """A grid step takes `tokens` × `vocab` logits; multiples of 128, and of 512 beyond 512."""
 
     tokens: int
     vocab: int
-    strip: int = 256
 
     @staticmethod
     def default(hidden: int, itemsize: int, *, backward: bool) -> "Tiles":
@@ -54,7 +55,6 @@ class Tiles:
         return Tiles(
             _share(tokens, max(pl.cdiv(tokens, self.tokens), 2 if backward else 1)),
             _share(vocab, pl.cdiv(vocab, self.vocab)),
-            self.strip,
         )
 
 
@@ -63,7 +63,9 @@ _BACKWARD = tuple(Tiles(*s) for s in ((512, 2048), (512, 1024), (512, 512), (256
 
 
 def _share(size, blocks):
-    return round_up(pl.cdiv(size, blocks), LANES)
+    """The least tile that cuts `size` into at most `blocks`."""
+    each = pl.cdiv(size, blocks)
+    return round_up(each, LANES if each <= 512 else 512)
 
 
 def _vmem_bytes(tiles: Tiles, hidden: int, itemsize: int, backward: bool) -> int:
@@ -97,17 +99,29 @@ def _dot(a, b, dims):
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=f32)
 
 
-def _overlapped(strips, product, rest):
-    """rest(strip, product(strip)) for each strip, every product issued before the arithmetic on the one before it."""
+def _turn(size, most, work):
+    """How much of `size` one turn of a loop takes: a multiple of 128 that divides it, ≤ `most`, with `work`
+    multiply-adds for each unit."""
+    bound = WORK * chips.current("tpu").mxu ** 2
+    return max(u for u in range(LANES, most + 1, LANES) if size % u == 0 and (u == LANES or u * work <= bound))
+
+
+def _loop(size, turn, body):
+    """body(start) for start in 0, turn … size - turn."""
+    if size == turn:
+        body(0)
+    else:
+        lax.fori_loop(0, size // turn, lambda i, _: body(pl.multiple_of(i * turn, turn)), None)
+
+
+def _overlapped(start, size, product, rest):
+    """rest(strip, product(strip)) for each strip of start … start + size, every product before the arithmetic on the last one."""
+    strips = [pl.ds(start + u, min(STRIP, size - u)) for u in range(0, size, STRIP)]
     before = product(strips[0])
     for n, strip in enumerate(strips):
         following = product(strips[n + 1]) if n + 1 < len(strips) else None
         rest(strip, before)
         before = following
-
-
-def _strips(tiles):
-    return [slice(u, min(u + tiles.strip, tiles.vocab)) for u in range(0, tiles.vocab, tiles.strip)]
 
 
 def _clear_past_the_end(w_ref, block, vocab):
@@ -117,8 +131,13 @@ def _clear_past_the_end(w_ref, block, vocab):
 
         @pl.when(block == vocab // width)
         def _():
-            column = lax.broadcasted_iota(jnp.int32, (1, width), 1)
-            w_ref[...] = jnp.where(column < vocab % width, w_ref[...], jnp.zeros((), w_ref.dtype))
+            inside = lax.broadcasted_iota(jnp.int32, (LANES, width), 1) < vocab % width
+
+            def clear(start):
+                here = pl.ds(start, LANES)
+                w_ref[here] = jnp.where(inside, w_ref[here], jnp.zeros((), w_ref.dtype))
+
+            _loop(w_ref.shape[0], LANES, clear)
 
 
 # ------------------------------------------------------------------------------------------------ forward
@@ -136,10 +155,12 @@ def _forward_kernel(
         labels_column[...] = jnp.broadcast_to(labels_ref[...], (LANES, tiles.tokens)).T
 
     _clear_past_the_end(w_ref, j, vocab)
-    lane = lax.broadcasted_iota(jnp.int32, (tiles.tokens, LANES), 1)
+    columns = _turn(tiles.vocab, 2 * STRIP, 0)
+    rows = _turn(tiles.tokens, tiles.tokens, columns * x_ref.shape[1])
+    lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
 
-    def gather(strip, z):
-        """Takes a strip of products into the running statistics, each [tokens, 128]."""
+    def gather(here, strip, z):
+        """Takes a strip of products into the running statistics, each [rows, 128]."""
         if with_bias:
             z = z + bias_ref[0][:, strip]
         if logits_soft_cap is not None:
@@ -148,19 +169,25 @@ def _forward_kernel(
         offsets = [j * tiles.vocab + strip.start + u for u in range(0, z.shape[1], LANES)]
         if label_smoothing:
             parts = [jnp.where(lane < vocab - o, g, 0.0) if vocab % tiles.vocab else g for g, o in zip(groups, offsets)]
-            total_ref[...] += functools.reduce(jnp.add, parts)
+            total_ref[here] += functools.reduce(jnp.add, parts)
         if vocab % tiles.vocab:
             groups = [jnp.where(lane < vocab - o, g, FLOOR) for g, o in zip(groups, offsets)]
-        label, picked = labels_column[...], picked_ref[...]
+        label, picked = labels_column[here], picked_ref[here]
         for g, o in zip(groups, offsets):
             picked = jnp.where(lane == label - o, g, picked)
-        picked_ref[...] = picked
-        old = top_ref[...]
+        picked_ref[here] = picked
+        old = top_ref[here]
         top = functools.reduce(jnp.maximum, groups, old)
-        top_ref[...] = top
-        sum_ref[...] = sum_ref[...] * jnp.exp(old - top) + functools.reduce(jnp.add, [jnp.exp(g - top) for g in groups])
+        top_ref[here] = top
+        sum_ref[here] = sum_ref[here] * jnp.exp(old - top) + functools.reduce(jnp.add, [jnp.exp(g - top) for g in groups])
 
-    _overlapped(_strips(tiles), lambda strip: _dot(x_ref[...], w_ref[:, strip], NN), gather)
+    def turn(row, column):
+        here = pl.ds(row, rows)
+        _overlapped(
+            column, columns, lambda strip: _dot(x_ref[here], w_ref[:, strip], NN), functools.partial(gather, here)
+        )
+
+    _loop(tiles.tokens, rows, lambda row: _loop(tiles.vocab, columns, functools.partial(turn, row)))
 
     @pl.when(j == last)
     def _():
@@ -292,13 +319,22 @@ def _backward_kernel(
         @pl.when(t == 0)
         def _():
             _clear_past_the_end(w_ref, block, vocab)
-            wt_ref[...] = w_ref[...].T
-            dw_sum[...] = jnp.zeros(dw_sum.shape, f32)
+
+            def start_block(start):
+                here = pl.ds(start, LANES)
+                wt_ref[:, here] = w_ref[here].T
+                dw_sum[here] = jnp.zeros((LANES, tiles.vocab), f32)
+
+            _loop(w_ref.shape[0], LANES, start_block)
             if with_bias:
                 bias_column[...] = jnp.broadcast_to(bias_ref[0][...], (LANES, tiles.vocab)).T
                 db_sum[...] = jnp.zeros(db_sum.shape, f32)
 
-        _overlapped(_strips(tiles), lambda strip: _dot(wt_ref[strip], xt_ref[...], NN), logits_gradient)
+        def turn(start):
+            _overlapped(start, columns, lambda strip: _dot(wt_ref[strip], xt_ref[...], NN), logits_gradient)
+
+        columns = _turn(tiles.vocab, 2 * STRIP, w_ref.shape[0] * tiles.tokens)
+        _loop(tiles.vocab, columns, turn)
 
         @pl.when(step > 0)
         def _():
@@ -308,17 +344,24 @@ def _backward_kernel(
         def _():
             read(step + 1).start()
 
-        dw_sum[...] += _dot(xt_ref[...], dz_ref[...], NT)
-
         @pl.when(v == 0)
         def _():
-            dx_ref[slot] = jnp.zeros(dx_ref.shape[1:], f32)
+            def clear(start):
+                dx_ref[slot, pl.ds(start, LANES)] = jnp.zeros((LANES, tiles.tokens), f32)
+
+            _loop(w_ref.shape[0], LANES, clear)
 
         @pl.when(v > 0)
         def _():
             read(step).wait()
 
-        dx_ref[slot] += _dot(w_ref[...], dz_ref[...], NN)
+        def products(start):
+            here = pl.ds(start, height)
+            dw_sum[here] += _dot(xt_ref[here], dz_ref[...], NT)
+            dx_ref[slot, here] += _dot(w_ref[here], dz_ref[...], NN)
+
+        height = _turn(w_ref.shape[0], 512, 2 * tiles.vocab * tiles.tokens)
+        _loop(w_ref.shape[0], height, products)
         write(step).start()
 
         @pl.when(step + 1 == steps)
@@ -327,7 +370,11 @@ def _backward_kernel(
 
         @pl.when(t + 1 == turns)
         def _():
-            dw_ref[...] = dw_sum[...].astype(dw_ref.dtype)
+            def end_block(start):
+                here = pl.ds(start, LANES)
+                dw_ref[here] = dw_sum[here].astype(dw_ref.dtype)
+
+            _loop(w_ref.shape[0], LANES, end_block)
             if with_bias:
                 db_ref[...] = jnp.sum(db_sum[...].T, 0, keepdims=True)
 

@@ -78,7 +78,7 @@ def _public():
                 yield pytest.param(value, id=f"{package.__name__}.{name}")
 
 
-@pytest.mark.parametrize("value", _public())
+@pytest.mark.parametrize("value", list(_public()))
 def test_every_public_name_has_a_docstring(value):
     assert value.__doc__ and len(value.__doc__) > 40
 

@@ -1,9 +1,10 @@
-"""The GPU interpreter as the kernel tests use it: races raise, memory starts as NaN, and wgmma is checked like any other access.
+"""The GPU interpreter as the kernel tests use it: races raise, memory starts as NaN, wgmma is checked like any access.
 
-The interpreter of JAX 0.12 lacks two things, which `interpreter()` supplies while it is open: wgmma with a left operand in
-registers, and race checks of what wgmma reads from shared memory (a product is an event of the asynchronous proxy, as a
-copy is: a missing fence or a tile freed too early is a race).
+The interpreter of JAX 0.12 lacks two things, which `interpreter()` supplies while it is open: wgmma with a left operand
+in registers, and race checks of what wgmma reads from shared memory: a product is an event of the asynchronous proxy, as
+a copy is, so a missing fence or a tile freed too early is a race.
 """
+
 import contextlib
 import functools
 
@@ -30,7 +31,20 @@ def interpreter(**parameters):
 
 
 @gpu_callbacks.fail_on_exception
-def _multiply(*, token, mesh_location, thread, acc, lhs, rhs, acc_transforms, lhs_transforms, rhs_transforms, lhs_is_ref, source_info):
+def _multiply(
+    *,
+    token,
+    mesh_location,
+    thread,
+    acc,
+    lhs,
+    rhs,
+    acc_transforms,
+    lhs_transforms,
+    rhs_transforms,
+    lhs_is_ref,
+    source_info,
+):
     """acc += lhs @ rhs, with the reads of shared memory checked for races."""
     memory = gpu_callbacks._get_shared_memory()
     log = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
@@ -72,5 +86,15 @@ def _interpret_wgmma(self, equation, token, read_inputs):
         lhs, lhs_transforms = jaxpr_interpret.resolve_ref(avals[1], lhs, lhs_transforms)
     multiply = functools.partial(_multiply, lhs_is_ref=lhs_is_ref, source_info=equation.source_info)
     return callback.io_callback(
-        multiply, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, mesh_location=self.mesh_location, thread=self.thread, acc=acc,
-        lhs=lhs, rhs=rhs, acc_transforms=acc_transforms, lhs_transforms=lhs_transforms, rhs_transforms=rhs_transforms), []
+        multiply,
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        acc=acc,
+        lhs=lhs,
+        rhs=rhs,
+        acc_transforms=acc_transforms,
+        lhs_transforms=lhs_transforms,
+        rhs_transforms=rhs_transforms,
+    ), []

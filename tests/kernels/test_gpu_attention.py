@@ -1,23 +1,21 @@
 """The Mosaic GPU attention kernels in the interpreter (memory poisoned with NaN, races detected) against float64."""
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.kernels.gpu_interpreter import interpreter
 
 from pallas_kernels import chips
 from pallas_kernels.gpu import attention
 from pallas_kernels.gpu.attention import Tiles
+from tests.kernels.gpu_interpreter import interpreter
 
 SMALL = Tiles(keys=64, keys_dq=64, queries_dkv=64)  # many steps: every slot and barrier phase is used again
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 
 
-def case(T, S, *, heads=(2, 1), dim=64, dtype="bfloat16", batch=1, tiles=SMALL, mask=None, bias=None, bias_dtype="float32",
-         lengths=None, segments=0, sinks=False, causal=False, window=None, cap=None, shift=0.0):  # fmt: skip
+def case(T, S, *, heads=(2, 1), dim=64, dtype="bfloat16", batch=1, tiles=SMALL, causal=False, window=None, cap=None,
+         mask=None, bias=None, bias_dtype="float32", lengths=None, segments=0, sinks=False, shift=0.0):  # fmt: skip
     return locals()
 
 
@@ -40,9 +38,9 @@ CASES = {
     "mask": case(130, 140, mask=(1, 2, 130, 140)),
     "masks-of-rows-and-columns": case(70, 130, mask=(1, 2, 1, 130), bias=(1, 1, 70, 1), bias_dtype="bfloat16"),
     "bias": case(130, 70, bias=(1, 2, 130, 70), causal=True, batch=2),
-    "low-scores": case(70, 70, heads=(1, 1), shift=-400.0),  # exp(0 - lse) overflows for the zero rows that fill a tile
-    "all": case(140, 200, bias=(1, 1, 140, 200), mask=(2, 1, 1, 200), lengths=((140, 90), (200, 130)), segments=2, sinks=True,
-                cap=4.0, window=(90, 30), batch=2, dim=32),
+    "low-scores": case(70, 70, heads=(1, 1), shift=-400.0),  # exp(0 - lse) overflows where a tile is filled up
+    "all": case(140, 200, bias=(1, 1, 140, 200), mask=(2, 1, 1, 200), lengths=((140, 90), (200, 130)), segments=2,
+                sinks=True, cap=4.0, window=(90, 30), batch=2, dim=32),
 }  # fmt: skip
 
 
@@ -51,29 +49,39 @@ def build(c):
     rng = np.random.default_rng(c["T"] * 1000 + c["S"])
     (N, K), B, T, S, H, dtype = c["heads"], c["batch"], c["T"], c["S"], c["dim"], c["dtype"]
     normal = lambda *shape: rng.standard_normal(shape)
-    operands = dict(query=normal(B, T, N, H), key=normal(B, S, K, H), value=normal(B, S, K, H))
+    operands = {"query": normal(B, T, N, H), "key": normal(B, S, K, H), "value": normal(B, S, K, H)}
     if c["shift"]:  # one column of query · key is the same for all: it shifts every score
         operands["query"][..., 0], operands["key"][..., 0] = c["shift"], H**0.5
     operands = {name: jnp.asarray(x, dtype) for name, x in operands.items()}
     if c["bias"]:
         operands["bias"] = jnp.asarray(normal(*c["bias"]), c["bias_dtype"])
     if c["mask"]:
-        operands["mask"] = jnp.asarray(rng.random(c["mask"]) > 0.3).at[..., :2, :].set(c["mask"][2] == 1)  # rows that see nothing
+        operands["mask"] = jnp.asarray(rng.random(c["mask"]) > 0.3)
+        if c["mask"][2] > 1:  # rows that see nothing
+            operands["mask"] = operands["mask"].at[:, :, :2].set(False)
     if c["lengths"]:
-        operands |= {f"{name}_seq_lengths": jnp.asarray(x, jnp.int32) for name, x in zip(("query", "key_value"), c["lengths"])}
+        operands |= {
+            f"{name}_seq_lengths": jnp.asarray(x, jnp.int32)
+            for name, x in zip(("query", "key_value"), c["lengths"], strict=True)
+        }
     if c["segments"]:
         ids = lambda size: jnp.asarray(np.sort(rng.integers(0, c["segments"], (B, size))), jnp.int32)
-        operands |= dict(query_segment_ids=ids(T).at[:, -3:].set(-1), key_value_segment_ids=ids(S))  # -1 sees nothing
+        operands |= {"query_segment_ids": ids(T).at[:, -3:].set(-1), "key_value_segment_ids": ids(S)}  # -1 sees nothing
     if c["sinks"]:
         operands["sinks"] = jnp.asarray(normal(N), jnp.float32)
-    options = dict(scale=H**-0.5, is_causal=c["causal"], local_window_size=c["window"], logits_soft_cap=c["cap"])
+    options = {
+        "scale": H**-0.5,
+        "is_causal": c["causal"],
+        "local_window_size": c["window"],
+        "logits_soft_cap": c["cap"],
+    }
     return operands, jnp.asarray(normal(B, T, N, H), dtype), options
 
 
 def plain(operands, scale, is_causal, local_window_size, logits_soft_cap):
-    """(out, lse) by the formula, in the operands' dtypes with float32 scores: the XLA form, or the oracle for float64 operands."""
+    """(out, lse) by the formula, scores in float32 or more: the XLA form, or for float64 operands the oracle."""
     query, key, value = operands["query"], operands["key"], operands["value"]
-    (B, T, N, H), S = query.shape, key.shape[1]
+    (_, T, N, _), S = query.shape, key.shape[1]
     wide = jnp.promote_types(query.dtype, jnp.float32)
     key, value = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (key, value))
     s = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=wide) * scale
@@ -89,7 +97,9 @@ def plain(operands, scale, is_causal, local_window_size, logits_soft_cap):
         seen = seen & (i < operands["query_seq_lengths"][:, None, None, None])
         seen = seen & (j < operands["key_value_seq_lengths"][:, None, None, None])
     if "query_segment_ids" in operands:
-        seen = seen & (operands["query_segment_ids"][:, None, :, None] == operands["key_value_segment_ids"][:, None, None, :])
+        seen = seen & (
+            operands["query_segment_ids"][:, None, :, None] == operands["key_value_segment_ids"][:, None, None, :]
+        )
     seen = jnp.broadcast_to(seen, s.shape)
     sinks = operands["sinks"].astype(wide)[:, None, None] if "sinks" in operands else -jnp.inf
     top = jnp.maximum(jnp.max(jnp.where(seen, s, -jnp.inf), axis=-1, keepdims=True), sinks)
@@ -105,26 +115,35 @@ def plain_gradients(operands, dout, options):
     """{"out", "lse", and each gradient by name}"""
     primals = {name: operands[name] for name in DIFFERENTIABLE if name in operands}
     (out, lse), pull = jax.vjp(lambda x: plain({**operands, **x}, **options), primals)
-    return dict(out=out, lse=lse) | pull((dout, jnp.zeros_like(lse)))[0]
+    return {"out": out, "lse": lse} | pull((dout, jnp.zeros_like(lse)))[0]
 
 
 def oracle(operands, dout, options):
     with jax.enable_x64(True):
         exact = lambda x: jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        return jax.tree.map(np.asarray, plain_gradients({n: exact(x) for n, x in operands.items()}, exact(dout), options))
+        return jax.tree.map(
+            np.asarray, plain_gradients({n: exact(x) for n, x in operands.items()}, exact(dout), options)
+        )
 
 
 def fused(operands, dout, options, tiles):
     outputs, residuals = attention.forward(**operands, **options, tiles=tiles)
     gradients = attention.backward(
-        **operands, **options, tiles=tiles, outputs=outputs, residuals=residuals, cotangents=(dout, jnp.zeros_like(outputs[1])))
-    return dict(zip(("out", "lse"), outputs)) | gradients
+        **operands,
+        **options,
+        tiles=tiles,
+        outputs=outputs,
+        residuals=residuals,
+        cotangents=(dout, jnp.zeros_like(outputs[1])),
+    )
+    return dict(zip(("out", "lse"), outputs, strict=True)) | gradients
 
 
 def compare(operands, dout, options, got):
-    """The error of every result, as a norm, is at most twice that of the unfused form; that of its worst entry at most four times.
+    """The error of every result, as a norm, is at most twice that of the unfused form; of its worst entry, four times.
 
-    The worst entry is a matter of luck: gradients of the scores are rounded once more here, as operands of the tensor cores.
+    The worst entry, and the norm of a few numbers, are a matter of luck: the gradients of the scores are rounded here to
+    feed the tensor cores, the unfused form rounds those of the probabilities.
     """
     want, unfused = oracle(operands, dout, options), plain_gradients(operands, dout, options)
     assert got.keys() == want.keys()
@@ -135,9 +154,15 @@ def compare(operands, dout, options, got):
         np.testing.assert_array_equal(mine[~known], exact[~known], err_msg=name)
         mine, yardstick, exact = mine[known], yardstick[known], exact[known]
         slack = 2e-6 * np.abs(exact).max(initial=1)  # a few float32 roundings of what is summed, which is of size one
-        for norm, factor in ((np.inf, 4), (2, 2)):
+        for norm in (2, np.inf):
             error, allowed = np.linalg.norm(mine - exact, norm), np.linalg.norm(yardstick - exact, norm)
-            assert error <= factor * allowed + slack * (1 if norm == np.inf else exact.size**0.5), (name, norm, error, allowed)
+            factor = 2 if norm == 2 and exact.size >= 16 else 4
+            assert error <= factor * allowed + slack * (exact.size**0.5 if norm == 2 else 1), (
+                name,
+                norm,
+                error,
+                allowed,
+            )
 
 
 @pytest.mark.timeout(300)  # a lost arrival is a deadlock
@@ -155,16 +180,16 @@ def test_vmap():
     """Of a batch of queries over shared keys every member is as alone."""
     operands, dout, options = build(case(70, 70, heads=(1, 1), causal=True))
     two = jnp.stack([operands["query"], 2 * operands["query"]])
-    both = lambda query: fused(operands | dict(query=query), dout, options, SMALL)
+    both = lambda query: fused(operands | {"query": query}, dout, options, SMALL)
     with interpreter():
         got = jax.block_until_ready(jax.vmap(both)(two))
     for i in range(2):
-        compare(operands | dict(query=two[i]), dout, options, jax.tree.map(lambda x: x[i], got))
+        compare(operands | {"query": two[i]}, dout, options, jax.tree.map(lambda x: x[i], got))
 
 
 def shapes(dim=64, dtype="bfloat16", queries=1000, keys=1000, heads=(4, 2)):
     make = lambda size, heads: jax.ShapeDtypeStruct((2, size, heads, dim), dtype)
-    return dict(query=make(queries, heads[0]), key=make(keys, heads[1]), value=make(keys, heads[1]))
+    return {"query": make(queries, heads[0]), "key": make(keys, heads[1]), "value": make(keys, heads[1])}
 
 
 REFUSED = {
@@ -172,9 +197,9 @@ REFUSED = {
     "b200": ("b200", shapes(), {}, "compute capability 9.0 have, not 10.0 (b200)"),
     "float32": ("h100", shapes(dtype="float32"), {}, "must share bfloat16 or float16, got float32, float32, float32"),
     "wide": ("h100", shapes(dim=320), {}, "at most 256, got 320"),
-    "scale": ("h100", shapes(), dict(scale=0.0), "scale must be positive and finite, got 0.0"),
-    "cap": ("h100", shapes(), dict(logits_soft_cap=-1.0), "logits_soft_cap must be positive, got -1.0"),
-    "bias": ("h100", shapes(), dict(bias=jax.ShapeDtypeStruct((1, 1, 1, 1000), "float64")), "float32, got float64"),
+    "scale": ("h100", shapes(), {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
+    "cap": ("h100", shapes(), {"logits_soft_cap": -1.0}, "logits_soft_cap must be positive, got -1.0"),
+    "bias": ("h100", shapes(), {"bias": jax.ShapeDtypeStruct((1, 1, 1, 1000), "float64")}, "float32, got float64"),
     "grid": ("h100", shapes(queries=128 * 65536), {}, "limited to 65535"),
 }
 
@@ -183,4 +208,4 @@ REFUSED = {
 def test_refused(name):
     chip, operands, options, reason = REFUSED[name]
     with chips.target(chips.named(chip)):
-        assert reason in attention.unsupported(**operands, **dict(dict(scale=0.125, is_causal=True), **options))
+        assert reason in attention.unsupported(**operands, **dict({"scale": 0.125, "is_causal": True}, **options))

@@ -100,8 +100,8 @@ CASES = [  # tokens, hidden, vocab, dtype, dtype of the bias, (smoothing, z-loss
     (300, 128, 384, f32, None, SMOOTH, SMALL),
     (300, 128, 384, bf16, None, Z_LOSS, SMALL),
     (256, 256, 260, f32, None, CAP, SMALL),
-    (1000, 16, 1000, bf16, None, SMOOTH, Tiles(512, 512, 256)),
-    (1000, 32, 1000, f32, f32, ALL, Tiles(512, 384, 256)),
+    (1000, 16, 1000, bf16, None, SMOOTH, Tiles(512, 512)),
+    (1000, 32, 1000, f32, f32, ALL, Tiles(512, 1024)),
 ]
 
 

@@ -1,0 +1,94 @@
+"""rope against its reference, rotation of complex numbers, and Llama 3's frequencies."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxops.ops.rope import RopeScaling, rope
+from jaxops.reference.rope import frequencies
+from jaxops.reference.rope import rope as reference
+from tests.compare import check, error
+
+LLAMA = RopeScaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=8192)
+PLAIN = dict(base=10000.0, scaling=None)
+SOME = ("jvp", "vmap of grad", "grad of grad", "shard_map, Explicit mesh", "jit, Explicit mesh")
+# shape of x, shape of positions, dtype, options.
+CASES = [
+    ((1, 1, 2), (1,), "float32", PLAIN),
+    ((2, 127, 3, 64), (127,), "float32", PLAIN),
+    ((2, 129, 1, 128), (2, 129), "bfloat16", dict(base=500000.0, scaling=LLAMA)),
+    ((128, 2, 6), (), "float16", dict(base=100.0, scaling=4.0)),
+    ((1000, 2, 16), (1000,), "float32", dict(base=10000.0, scaling=2.0)),
+    ((2, 0, 3, 4), (0,), "float32", PLAIN),
+]
+
+
+def operands_of(shape, positions):
+    random = np.random.default_rng(0)
+    return dict(x=random.standard_normal(shape), positions=random.integers(0, 1000, positions, dtype=np.int32))
+
+
+@pytest.mark.parametrize(("shape", "positions", "dtype", "static"), CASES, ids=str)
+def test_values_and_gradients(shape, positions, dtype, static):
+    operands = operands_of(shape, positions)
+    check(rope, reference, operands, differentiable=("x",), dtype=dtype, transforms=(), **static)
+
+
+def test_transforms():
+    operands = operands_of((16, 3, 2, 4), (16, 3))
+    options = dict(differentiable=("x",), sharded={"x": 0, "positions": 0}, transforms=SOME)
+    check(rope, reference, operands, **options, **PLAIN)
+
+
+def test_rotates_the_halves_as_complex_numbers():
+    operands = operands_of((5, 3, 8), (5,))
+    x = operands["x"]
+    angle = operands["positions"][:, None, None] * 10000.0 ** (-np.arange(4) / 4)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)
+    assert error(rope(**operands), np.concatenate([turned.real, turned.imag], -1)) < 1e-4
+
+
+def test_scores_depend_on_distance_only():
+    q, k = (jnp.asarray(np.random.default_rng(seed).standard_normal((1, 1, 64)), jnp.float32) for seed in (0, 1))
+    score = lambda i, j: jnp.sum(rope(q, jnp.array([i])) * rope(k, jnp.array([j])))
+    assert score(7, 3) == pytest.approx(float(score(107, 103)), rel=1e-4)
+
+
+def test_llama_3_frequencies():
+    plain, scaled = frequencies(128, 500000.0, None), frequencies(128, 500000.0, LLAMA)
+    for frequency, got in zip(plain, scaled, strict=True):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            want = frequency
+        elif wavelength > 8192:
+            want = frequency / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            want = (1 - smooth) * frequency / 8 + smooth * frequency
+        assert got == pytest.approx(want, rel=1e-12)
+
+
+X = jnp.ones((5, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: rope(jnp.ones((5, 2, 3)), jnp.arange(5)), ValueError, "with H even"),
+        (lambda: rope(jnp.ones((2, 4)), jnp.arange(2)), ValueError, r"x must have shape \[..., T, N, H\]"),
+        (lambda: rope(jnp.ones((5, 2, 4), int), jnp.arange(5)), TypeError, "x must be of a floating dtype, got int32"),
+        (lambda: rope(X, jnp.arange(2)), ValueError, r"positions must broadcast to \(5,\).*got shape \(2,\)"),
+        (lambda: rope(X, jnp.ones(5, bool)), TypeError, "positions must be integer or floating, got bool"),
+        (lambda: rope(X, jnp.arange(5), base=0), ValueError, "base must be above 0"),
+        (lambda: rope(X, jnp.arange(5), scaling=-2.0), ValueError, "scaling must be above 0"),
+        (lambda: rope(X, jnp.arange(5), scaling="yarn"), TypeError, "scaling must be a Python number, got str"),
+        (lambda: rope(X, jnp.arange(5), scaling=RopeScaling(8, 4, 4, 8192)), ValueError, "high_frequency_factor must be above"),
+        (lambda: rope(X, jnp.arange(5), scaling=RopeScaling(0, 1, 4, 8192)), ValueError, "scaling.factor must be above 0"),
+        (lambda: rope(X, jnp.arange(5), implementation="pallas"), ValueError, "rope has no Pallas kernel yet"),
+    ],
+)
+def test_bad_input(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()

@@ -2,8 +2,8 @@
 
 ratio = median(baseline time) / median(variant time), the baseline being the last variant.
 
-Other programs slow a machine down for seconds at a time, so the variants take turns: every round runs each of them once,
-in an order that rotates, and only ratios within one run mean anything. Before anything is timed, the variants must agree.
+Other programs slow a machine down for seconds at a time, so the variants take turns: every round runs each of them
+once, in an order that rotates, and only ratios within one run mean anything. Before anything is timed, they must agree.
 
     python -m benchmarks.norms
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was measured for one variant. Times are in seconds, `temp_bytes` is what XLA allocates besides inputs and outputs."""
+    """What was measured for one variant. Times in seconds; temp_bytes: what XLA allocates beside inputs and outputs."""
 
     name: str
     median: float
@@ -85,7 +85,7 @@ def compare(
 
 
 def with_gradients(function: Callable, argnums: Sequence[int] = (0,)) -> Callable:
-    """(output, gradients) of `function` for the cotangent given as the last argument: forward and backward in one program."""
+    """(output, gradients) of `function`, the cotangent being the last argument: forward and backward in one program."""
 
     def forward_and_backward(*args):
         *inputs, cotangent = args

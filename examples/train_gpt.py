@@ -117,8 +117,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def make_mesh(args: argparse.Namespace) -> Mesh:
     """The devices as (data, tensor). Raises `Stop` if they cannot be laid out so."""
-    with contextlib.suppress(RuntimeError):  # the devices are counted already: main was called before in this process
-        jax.config.update("jax_num_cpu_devices", args.devices or 8)
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # the devices are there already: main was called before in this process
+            jax.config.update("jax_num_cpu_devices", args.devices or 8)
     devices = jax.devices()
     if jax.process_count() > 1:
         raise Stop(f"one process is expected, this is a job of {jax.process_count()}")
@@ -264,7 +265,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + interrupted[0]
 
     trained = time.perf_counter() - started
-    finish(args, config, corpus, held_out, mesh, ours, state, evaluate(state["parameters"]), trained, out, console)
+    finish(args, config, corpus, held_out, mesh, ours, state, trained, out, console)
     return 0
 
 
@@ -368,9 +369,10 @@ def progress(console: Console, steps: int, done: int, tokens: int) -> Iterator[C
         yield show
 
 
-def finish(args, config, corpus, held_out, mesh, ours, state, loss, trained, out, console) -> None:
+def finish(args, config, corpus, held_out, mesh, ours, state, trained, out, console) -> None:
     """What a run leaves behind: the curve, a sample, the tables, the verdict."""
-    plot(out)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    plot(lines, out / "loss.png")
     if args.sample:
         # On one device: a single sequence has nothing to share out.
         parameters = jax.device_put(jax.device_get(state["parameters"]), jax.devices()[0])
@@ -385,14 +387,13 @@ def finish(args, config, corpus, held_out, mesh, ours, state, loss, trained, out
     gradient = jax.value_and_grad(lambda parameters, windows: nnx.merge(ours.model, parameters).loss(windows))
     explained = [jaxops.explain(gradient, state["parameters"], ours.windows, target=chip) for chip in chips]
     table = Table("operator", "phase", *("here" if chip is None else f"on one {chip}" for chip in chips), title="which implementation runs, and why")
-    for lines in zip(*(explanation.lines for explanation in explained), strict=True):
-        cells = (f"{line.implementation}{f': {line.reason}' if line.reason else ''}" for line in lines)
-        table.add_row(lines[0].operator, lines[0].phase, *cells)
+    for calls in zip(*(explanation.lines for explanation in explained), strict=True):
+        table.add_row(calls[0].operator, calls[0].phase, *(call.implementation + (call.reason and f" ({call.reason})") for call in calls))
     console.print(table)
 
     if args.compare:
         console.print(compare(args, config, corpus, held_out, mesh, ours, state))
-    bigram = text.bigram_loss(corpus.train, held_out)
+    loss, bigram = lines[-1]["held_out"], text.bigram_loss(corpus.train, held_out)
     summary = Table(show_header=False, title="summary")
     for row in (
         ("model", ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items())),
@@ -441,21 +442,20 @@ def compare(args, config, corpus, held_out, mesh, ours, state) -> Table:
     return table
 
 
-def plot(out: Path) -> None:
-    """loss.png: the training loss of every step and the held-out losses."""
+def plot(log: list[dict[str, Any]], file: Path) -> None:
+    """The training loss of every step and the held-out losses."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.8, label="training")
-    held_out = [line for line in lines if "held_out" in line]
+    axes.plot([line["step"] for line in log], [line["loss"] for line in log], linewidth=0.8, label="training")
+    held_out = [line for line in log if "held_out" in line]
     axes.plot([line["step"] for line in held_out], [line["held_out"] for line in held_out], "o-", label="held out")
     axes.set(xlabel="step", ylabel="nats per byte")
     axes.legend()
-    figure.savefig(out / "loss.png", dpi=120, bbox_inches="tight")
+    figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -37,7 +37,7 @@ def _public(module) -> dict:
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and callable(value) and value.__module__.startswith("jaxops")
+        if not name.startswith("_") and callable(value) and value.__module__.startswith(module.__name__)
     }
 
 
@@ -55,6 +55,13 @@ def test_python_runs_and_prints_what_follows_it(path):
         following = blocks[index + 1] if index + 1 < len(blocks) else ("", "", 0)
         if following[0] == "text" and following[2] == line + text.count("\n") + 3:
             assert printed.getvalue().strip() == following[1].strip(), f"{_name(path)}:{following[2]}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=_name)
+def test_python_imports_the_submodules_it_uses(path):
+    code = "\n".join(text for language, text, _ in _blocks(path) if language == "python")
+    for module in set(re.findall(r"jaxops\.nn(?:\.linen)?(?=\.)", code)):
+        assert f"import {module}\n" in code, f"{_name(path)} uses {module}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=_name)

@@ -55,7 +55,7 @@ X, W = jnp.ones((4, 3)), jnp.ones((3, 7))
     ("call", "kind", "message"),
     [
         (lambda: gated_linear_unit(X, W.T, W), ValueError, r"w_gate must have shape \(3, n\).*is it transposed"),
-        (lambda: gated_linear_unit(X, W, W[:, :2]), ValueError, r"w_up must have shape \(3, 7\) \(the shape of w_gate\)"),
+        (lambda: gated_linear_unit(X, W, W[:, :2]), ValueError, r"w_up must have shape \(3, 7\) \(the shape of w_gate"),
         (lambda: gated_linear_unit(jnp.ones((4, 3), int), W, W), TypeError, "x must be of a floating dtype, got int32"),
         (lambda: gated_linear_unit(X, W, W, activation=None), TypeError, "activation must be a function of an array"),
         (lambda: gated_linear_unit(X, W, W, activation=jnp.sum), ValueError, "activation must keep the shape"),

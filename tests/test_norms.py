@@ -82,7 +82,12 @@ def test_a_large_mean_does_not_cancel(mean):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
     ("shape", "spec"),
-    [((8, 256, 512), ("d",)), ((4096, 256), ("d",)), ((4, 1024, 256), (None, "d")), ((4, 512, 8, 128), (None, None, "d"))],
+    [
+        ((8, 256, 512), ("d",)),
+        ((4096, 256), ("d",)),
+        ((4, 1024, 256), (None, "d")),
+        ((4, 512, 8, 128), (None, None, "d")),
+    ],
     ids=str,
 )
 def test_rows_over_devices_stay_local(norm, shape, spec):

@@ -1,4 +1,6 @@
 """The training program as a user runs it: killed and resumed, on 1 to 8 devices, with damaged or foreign checkpoints, with wrong arguments."""
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -8,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "examples" / "train_gpt.py"
@@ -24,6 +28,24 @@ TINY = (
 ).split()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Compiled programs are kept for the other runs of this file, in this process and in others."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "book.txt"
@@ -31,26 +53,19 @@ def book(tmp_path_factory):
     return file
 
 
-def command(book, out, *more):
-    return [sys.executable, str(PROGRAM), *TINY, "--text", str(book), "--out", str(out), *more]
-
-
-def environment():
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return kept | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "JAX_PLATFORMS": "cpu"}
-
-
-def run(*args):
-    return subprocess.run(command(*args), env=environment(), capture_output=True, text=True, timeout=300)
+def train(book, out, *more):
+    """The program in this process."""
+    return train_gpt.main([*TINY, "--text", str(book), "--out", str(out), *more])
 
 
 @pytest.fixture(scope="module")
 def unbroken(book, tmp_path_factory):
-    """A run from beginning to end in one go: its directory, and what it printed."""
+    """A run from beginning to end in one go, as a user starts it: its directory, and what it printed."""
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    done = run(book, out, "--devices", "2", "--compare")
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert train(book, out, "--devices", "2", "--compare") == 0
+    return out, printed.getvalue()
 
 
 def log(out):
@@ -68,28 +83,45 @@ def test_an_unbroken_run_leaves_everything(unbroken):
     assert printed.rstrip().endswith("nats per byte.")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_and_resumed_is_unbroken(book, unbroken, tmp_path, number):
+def test_killed_and_resumed_is_unbroken(book, unbroken, compiled_once, tmp_path, capsys):
     out = tmp_path / "run"
-    running = subprocess.Popen(command(book, out, "--devices", "2"), env=environment(), stdout=subprocess.PIPE, text=True)
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 6:
-        assert running.poll() is None, "the run ended before it could be stopped"
-        time.sleep(0.002)
-    running.send_signal(number)
-    running.communicate(timeout=120)
-    assert running.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
-    resumed = run(book, out, "--devices", "2", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming from" in resumed.stdout
+    environment = os.environ | compiled_once
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    started = [sys.executable, str(PROGRAM), *TINY, "--text", str(book), "--out", str(out), "--devices", "2"]
+    with subprocess.Popen(started, env=environment, stdout=subprocess.DEVNULL) as running:
+        while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < 6:
+            assert running.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.002)
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    assert train(book, out, "--devices", "2", "--resume") == 0
+    assert "resuming from" in capsys.readouterr().out
     assert (out / "log.jsonl").read_bytes() == (unbroken[0] / "log.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("step", [3, 8])
+def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypatch, capsys, step):
+    def write(lines, line, show):
+        if line["step"] == step:
+            signal.raise_signal(signal.SIGINT)  # what Ctrl-C does
+        wrote(lines, line, show)
+
+    wrote = train_gpt.write
+    monkeypatch.setattr(train_gpt, "write", write)
+    assert train(book, tmp_path / "run", "--devices", "2") == 130
+    assert f"interrupted after step {step}" in capsys.readouterr().out
+    monkeypatch.setattr(train_gpt, "write", wrote)
+    assert train(book, tmp_path / "run", "--devices", "2", "--resume") == 0
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == (unbroken[0] / "log.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("mesh", ["--devices 1", "--devices 4", "--devices 8", "--devices 4 --tensor 2"])
-def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, mesh):
-    done = run(book, tmp_path / "run", *mesh.split())
-    assert done.returncode == 0, done.stderr
-    losses, expected = ([line["loss"] for line in log(out)] for out in (tmp_path / "run", unbroken[0]))
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, monkeypatch, mesh):
+    monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
+    assert train(book, tmp_path / "run", *mesh.split()) == 0
+    for name in ("loss", "held_out"):
+        losses, expected = ([line[name] for line in log(out) if name in line] for out in (tmp_path / "run", unbroken[0]))
+        np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
 def begun(unbroken, tmp_path):
@@ -132,20 +164,20 @@ def test_damage_is_found(unbroken, tmp_path, harm):
     assert len(told) == 1 and "checkpoint-000008 is damaged" in told[0]
 
 
-def test_a_damaged_checkpoint_falls_back_and_is_kept(book, unbroken, tmp_path):
+def test_a_damaged_checkpoint_falls_back_and_is_kept(book, unbroken, tmp_path, capsys):
     out = begun(unbroken, tmp_path)
     flip_a_bit(out / "checkpoint-000008")
     harmed = largest(out / "checkpoint-000008").read_bytes()
-    done = run(book, out, "--devices", "2", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint-000008 is damaged" in done.stdout and "checkpoint-000004, step 4" in done.stdout
+    assert train(book, out, "--devices", "2", "--resume") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-000008 is damaged" in printed and "checkpoint-000004, step 4" in printed
     assert largest(out / "checkpoint-000008.damaged").read_bytes() == harmed
     assert checkpoints.damage(out / "checkpoint-000008") is None
     assert (out / "log.jsonl").read_bytes() == (unbroken[0] / "log.jsonl").read_bytes()
 
 
 def refused(capsys, *args):
-    """What the program says, in this process, when it exits with 2."""
+    """What the program says when it exits with 2."""
     assert train_gpt.main([*TINY, *map(str, args)]) == 2
     return capsys.readouterr().err
 

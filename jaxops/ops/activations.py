@@ -1,4 +1,4 @@
-"""gelu, silu, relu, squared_relu. Only exact gelu has a rule of its own: XLA differentiates the others as well as can be done."""
+"""gelu, silu, relu, squared_relu. Only exact gelu has a rule of its own: what XLA makes of the others is as good."""
 
 import math
 
@@ -16,7 +16,7 @@ def _forward(x):
 
 
 def _backward(x, *, outputs, residuals, cotangents):
-    """dx = dy · (Φ(x) + x · φ(x)), φ the normal density. From x alone: autodiff would keep intermediates of the size of x."""
+    """dx = dy · (Φ(x) + x · φ(x)), φ the normal density. From x alone: autodiff would keep arrays of the size of x."""
     del outputs, residuals
     wide = jnp.promote_types(x.dtype, jnp.float32)
     x_wide = x.astype(wide)
@@ -76,8 +76,9 @@ def gelu(x: jax.Array, approximate: bool = True, *, implementation: dispatch.Imp
 def silu(x: jax.Array, *, implementation: dispatch.Implementation = None) -> jax.Array:
     """y = x · sigmoid(x), elementwise. Also known as swish.
 
-    x: floating, of any shape; computed in float32 whatever its dtype (float64 for float64). Returns y in its shape and dtype.
-    Raises `TypeError` if x is not floating, `ValueError` if `implementation` is unknown or "pallas" (there is no kernel).
+    x: floating, of any shape; computed in float32 whatever its dtype (float64 for float64).
+    Returns y in the shape and dtype of x.
+    Raises `TypeError` if x is not floating, `ValueError` if `implementation` is unknown or "pallas": there is none.
 
     Source: Elfwing, Uchibe and Doya, "Sigmoid-Weighted Linear Units", arXiv:1702.03118.
     """
@@ -88,7 +89,7 @@ def relu(x: jax.Array, *, implementation: dispatch.Implementation = None) -> jax
     """y = max(x, 0), elementwise; the derivative at 0 is 0.
 
     x: floating, of any shape. Returns y in its shape and dtype.
-    Raises `TypeError` if x is not floating, `ValueError` if `implementation` is unknown or "pallas" (there is no kernel).
+    Raises `TypeError` if x is not floating, `ValueError` if `implementation` is unknown or "pallas": there is none.
     """
     return reference.relu(_checked("relu", x, implementation))
 
@@ -96,8 +97,9 @@ def relu(x: jax.Array, *, implementation: dispatch.Implementation = None) -> jax
 def squared_relu(x: jax.Array, *, implementation: dispatch.Implementation = None) -> jax.Array:
     """y = max(x, 0)², elementwise.
 
-    x: floating, of any shape; computed in float32 whatever its dtype (float64 for float64). Returns y in its shape and dtype.
-    Raises `TypeError` if x is not floating, `ValueError` if `implementation` is unknown or "pallas" (there is no kernel).
+    x: floating, of any shape; computed in float32 whatever its dtype (float64 for float64).
+    Returns y in the shape and dtype of x.
+    Raises `TypeError` if x is not floating, `ValueError` if `implementation` is unknown or "pallas": there is none.
 
     Source: So et al., "Primer: Searching for Efficient Transformers", arXiv:2109.08668.
     """

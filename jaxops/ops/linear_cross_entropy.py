@@ -15,8 +15,9 @@ from jaxops.ops import checks
 from jaxops.reference.linear_cross_entropy import linear_cross_entropy as reference
 from pallas_kernels import tpu
 
-# Logits of all tokens against one chunk of the vocabulary, held at a time: 16 MiB in float32 is about a processor's last
-# cache. An accelerator has the memory for more, and adding to dx once a chunk would cost it more than the products.
+# Logits of all tokens against one chunk of the vocabulary, held at a time: 16 MiB in float32 is about a processor's
+# last cache. An accelerator has the memory for more, and adding to dx for every small chunk would cost it more than the
+# products.
 _CPU_ELEMENTS = 1 << 22
 _ACCELERATOR_ELEMENTS = 1 << 25
 # Narrower chunks leave the products bound by the traffic of x and dx.
@@ -45,7 +46,7 @@ class _Logits:
         return self.weight.shape[1]
 
     def chunk(self, start, width: int):
-        """The chunk's weight[hidden, width], z[tokens, width], dcap/d(x · weight + bias), and which z is the label's."""
+        """The chunk's weight[hidden, width], z[tokens, width], the slope of cap there, and which z is the label's."""
         weight = lax.dynamic_slice_in_dim(self.weight, start, width, 1)
         z = jnp.dot(self.x, weight, preferred_element_type=self.wide)
         if self.bias is not None:
@@ -108,7 +109,7 @@ def _backward(x, weight, labels, bias=None, *, outputs, residuals, cotangents, *
 
 
 def _backward_chunked(elements, x, weight, labels, bias, lse, g, *, label_smoothing, z_loss, logits_soft_cap):
-    """dz = g · (p · (1 + 2 · z_loss · lse) - (1 - ε) · [label] - ε / vocab) · cap',  dx = dz · weightᵀ,  dweight = xᵀ · dz."""
+    """dz = g · (p · (1 + 2 · z_loss · lse) - (1 - ε) · [label] - ε / vocab) · slope,  dx = dz · wᵀ,  dw = xᵀ · dz."""
     logits = _chunked(elements, x, weight, labels, bias, logits_soft_cap)
     of_p, of_label = g * (1 + 2 * z_loss * lse), g * (1 - label_smoothing)
     # What the products take: as wide as they would be if the logits had been held.
@@ -165,7 +166,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
-    """loss_t = lse_t - (1 - ε) · z_t[labels_t] - ε · mean(z_t) + z_loss · lse_t²,  lse = logsumexp(z),  z = cap(x · weight + bias).
+    """loss = lse - (1 - ε) · z[label] - ε · mean(z) + z_loss · lse²,  lse = logsumexp(z),  z = cap(x · weight + bias).
 
     The last linear layer and its cross-entropy in one, without the logits [tokens, vocab] ever in memory.
     ε = label_smoothing, cap(z) = logits_soft_cap · tanh(z / logits_soft_cap).
@@ -173,8 +174,8 @@ def linear_cross_entropy(
     Args:
       x: floating [..., hidden].
       weight: floating [hidden, vocab].
-      labels: integer [...], the leading axes of x. A label outside [0, vocab) that is not `ignore_index` makes its loss NaN:
-        while tracing it cannot be refused.
+      labels: integer [...], the leading axes of x. A label outside [0, vocab) that is not `ignore_index` makes its loss
+        NaN: while tracing it cannot be refused.
       bias: floating [vocab] or None.
       ignore_index: tokens with this label have loss 0 and no gradient, and do not count in the mean. May be negative.
       label_smoothing: ε in [0, 1).
@@ -184,11 +185,11 @@ def linear_cross_entropy(
       implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
 
     Returns:
-      The loss in float32 (float64 for float64): a scalar, or [...] for reduction "none". Logits and sums are float32 too.
+      The loss in float32 (float64 for float64): a scalar, or [...] for reduction "none". So are logits and sums.
 
     Raises:
       TypeError: an array is not of the kind above, or an option is not a Python number.
-      ValueError: shapes do not fit, an option is out of its range, or `implementation` is unknown or, alone, cannot run.
+      ValueError: shapes do not fit, an option is out of range, or `implementation` is unknown or, alone, cannot run.
 
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
     """

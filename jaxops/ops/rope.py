@@ -19,13 +19,14 @@ def rope(
 ) -> jax.Array:
     """[y₁, y₂] = [x₁ cos a - x₂ sin a, x₂ cos a + x₁ sin a],  a_i = position · base^(-2i / H).
 
-    x₁ and x₂ are the halves of the last axis (the convention of Llama and GPT-NeoX), not its even and odd elements (that of the paper).
+    x₁ and x₂ are the halves of the last axis (as in Llama and GPT-NeoX), not its even and odd elements.
 
     Args:
       x: floating [..., T, N, H], H even; computed in float32 whatever its dtype (float64 for float64).
       positions: integer or floating, broadcastable to [..., T]. Not differentiable where they are integers.
       base: above 0.
-      scaling: None; a number that divides every frequency (linear interpolation of positions); or a `RopeScaling` (Llama 3).
+      scaling: None; a number that divides every frequency (linear interpolation of positions); or a `RopeScaling`
+        (Llama 3).
       implementation: None or "xla"; there is no Pallas kernel.
 
     Returns:

@@ -12,8 +12,8 @@ from jaxops import dispatch
 # Of one tile: 512 KiB in float32, what a core's own cache holds. A tile much larger costs a trip to memory for every
 # intermediate, one much smaller costs loop overhead.
 _TILE_ELEMENTS = 1 << 17
-# Every leading axis is cut into up to this many parts that are worked on at the same time. The loop runs inside a part, so an axis
-# sharded over that many devices (or a divisor of it) is never communicated.
+# Every leading axis is cut into up to this many parts that are worked on at the same time. The loop runs inside a part,
+# so an axis sharded over that many devices (or a divisor of it) is never communicated.
 _PARTS = 16
 
 Rows = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
@@ -23,7 +23,7 @@ def map_rows(rows: Rows, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array
     """y, (Σ a over all rows, …) for rows(*arrays) = y, (a, …), where every row is independent of the others.
 
     Args:
-      rows: maps equally shaped arrays [..., features] to y and summands of that shape; it is called on blocks of the arrays.
+      rows: maps equally shaped arrays [..., features] to y and summands of that shape; called on blocks of the arrays.
       arrays: equally shaped, [..., features].
 
     Returns:

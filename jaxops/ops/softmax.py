@@ -55,7 +55,8 @@ def softmax(
 
     Raises:
       TypeError: x is not floating, `where` is not boolean, or `axis` is not of integers.
-      ValueError: an axis is out of range or named twice, `where` does not broadcast, or `implementation` is unknown or "pallas".
+      ValueError: an axis is out of range or named twice, `where` does not broadcast, or `implementation` is unknown or
+        "pallas".
     """
     x = checks.floating("softmax", "x", x)
     axes = checks.axes("softmax", "axis", axis, x.ndim)

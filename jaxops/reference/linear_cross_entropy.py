@@ -14,10 +14,11 @@ def linear_cross_entropy(
     z_loss: float,
     logits_soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """loss_t = lse_t - (1 - ε) · z_t[labels_t] - ε · mean(z_t) + z_loss · lse_t²,  lse = logsumexp(z),  z = cap(x · weight + bias).
+    """loss = lse - (1 - ε) · z[label] - ε · mean(z) + z_loss · lse²,  lse = logsumexp(z),  z = cap(x · weight + bias).
 
     x[tokens, hidden], weight[hidden, vocab], labels[tokens] in [0, vocab), bias[vocab]; ε = label_smoothing and
-    cap(z) = logits_soft_cap · tanh(z / logits_soft_cap). Returns loss[tokens] and lse[tokens] in float32 (float64 for float64).
+    cap(z) = logits_soft_cap · tanh(z / logits_soft_cap). Returns loss[tokens] and lse[tokens] in float32 (float64 for
+    float64).
     """
     wide = jnp.promote_types(jnp.promote_types(x.dtype, weight.dtype), jnp.float32)
     z = jnp.dot(x, weight, preferred_element_type=wide)

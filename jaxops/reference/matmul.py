@@ -14,7 +14,7 @@ def matmul(
     activation: Callable[[jax.Array], jax.Array] | None,
     precision: jax.lax.PrecisionLike,
 ) -> jax.Array:
-    """y = activation(x · w + bias): x[..., k], w[k, n], bias[n]; sums, bias and activation in float32, then one rounding."""
+    """y = activation(x · w + bias): x[..., k], w[k, n], bias[n]; all in float32, then one rounding."""
     dtype = jnp.promote_types(x.dtype, w.dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
     y = jnp.dot(x, w, precision=precision, preferred_element_type=wide)

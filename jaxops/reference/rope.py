@@ -13,8 +13,8 @@ class RopeScaling:
     """Frequencies for contexts beyond the `original_length` trained on, as in Llama 3.
 
     With turns = frequency · original_length / 2π, the number of rotations within the original length:
-    turns > high_frequency_factor keeps the frequency, turns < low_frequency_factor divides it by `factor`, and between the
-    two it is interpolated linearly in `turns`.
+    turns > high_frequency_factor keeps the frequency, turns < low_frequency_factor divides it by `factor`, and between
+    the two it is interpolated linearly in `turns`.
     """
 
     factor: float
@@ -37,7 +37,10 @@ def frequencies(dim: int, base: float, scaling: float | RopeScaling | None) -> n
 
 
 def rope(x: jax.Array, positions: jax.Array, *, base: float, scaling: float | RopeScaling | None) -> jax.Array:
-    """[y₁, y₂] = [x₁ cos a - x₂ sin a, x₂ cos a + x₁ sin a], x₁ and x₂ the halves of the last axis, a_i = position · frequency_i."""
+    """[y₁, y₂] = [x₁ cos a - x₂ sin a, x₂ cos a + x₁ sin a],  a_i = position · frequency_i.
+
+    x[..., T, N, H], x₁ and x₂ the halves of its last axis; positions broadcastable to [..., T].
+    """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     dim = x.shape[-1]
     angle = positions[..., None, None].astype(wide) * jnp.asarray(frequencies(dim, base, scaling), wide)

@@ -575,13 +575,12 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
                                 else None
                             )
                             p = jnp.where(_seen(shape, band, first, i * queries, None, segments), p, 0.0)
+                        weight = p if tanh is None else p * (1 - tanh * tanh)  # now: later, tanh would hold registers
                         if "value" in sums:
                             plgpu.wgmma(sums["value"], p.astype(dtype), dout)
                         if "key" in sums:
                             (dp,) = _products((value, dout.T))
-                            ds = p * (dp - column(refs.delta_tiles))
-                            if tanh is not None:
-                                ds = ds * (1 - tanh * tanh)
+                            ds = weight * (dp - column(refs.delta_tiles))
                             plgpu.wgmma(sums["key"], ds.astype(dtype), query)
                         plgpu.wgmma_wait(0)
                         plgpu.commit_smem()  # orders the loads of lse and delta before the copies that overwrite them
@@ -706,12 +705,11 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
                             (row_segments, _load_columns(refs.key_segments.at[batch, columns])) if segmented else None
                         )
                         p = jnp.where(_seen(shape, band, first, j * keys, key_end - 1, segments), p, 0.0)
-                    ds = p * (dp - _down(row_delta, shape))
+                    dx = p * (dp - _down(row_delta, shape))
                     if dense:
-                        plgpu.store(refs.dx.at[batch, head, rows, columns], ds, optimized=False)
+                        plgpu.store(refs.dx.at[batch, head, rows, columns], dx, optimized=False)
                     else:
-                        if tanh is not None:
-                            ds = ds * (1 - tanh * tanh)
+                        ds = dx if tanh is None else dx * (1 - tanh * tanh)
                         plgpu.wgmma(dq[0], ds.astype(dtype), key)
                         plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(refs.free.at[slot])
@@ -790,10 +788,10 @@ def backward(
     bias, sinks, lengths = (optional.get(name) for name in ("bias", "sinks", "query_seq_lengths"))
     _B, T, S, _N, _K, H = problem.shape
     delta = jnp.einsum("btnh,btnh->bnt", out, dout, preferred_element_type=jnp.float32)
-    gradients = {}
+    gradients, sunk = {}, jnp.zeros_like(delta)  # what the sink takes of the gradient of a row
     if sinks is not None:
-        sink = sinks.astype(jnp.float32)[:, None]
-        gradients["sinks"] = -jnp.sum(jnp.exp(sink - lse) * delta, axis=(0, 2)).astype(sinks.dtype)
+        sunk = jnp.exp(sinks.astype(jnp.float32)[:, None] - lse) * delta
+        gradients["sinks"] = -jnp.sum(sunk, axis=(0, 2)).astype(sinks.dtype)
     if lengths is not None:  # with a sink, lse is finite beyond them
         lse = jnp.where(jnp.arange(T) < lengths[:, None, None], lse, jnp.inf)
     rows = round_up(T, BLOCK)  # and the stride of a copy is a multiple of 16 bytes
@@ -804,7 +802,9 @@ def backward(
         for name, gradient in _backward_kv(problem, *arguments, wanted).items():
             gradients[name] = gradient[..., : problem.dim]
     if bias is not None:
-        dx = _backward_q(problem, *arguments, "bias")[..., :T, :S]
+        # A bias that is the same for every key is seen only by the sink: Σ_j dx_ij = exp(sink - lse) · delta.
+        same = bias.shape[3] == 1
+        dx = sunk[..., None] if same else _backward_q(problem, *arguments, "bias")[..., :T, :S]
         axes = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
         gradients["bias"] = jnp.sum(dx, axis=axes, keepdims=True).astype(bias.dtype)
     return gradients

@@ -85,7 +85,10 @@ def unsupported(
     if weight.dtype != x.dtype:
         return f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}"
     vmem = chips.current("tpu").vmem_bytes
-    fits = lambda hidden: _vmem_bytes(_BACKWARD[-1], hidden, x.dtype.itemsize, True) + SLACK <= vmem
+
+    def fits(hidden):
+        return _vmem_bytes(_BACKWARD[-1], hidden, x.dtype.itemsize, True) + SLACK <= vmem
+
     if not fits(x.shape[-1]):
         most = max(h for h in range(0, x.shape[-1], LANES) if fits(h))
         return f"the least tiles must fit the {vmem >> 20} MiB of VMEM, that is hidden ≤ {most} in {x.dtype}, got {x.shape[-1]}"
@@ -223,16 +226,26 @@ def _row(vector, size, value=0):
     return pad_to(vector[None], 1, size, value)
 
 
-def _params(semantics, tiles, hidden, itemsize, backward):
-    limit = _vmem_bytes(tiles, hidden, itemsize, backward) + SLACK
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
+def _call(kernel, semantics, tiles, x, weight, *, backward, **kwargs):
+    """`pl.pallas_call(kernel, …)` with the VMEM and the cost told to XLA.
 
-
-def _cost(products, x, weight, *extra):
-    """`products` of the size of the logits; every operand read or written once."""
-    logits = x.shape[0] * weight.shape[1]
-    moved = sum(a.size * a.dtype.itemsize for a in (x, weight, *extra))
-    return pl.CostEstimate(flops=2 * products * logits * x.shape[1], transcendentals=logits, bytes_accessed=moved)
+    Under `vmap` the calls follow one another: Mosaic has no batched array that stays in HBM, and one call fills the chip.
+    """
+    logits, (passes, products) = x.shape[0] * weight.shape[1], (2, 3) if backward else (1, 1)
+    call = pl.pallas_call(
+        kernel,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics,
+            vmem_limit_bytes=_vmem_bytes(tiles, x.shape[1], x.dtype.itemsize, backward) + SLACK,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * logits * x.shape[1],
+            transcendentals=logits,
+            bytes_accessed=passes * (x.size + weight.size) * x.dtype.itemsize,
+        ),
+        **kwargs,
+    )
+    return jax.custom_batching.sequential_vmap(lambda *operands: call(*operands))
 
 
 def forward(
@@ -245,11 +258,13 @@ def forward(
     padded, hidden = x.shape
     row = pl.BlockSpec((1, tiles.tokens), lambda i, j: (0, i))
     statistic = pltpu.VMEM((tiles.tokens, LANES), f32)
-    loss, lse = pl.pallas_call(
+    loss, lse = _call(
         functools.partial(
             _forward_kernel, vocab=vocab, tiles=tiles, label_smoothing=label_smoothing, z_loss=z_loss,
             logits_soft_cap=logits_soft_cap, with_bias=bool(bias),
         ),
+        ("parallel", "arbitrary"), tiles, x, weight,
+        backward=False,
         grid=(padded // tiles.tokens, pl.cdiv(vocab, tiles.vocab)),
         in_specs=[
             pl.BlockSpec((tiles.tokens, hidden), lambda i, j: (i, 0)),
@@ -259,8 +274,6 @@ def forward(
         out_specs=[row] * 2,
         out_shape=[jax.ShapeDtypeStruct((1, padded), f32)] * 2,
         scratch_shapes=[statistic] * 4 + [pltpu.VMEM((tiles.tokens, LANES), jnp.int32)],
-        compiler_params=_params(("parallel", "arbitrary"), tiles, hidden, x.dtype.itemsize, False),
-        cost_estimate=_cost(1, x, weight),
         name="linear_cross_entropy",
     )(x, weight, _row(labels, padded), *bias)
     return (loss[0, :tokens], lse[0, :tokens]), ()
@@ -402,11 +415,13 @@ def backward(
     def along_tokens(height):
         return pl.BlockSpec((height, tiles.tokens), lambda p, v, t: (0, t))
 
-    dx, dw, db = pl.pallas_call(
+    dx, dw, db = _call(
         functools.partial(
             _backward_kernel, vocab=vocab, blocks=blocks, tiles=tiles, label_smoothing=label_smoothing,
             logits_soft_cap=logits_soft_cap, with_bias=bool(bias),
         ),
+        ("parallel", "arbitrary", "arbitrary"), tiles, x, weight,
+        backward=True,
         grid=(shares, rounds, padded // tiles.tokens),
         in_specs=[along_tokens(wide), along_vocab(wide), *[along_tokens(1)] * 4, *[along_vocab(1) for _ in bias]],
         out_specs=[pl.BlockSpec(memory_space=pl.ANY), along_vocab(wide), along_vocab(1)],
@@ -425,8 +440,6 @@ def backward(
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
         ],
-        compiler_params=_params(("parallel", "arbitrary", "arbitrary"), tiles, wide, dtype.itemsize, True),
-        cost_estimate=_cost(3, x, weight, x, weight),
         name="linear_cross_entropy_backward",
     )(x.T, weight, *rows, *bias)
     grads = {"x": dx.sum(0).T[:tokens, :hidden], "weight": dw[:hidden, :vocab], "bias": db[0, :vocab]}

@@ -1,8 +1,8 @@
 """The GPU interpreter as the kernel tests use it: races raise, memory starts as NaN, wgmma is checked like any access.
 
 The interpreter of JAX 0.12 lacks two things, which `interpreter()` supplies while it is open: wgmma with a left operand
-in registers, and race checks of what wgmma reads from shared memory: a product is an event of the asynchronous proxy, as
-a copy is, so a missing fence or a tile freed too early is a race.
+in registers, and race checks of what wgmma reads from shared memory: a product is an event of the asynchronous proxy,
+as a copy is, so a missing fence or a tile freed too early is a race.
 """
 
 import contextlib

@@ -154,7 +154,7 @@ def run(x, dout, options, tiles):
         return outputs, gradients
 
     mapped = jax.vmap(both) if dout.ndim == 5 else both
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         return jax.block_until_ready(jax.jit(mapped, compiler_options=QUICK)(x, dout))
 
 

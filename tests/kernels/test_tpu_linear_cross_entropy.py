@@ -110,3 +110,47 @@ def test_against_float64(tokens, hidden, vocab, dtype, bias_dtype, static, tiles
     args = data(tokens, hidden, vocab, dtype, bias_dtype)
     dtypes = {"loss": f32, "lse": f32, "x": dtype, "weight": dtype, "bias": bias_dtype}
     check(interpret(*args, static, tiles), oracle(*args, *static), unfused(*args, *static), dtypes)
+
+
+def test_vmap():
+    """Two problems that share their weight."""
+    first, second = data(129, 16, 140, f32, None), data(129, 16, 140, f32, None, seed=1)
+    second = (second[0], first[1], *second[2:])
+    both = [None if a is None else jnp.stack((a, b)) for a, b in zip(first, second)]
+    both[1] = first[1]
+
+    def run(x, weight, labels, g):
+        return fused(x, weight, labels, g, None, PLAIN, SMALL)
+
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        got = jax.jit(jax.vmap(run, in_axes=(0, None, 0, 0)))(*both[:4])
+        got = jax.tree.map(np.asarray, got)
+    dtypes = dict.fromkeys(("loss", "lse", "x", "weight"), f32)
+    for i, args in enumerate((first, second)):
+        check({k: v[i] for k, v in got.items()}, oracle(*args, *PLAIN), unfused(*args, *PLAIN), dtypes)
+
+
+def test_both_dma_orders():
+    """dx travels through two buffers: it must be the same whether a copy happens when it starts or when it is awaited."""
+    args = data(300, 16, 300, f32, None)
+    eager, late = (interpret(*args, PLAIN, SMALL, mode=mode, chip="v5e") for mode in ("eager", "on_wait"))
+    for name in eager:
+        np.testing.assert_array_equal(eager[name], late[name])
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"x": jax.ShapeDtypeStruct((8, 128), jnp.float16)}, "x must be float32 or bfloat16"),
+        ({"weight": jax.ShapeDtypeStruct((128, 256), f32)}, "weight must have the dtype of x"),
+        ({"x": jax.ShapeDtypeStruct((8, 1 << 17), bf16)}, "hidden ≤"),
+    ],
+)
+def test_refusals(change, reason):
+    operands = {
+        "x": jax.ShapeDtypeStruct((8, 128), bf16),
+        "weight": jax.ShapeDtypeStruct((128, 256), bf16),
+        "labels": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    assert kernel.unsupported(**operands, **dict(zip(STATIC, ALL))) is None
+    assert reason in kernel.unsupported(**(operands | change), **dict(zip(STATIC, ALL)))

@@ -101,3 +101,16 @@ def test_against_float64(shape, dtype, parameter_dtype, offset, tiles, with_bias
         got = jax.tree.map(np.asarray, got)
     dtypes = {"y": dtype, "x": dtype, "scale": parameter_dtype, "bias": parameter_dtype}
     check(got, oracle(x, scale, bias, dy, offset), unfused(x, scale, bias, dy, offset), dtypes)
+
+
+@pytest.mark.parametrize("chip, most", [("v5e", 203136), ("v5p", 98304)])
+def test_refusals(chip, most):
+    vector = jax.ShapeDtypeStruct((8,), f32)
+    with chips.target(chips.named(chip)):
+        for features, reason in ((most, None), (most + 1, f"at most {most} features")):
+            got = layer_norm.unsupported(
+                jax.ShapeDtypeStruct((8, features), f32), vector, vector, eps=EPS, scale_offset=0.0
+            )
+            assert got is None if reason is None else reason in got
+    half = jax.ShapeDtypeStruct((8, 8), jnp.float16)
+    assert "float32 or bfloat16" in rms_norm.unsupported(half, vector, eps=EPS, scale_offset=0.0)

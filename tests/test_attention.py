@@ -1,0 +1,275 @@
+"""dot_product_attention against its reference in float64, against `jax.nn.dot_product_attention`, and on bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.compare import check, error
+
+from jaxops.ops.attention import dot_product_attention
+from jaxops.reference.attention import dot_product_attention as reference
+
+PLAIN = dict(scale=0.3, is_causal=False, local_window_size=None, logits_soft_cap=None)
+CAUSAL = dict(PLAIN, is_causal=True)
+DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+
+
+def operands_of(shape, *extras, seed=0):
+    """query, key, value for shape = (B, T, S, N, K, H), and the named extras; a bias or a mask brings its shape along."""
+    batch, queries, keys, heads, groups, size = shape
+    random = np.random.default_rng(seed)
+    normal, integers = random.standard_normal, random.integers
+    made = dict(query=normal((batch, queries, heads, size)))
+    made |= {name: normal((batch, keys, groups, size)) for name in ("key", "value")}
+    for extra in extras:
+        name, *detail = extra if isinstance(extra, tuple) else (extra,)
+        if name == "bias":
+            made[name] = normal(*detail)
+        elif name == "mask":
+            made[name] = random.random(*detail) < 0.6
+        elif name == "sinks":
+            made[name] = normal(heads)
+        elif name == "lengths":
+            made["query_seq_lengths"] = integers(0, queries + 1, batch).astype(np.int32)
+            made["key_value_seq_lengths"] = integers(0, keys + 1, batch).astype(np.int32)
+        else:  # sorted segment ids, as in packed batches, and an id of the keys that no query has
+            made["query_segment_ids"] = np.sort(integers(0, 3, (batch, queries))).astype(np.int32)
+            made["key_value_segment_ids"] = np.sort(integers(0, 4, (batch, keys))).astype(np.int32)
+    return made
+
+
+def given(operands):
+    return tuple(name for name in DIFFERENTIABLE if name in operands)
+
+
+# (B, T, S, N, K, H), dtype, options, extras. One size is long in each of the large ones: several tiles, with a remainder.
+CASES = [
+    ((1, 1, 1, 1, 1, 16), "float32", PLAIN, ()),
+    ((2, 1, 1000, 4, 2, 16), "float32", PLAIN, ("lengths",)),
+    ((1, 127, 129, 2, 1, 16), "float32", CAUSAL, ()),
+    ((1, 129, 127, 2, 2, 64), "float32", CAUSAL, ("sinks",)),
+    ((2, 128, 128, 2, 1, 80), "bfloat16", CAUSAL, ()),
+    ((1, 33, 65, 1, 1, 96), "float16", PLAIN, ()),
+    ((1, 20, 30, 2, 1, 192), "bfloat16", PLAIN, (("bias", (1, 2, 20, 30)),)),
+    ((1, 30, 20, 1, 1, 256), "float32", PLAIN, ()),
+    ((1, 1000, 1, 2, 2, 16), "float32", PLAIN, ()),
+    ((1, 1000, 1000, 1, 1, 16), "float32", CAUSAL, ()),
+    ((1, 1000, 1000, 2, 1, 16), "bfloat16", CAUSAL, ("sinks",)),
+    ((1, 1000, 600, 1, 1, 16), "float32", dict(PLAIN, local_window_size=(90, 40)), ()),
+    ((1, 600, 1000, 1, 1, 16), "float32", dict(CAUSAL, local_window_size=(100, None), logits_soft_cap=2.0), ()),
+    ((1, 600, 700, 2, 1, 16), "float32", PLAIN, (("bias", (1, 2, 600, 700)), ("mask", (1, 1, 600, 700)))),
+    ((2, 600, 700, 2, 2, 16), "float32", CAUSAL, (("bias", (2, 1, 1, 700)), "lengths", "sinks")),
+    ((2, 600, 600, 1, 1, 16), "float16", CAUSAL, ("segments",)),
+    ((2, 600, 600, 1, 1, 16), "float32", PLAIN, ("segments", "lengths", ("mask", (1, 1, 600, 1)))),
+    ((1, 600, 600, 2, 2, 16), "float32", dict(PLAIN, logits_soft_cap=1.5), (("bias", (1, 2, 600, 1)),)),
+    ((2, 40, 50, 4, 2, 16), "float32", dict(CAUSAL, local_window_size=(0, 0)), ("lengths", ("bias", (1, 4, 1, 1)))),
+    ((0, 4, 5, 2, 1, 8), "float32", CAUSAL, ()),
+    ((2, 4, 0, 2, 1, 8), "float32", PLAIN, ()),
+    ((2, 4, 5, 2, 1, 0), "float32", PLAIN, ()),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "static", "extras"), CASES, ids=str)
+def test_values_and_gradients(shape, dtype, static, extras):
+    operands = operands_of(shape, *extras)
+    check(
+        dot_product_attention,
+        reference,
+        operands,
+        differentiable=given(operands),
+        dtype=dtype,
+        transforms=(),
+        **static,
+    )
+
+
+# 32 heads of the batch make the tiles 128 × 128: every transform meets several, and their loops.
+TRANSFORMED = [
+    (CAUSAL, ("lengths", "sinks")),
+    (dict(PLAIN, logits_soft_cap=2.0), (("bias", (1, 4, 140, 150)), ("mask", (8, 1, 1, 150)))),
+]
+
+
+@pytest.mark.parametrize(("static", "extras"), TRANSFORMED, ids=["lengths and sinks", "bias and mask"])
+def test_transforms(static, extras):
+    operands = operands_of((8, 140, 150, 4, 2, 8), *extras)
+    sharded = {name: 0 for name, x in operands.items() if x.shape[0] == 8}
+    check(
+        dot_product_attention, reference, operands, differentiable=given(operands), sharded=sharded, **static
+    )
+
+
+def test_lengths_under_vmap():
+    o = {name: jnp.asarray(x) for name, x in operands_of((8, 140, 150, 4, 2, 8)).items()}
+    o = {name: x.astype(jnp.float32) for name, x in o.items()}
+    lengths = jnp.array([[150] * 8, [3] * 8, [140] * 8], jnp.int32)
+
+    def one(length):
+        return dot_product_attention(**o, key_value_seq_lengths=length)
+
+    assert error(jax.jit(jax.vmap(one))(lengths), jnp.stack([one(length) for length in lengths])) < 1e-6
+
+
+# What jax.nn.dot_product_attention understands, argument by argument: (B, T, S, N, K, H), options.
+THEIRS = {
+    "plain": ((2, 50, 70, 4, 4, 16), {}),
+    "grouped": ((2, 50, 70, 6, 2, 16), {}),
+    "one key head": ((2, 50, 70, 4, 1, 16), {}),
+    "scale": ((2, 50, 70, 2, 2, 16), dict(scale=0.05)),
+    "negative scale": ((2, 50, 70, 2, 2, 16), dict(scale=-0.2)),
+    "causal, more keys": ((1, 50, 70, 2, 2, 16), dict(is_causal=True)),
+    "causal, more queries": ((1, 70, 50, 2, 2, 16), dict(is_causal=True)),
+    "bias of every query": ((2, 50, 70, 4, 2, 16), dict(bias=(2, 4, 50, 70))),
+    "bias of heads": ((2, 50, 70, 4, 2, 16), dict(bias=(1, 4, 1, 1))),
+    "bias of keys": ((2, 50, 70, 4, 2, 16), dict(bias=(2, 1, 1, 70))),
+    "bias without batch": ((2, 50, 70, 4, 2, 16), dict(bias=(4, 50, 70))),
+    "mask of batch": ((2, 50, 70, 4, 2, 16), dict(mask=(2, 1, 50, 70))),
+    "mask of heads": ((2, 50, 70, 4, 2, 16), dict(mask=(4, 1, 70))),
+    "window": ((1, 50, 50, 2, 2, 16), dict(local_window_size=(7, 3))),
+    "window, int, causal": ((1, 50, 50, 2, 2, 16), dict(local_window_size=5, is_causal=True)),
+    "lengths": ((2, 50, 70, 2, 2, 16), dict(query_seq_lengths=[50, 31], key_value_seq_lengths=[1, 44])),
+    "several tiles": ((1, 600, 700, 2, 2, 16), dict(is_causal=True, key_value_seq_lengths=[555])),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", THEIRS)
+def test_against_jax(name, dtype):
+    shape, options = THEIRS[name]
+    random = np.random.default_rng(1)
+    operands = {n: jnp.asarray(x, dtype) for n, x in operands_of(shape).items()}
+    options = dict(options)
+    if "bias" in options:
+        operands["bias"] = jnp.asarray(random.standard_normal(options.pop("bias")), dtype)
+    if "mask" in options:
+        options["mask"] = jnp.asarray(random.random(options["mask"]) < 0.7).at[..., 0].set(True)  # no empty row
+    for key in ("query_seq_lengths", "key_value_seq_lengths"):
+        if key in options:
+            options[key] = jnp.asarray(options[key], jnp.int32)
+    weights = jnp.asarray(random.standard_normal(operands["query"].shape), jnp.float32)
+
+    def everything(attention):
+        def loss(operands):
+            out, lse = attention(**operands, **options, return_residual=True)
+            return jnp.sum(out * weights), (out, lse)
+
+        gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(operands)
+        return {"out": out, "lse": lse, **gradients}
+
+    got, want = everything(dot_product_attention), everything(jax.nn.dot_product_attention)
+    for what, like in want.items():
+        assert got[what].shape == like.shape and got[what].dtype == like.dtype, what
+        allowed = 2e-5 if dtype == "float32" else 3e-2
+        # A bias that is the same for all keys has gradient 0, of which only rounding is left: an absolute slack.
+        scale = max(float(jnp.abs(like.astype(jnp.float32)).max()), 1.0)
+        assert error(got[what], like) * float(jnp.abs(like.astype(jnp.float32)).max()) <= allowed * scale, what
+
+
+def test_without_batch():
+    o = {name: jnp.asarray(x[0], jnp.float32) for name, x in operands_of((1, 20, 30, 4, 2, 16)).items()}
+    got = dot_product_attention(**o, is_causal=True, return_residual=True)
+    want = jax.nn.dot_product_attention(**o, is_causal=True, return_residual=True)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and error(a, b) < 1e-6
+    ids = np.repeat([0, 1], 10)
+    packed = dot_product_attention(o["query"], o["key"][:20], o["value"][:20], query_segment_ids=ids)
+    halves = [dot_product_attention(*(o[n][at] for n in o)) for at in (slice(0, 10), slice(10, 20))]
+    assert error(packed, jnp.concatenate(halves)) < 1e-6
+
+
+@pytest.mark.parametrize("hidden", ["mask", "infinite bias", "most negative bias", "length", "window"])
+@pytest.mark.parametrize("keys", [50, 700])
+def test_rows_that_see_nothing(hidden, keys):
+    o = {name: jnp.asarray(x, jnp.float32) for name, x in operands_of((1, 600, keys, 1, 1, 16)).items()}
+    row = jnp.arange(600)[:, None]
+    lowest = jnp.finfo(jnp.float32).min
+    options, dark = {
+        "mask": (dict(mask=row != 7), row == 7),
+        "infinite bias": (dict(bias=jnp.where(row == 7, -jnp.inf, 0.0)), row == 7),
+        "most negative bias": (dict(bias=jnp.where(row == 7, lowest, 0.0)), row == 7),
+        "length": (dict(key_value_seq_lengths=jnp.array([0])), row >= 0),
+        "window": (dict(local_window_size=(keys // 10, 0)), row > keys - 1 + keys // 10),
+    }[hidden]
+    dark = dark[:, 0]
+
+    def loss(o):
+        out, lse = dot_product_attention(**o, **options, return_residual=True)
+        return jnp.sum(jnp.sin(out)), (out, lse)
+
+    gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(o)
+    out, lse = out[0, :, 0], lse[0, :, 0]
+    assert not np.asarray(out[dark]).any() and np.all(np.asarray(lse[dark]) < -1e38) and np.isfinite(lse).all()
+    assert np.abs(np.asarray(out[~dark])).min(initial=1) > 0
+    for name, gradient in gradients.items():
+        assert np.isfinite(gradient).all(), name
+    assert not np.asarray(gradients["query"][0, dark]).any()
+    second = jax.jit(jax.grad(lambda o: sum(jnp.sum(g**2) for g in jax.grad(lambda o: loss(o)[0])(o).values())))(o)
+    assert all(np.isfinite(g).all() for g in second.values())
+
+
+def test_a_sink_is_a_key_without_a_value():
+    o = {name: jnp.asarray(x, jnp.float32) for name, x in operands_of((2, 20, 30, 4, 2, 16)).items()}
+    sinks = jnp.array([-1.0, 0.0, 2.0, 40.0])
+    key, value = (jnp.pad(o[name], ((0, 0), (0, 1), (0, 0), (0, 0))) for name in ("key", "value"))
+    bias = jnp.zeros((1, 4, 1, 31)).at[:, :, :, -1].set(sinks[:, None])
+    want = jax.nn.dot_product_attention(o["query"], key, value, bias, return_residual=True)
+    got = dot_product_attention(**o, sinks=sinks, return_residual=True)
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b) < 1e-6
+
+
+def test_traced_scale_and_array_scale():
+    o = {name: jnp.asarray(x, jnp.float32) for name, x in operands_of((1, 20, 30, 2, 2, 16)).items()}
+    want = jax.nn.dot_product_attention(**o, scale=0.37)
+    assert error(dot_product_attention(**o, scale=jnp.float32(0.37)), want) < 1e-6
+    assert error(jax.jit(lambda scale: dot_product_attention(**o, scale=scale))(0.37), want) < 1e-6
+
+
+def test_memory_grows_with_the_length_not_its_square():
+    x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
+
+    def both(*operands):
+        return jax.vjp(lambda *o: dot_product_attention(*o, is_causal=True), *operands[:3])[1](operands[3])
+
+    compiled = jax.jit(both).lower(x, x, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 64e6
+
+
+X = np.zeros((2, 6, 4, 8), np.float32)
+SHORT = np.zeros((2, 3, 2, 8), np.float32)
+LONG = np.zeros((2, 4, 100, 8), np.float32)
+BAD = [
+    (dict(query=X[0, 0]), ValueError, "query must have shape"),
+    (dict(query=X.astype(np.int32)), TypeError, "query must be of a floating dtype"),
+    (dict(key=X.astype(np.float16)), TypeError, "key must have the dtype of query, float32, got float16"),
+    (dict(key=X[:, :, :, :4], value=X[:, :, :, :4]), ValueError, "key must have the head size of query"),
+    (dict(key=X[:1], value=X[:1]), ValueError, "key must have the batch of query"),
+    (dict(value=SHORT), ValueError, "value must have the shape of key"),
+    (dict(key=X[:, :, :3], value=X[:, :, :3]), ValueError, "multiple of the 3 heads of key, got 4"),
+    (dict(query=LONG, key=LONG[:, :2, :70], value=LONG[:, :2, :70]), ValueError, "this looks like BNTH"),
+    (dict(query=LONG, key=LONG, value=LONG, mask=np.ones((2, 1, 100, 100), bool)), ValueError, "this looks like BNTH"),
+    (dict(mask=np.ones((2, 1, 6, 6), np.float32)), TypeError, "an additive mask goes into bias"),
+    (dict(mask=np.ones((2, 1, 6, 5), bool)), ValueError, r"mask must broadcast to \(2, 4, 6, 6\)"),
+    (dict(bias=np.ones((2, 1, 6, 6), bool)), TypeError, "a boolean mask goes into mask"),
+    (dict(bias=np.ones((2, 1, 6, 6), np.int32)), TypeError, "bias must be of a floating dtype"),
+    (dict(bias=np.ones((1, 2, 4, 6, 6), np.float32)), ValueError, "bias must broadcast to"),
+    (dict(is_causal=1), TypeError, "is_causal must be a bool"),
+    (dict(scale="1"), TypeError, "scale must be"),
+    (dict(scale=float("nan")), ValueError, "scale must be finite"),
+    (dict(logits_soft_cap=0.0), ValueError, "logits_soft_cap must be above 0"),
+    (dict(local_window_size=-1), ValueError, "local_window_size must not be negative"),
+    (dict(local_window_size=(1, 2, 3)), TypeError, "local_window_size must be an int or"),
+    (dict(local_window_size=1.5), TypeError, "local_window_size must be an int or"),
+    (dict(query_seq_lengths=np.ones(3, np.int32)), ValueError, "query_seq_lengths must have shape"),
+    (dict(key_value_seq_lengths=np.ones(2)), TypeError, "key_value_seq_lengths must be of an integer dtype"),
+    (dict(query_segment_ids=np.ones((2, 5), np.int32)), ValueError, "query_segment_ids must have shape"),
+    (dict(key=SHORT, value=SHORT, query_segment_ids=np.ones((2, 6), np.int32)), ValueError, "must come together"),
+    (dict(sinks=np.ones(3, np.float32)), ValueError, "sinks must have shape"),
+    (dict(implementation="cudnn"), ValueError, "implementation must be None, one of .*'pallas'"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[message for *_, message in BAD])
+def test_bad_input(change, kind, message):
+    with pytest.raises(kind, match=message):
+        dot_product_attention(**{**dict(query=X, key=X, value=X), **change})

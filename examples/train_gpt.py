@@ -1,13 +1,14 @@
-"""Trains a byte-level GPT of jaxops operators on real text, on whatever devices there are, and says whether it beats a bigram model.
+"""Trains a byte-level GPT of jaxops operators on real text, on the devices there are, against a bigram model.
 
     python examples/train_gpt.py --demo                    a few minutes on two CPU cores, as 8 virtual devices
     python examples/train_gpt.py --data 4 --tensor 2       4 copies of the model, each cut in 2
     python examples/train_gpt.py --text book.txt --out runs/book --steps 2000
-    python examples/train_gpt.py --out runs/book --resume  goes on after an interruption, bit for bit as if there had been none
+    python examples/train_gpt.py --out runs/book --resume  goes on after an interruption, bit for bit
 
-The output directory holds log.jsonl (one line a step), loss.png, sample.txt and the checkpoints. Exit codes: 0 done, 2 something given is wrong,
-130 interrupted (the state was saved).
+The output directory holds log.jsonl (one line a step), loss.png, sample.txt and the checkpoints. Exit codes: 0 done, 2
+something given is wrong, 130 interrupted (the state was saved).
 """
+
 import argparse
 import collections
 import contextlib
@@ -79,10 +80,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("hidden", 352, "features inside the gated feed-forward layer"),
         ("length", 128, "bytes a prediction may look at"),
         ("batch", 16, "windows of that length in a step"),
-        ("steps", 300, "optimizer steps"),
-        ("warmup", 30, "steps of rising learning rate; then it falls as a cosine"),
-        ("checkpoint-every", 100, "steps between checkpoints"),
-        ("evaluate-every", 100, "steps between losses on the held-out text"),
+        ("steps", 200, "optimizer steps"),
+        ("warmup", 20, "steps of rising learning rate; then it falls as a cosine"),
+        ("checkpoint-every", 50, "steps between checkpoints"),
+        ("evaluate-every", 50, "steps between losses on the held-out text"),
         ("sample", 96, "bytes to write at the end"),
     ):
         add(f"--{name}", type=int, default=default, metavar="N", help=what)
@@ -94,7 +95,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.compare |= args.demo
 
-    for name in ("layers", "width", "heads", "kv_heads", "hidden", "length", "batch", "steps", "checkpoint_every", "evaluate_every", "tensor"):
+    for name in (
+        "layers",
+        "width",
+        "heads",
+        "kv_heads",
+        "hidden",
+        "length",
+        "batch",
+        "steps",
+        "checkpoint_every",
+        "evaluate_every",
+        "tensor",
+    ):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("devices", "data"):
@@ -105,7 +118,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 0 <= args.sample < args.length:
         parser.error(f"--sample must be in [0, --length = {args.length}), got {args.sample}")
     if args.seed < 0 or args.learning_rate <= 0:
-        parser.error(f"--seed must be at least 0 and --learning-rate positive, got {args.seed} and {args.learning_rate}")
+        parser.error(
+            f"--seed must be at least 0 and --learning-rate positive, got {args.seed} and {args.learning_rate}"
+        )
     if args.width % args.heads or args.width // args.heads % 2:
         parser.error(f"--heads must cut --width {args.width} into heads of an even size, got {args.heads}")
     if args.heads % args.kv_heads:
@@ -164,7 +179,9 @@ class Program:
 
 def program(config: Config, args: argparse.Namespace, mesh: Mesh, *, plain: bool = False) -> Program:
     """The GPT of `config`, trained by AdamW with warm-up, cosine decay and clipped gradients."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, args.warmup, args.steps, 0.1 * args.learning_rate)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, args.warmup, args.steps, 0.1 * args.learning_rate
+    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1)),
@@ -215,8 +232,8 @@ def run(args: argparse.Namespace) -> int:
     held_out = corpus.held_out_batches(args.batch, args.length)
     if len(held_out) == 0:
         raise Stop(
-            f"--text: its last tenth must hold {args.batch * args.length + 1} bytes for --batch {args.batch} and --length {args.length}, "
-            f"got {len(corpus.held_out)}"
+            f"--text: its last tenth must hold {args.batch * args.length + 1} bytes for --batch {args.batch} "
+            f"and --length {args.length}, got {len(corpus.held_out)}"
         )
     mesh = make_mesh(args)
     out = out_directory(args)
@@ -234,16 +251,22 @@ def run(args: argparse.Namespace) -> int:
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state["parameters"]))
     console.print(
-        f"{parameters:,} parameters, {len(corpus.train):,} bytes of {corpus.name}, {mesh.devices.size} {mesh.devices.flat[0].platform} "
-        f"devices as data {mesh.shape['data']} × tensor {mesh.shape['tensor']}, {args.dtype}; results in {out}"
+        f"{parameters:,} parameters, {len(corpus.train):,} bytes of {corpus.name}, {mesh.devices.size} "
+        f"{mesh.devices.flat[0].platform} devices as data {mesh.shape['data']} × tensor {mesh.shape['tensor']}, "
+        f"{args.dtype}; results in {out}"
     )
 
     def evaluate(parameters):
         return statistics.fmean(float(ours.loss(parameters, ours.put(windows))) for windows in held_out)
 
     started = time.perf_counter()
-    with interruptible() as interrupted, progress(console, args.steps, done, args.batch * args.length) as show, log.open("a") as lines:
-        # One step is dispatched ahead, so that the device need not wait for Python; virtual devices on a CPU gain nothing by it.
+    with (
+        interruptible() as interrupted,
+        progress(console, args.steps, done, args.batch * args.length) as show,
+        log.open("a") as lines,
+    ):
+        # One step is dispatched ahead, so that the device need not wait for Python; virtual devices on a CPU gain
+        # nothing by it.
         ahead = 0 if mesh.devices.flat[0].platform == "cpu" else 1
         waiting: collections.deque[dict[str, Any]] = collections.deque()
         while done < args.steps and not interrupted:
@@ -270,7 +293,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resumed(out: Path, ours: Program, facts: dict[str, Any], console: Console) -> tuple[Any, int]:
-    """(state, steps done) of the newest whole checkpoint in `out`, or (None, 0). Raises `Stop` if it is of another model."""
+    """(state, steps done) of the newest whole checkpoint in `out`, or (None, 0). Raises `Stop` for another model."""
     path = checkpoints.newest_whole(out, lambda message: console.print(f"warning: {message}"))
     if path is None:
         console.print(f"no whole checkpoint in {out}: starting from the beginning")
@@ -342,7 +365,8 @@ def progress(console: Console, steps: int, done: int, tokens: int) -> Iterator[C
 
     if console.is_terminal:
         columns = (
-            BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TextColumn("held out {task.fields[held_out]}"),
+            BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("held out {task.fields[held_out]}"),
             TextColumn("{task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn(elapsed_when_finished=True),
         )  # fmt: skip
         with Progress(*columns, console=console) as bar:
@@ -377,8 +401,12 @@ def finish(args, config, corpus, held_out, mesh, ours, state, trained, out, cons
         # On one device: a single sequence has nothing to share out.
         parameters = jax.device_put(jax.device_get(state["parameters"]), jax.devices()[0])
         prompt = jnp.asarray(corpus.held_out[: config.length - args.sample], jnp.int32)
-        draw = jax.jit(lambda parameters, prompt, key: sample(nnx.merge(ours.model, parameters), prompt, args.sample, key))
-        drawn = bytes(np.asarray(draw(parameters, prompt, jax.random.key(args.seed)), np.uint8)).decode(errors="replace")
+        draw = jax.jit(
+            lambda parameters, prompt, key: sample(nnx.merge(ours.model, parameters), prompt, args.sample, key)
+        )
+        drawn = bytes(np.asarray(draw(parameters, prompt, jax.random.key(args.seed)), np.uint8)).decode(
+            errors="replace"
+        )
         (out / "sample.txt").write_text(drawn)
         console.rule("sample, after the beginning of the held-out text")
         console.print(drawn, markup=False)
@@ -386,9 +414,18 @@ def finish(args, config, corpus, held_out, mesh, ours, state, trained, out, cons
     chips = (None, *CHIPS)
     gradient = jax.value_and_grad(lambda parameters, windows: nnx.merge(ours.model, parameters).loss(windows))
     explained = [jaxops.explain(gradient, state["parameters"], ours.windows, target=chip) for chip in chips]
-    table = Table("operator", "phase", *("here" if chip is None else f"on one {chip}" for chip in chips), title="which implementation runs, and why")
+    table = Table(
+        "operator",
+        "phase",
+        *("here" if chip is None else f"on one {chip}" for chip in chips),
+        title="which implementation runs, and why",
+    )
     for calls in zip(*(explanation.lines for explanation in explained), strict=True):
-        table.add_row(calls[0].operator, calls[0].phase, *(call.implementation + (call.reason and f" ({call.reason})") for call in calls))
+        table.add_row(
+            calls[0].operator,
+            calls[0].phase,
+            *(call.implementation + (call.reason and f" ({call.reason})") for call in calls),
+        )
     console.print(table)
 
     if args.compare:
@@ -405,14 +442,19 @@ def finish(args, config, corpus, held_out, mesh, ours, state, trained, out, cons
     ):
         summary.add_row(*row)
     console.print(summary)
-    console.print(f"The model is {'BELOW' if loss < bigram else 'NOT below'} the bigram model: {loss:.4f} against {bigram:.4f} nats per byte.")
+    console.print(
+        f"The model is {'BELOW' if loss < bigram else 'NOT below'} the bigram model: "
+        f"{loss:.4f} against {bigram:.4f} nats per byte."
+    )
 
 
 def compare(args, config, corpus, held_out, mesh, ours, state) -> Table:
-    """The same parameters and batches through jaxops and through Flax's, JAX's and Optax' own operators, step by step in turn."""
+    """The same parameters and batches through jaxops and through plain operators, step by step in turn."""
     rounds = 6
     programs = {"jaxops": ours, "Flax, JAX, Optax": program(config, args, mesh, plain=True)}
-    held_out_losses = {name: float(one.loss(state["parameters"], ours.put(held_out[0]))) for name, one in programs.items()}
+    held_out_losses = {
+        name: float(one.loss(state["parameters"], ours.put(held_out[0]))) for name, one in programs.items()
+    }
     compiled = {name: one.step.lower(one.state, one.windows).compile() for name, one in programs.items()}
     states = {name: jax.tree.map(jnp.copy, state) for name in programs}
     losses, seconds = {name: [] for name in programs}, {name: [] for name in programs}
@@ -432,13 +474,19 @@ def compare(args, config, corpus, held_out, mesh, ours, state) -> Table:
         table.add_row(name, *map(form, values.values()), f"{first / second:.2f}" if ratio and second else "")
 
     row("held-out loss of one batch", "{:.6f}".format, held_out_losses, ratio=False)
-    row(f"mean loss of {rounds + 1} further steps", "{:.6f}".format, {name: statistics.fmean(x) for name, x in losses.items()}, ratio=False)
+    row(
+        f"mean loss of {rounds + 1} further steps",
+        "{:.6f}".format,
+        {name: statistics.fmean(x) for name, x in losses.items()},
+        ratio=False,
+    )
     row("step, median", lambda x: f"{1e3 * x:.0f} ms", {name: statistics.median(x[1:]) for name, x in seconds.items()})
     temp = {name: one.memory_analysis().temp_size_in_bytes for name, one in compiled.items()}
     row("temporary memory of a step, per device", lambda x: f"{x / 1e6:.2f} MB", temp)
     first, second = held_out_losses.values()
     apart, tolerance = abs(first - second) / abs(second), TOLERANCE[args.dtype]
-    table.caption = f"losses {'equal' if apart <= tolerance else 'NOT equal'}: {apart:.1e} apart, tolerance {tolerance:.0e} ({args.dtype})"
+    verdict = "equal" if apart <= tolerance else "NOT equal"
+    table.caption = f"losses {verdict}: {apart:.1e} apart, tolerance {tolerance:.0e} ({args.dtype})"
     return table
 
 

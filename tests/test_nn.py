@@ -1,4 +1,5 @@
-"""The layers against Flax's own with the same parameters, decoding against the whole sequence, and the Linen twins against the NNX layers."""
+"""Layers against Flax's own with the same parameters, decoding against whole sequences, Linen against NNX."""
+
 import functools
 
 import jax
@@ -68,7 +69,11 @@ NORMS = {
 @pytest.mark.parametrize("case", NORMS)
 def test_norm_is_flax_norm(name, case):
     tolerance = 2e-2 if "bfloat16" in case else 2e-5
-    agree(*twins(getattr(jaxops.nn, name), getattr(nnx, name), WIDTH, **NORMS[case]), data(3, 5, WIDTH), tolerance=tolerance)
+    agree(
+        *twins(getattr(jaxops.nn, name), getattr(nnx, name), WIDTH, **NORMS[case]),
+        data(3, 5, WIDTH),
+        tolerance=tolerance,
+    )
 
 
 @pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
@@ -96,7 +101,11 @@ ATTENTION = {  # constructor, input shape, call
     "no batch": ({}, (7, WIDTH), {"is_causal": True}),
     "two batch axes": ({"num_kv_heads": 2}, (2, 3, 7, WIDTH), {"is_causal": True}),
     "bfloat16": (BFLOAT16, (2, 7, WIDTH), {"is_causal": True}),
-    "precision, served by flax": ({"precision": jax.lax.Precision.HIGHEST, "num_kv_heads": 2}, (2, 7, WIDTH), {"is_causal": True}),
+    "precision, served by flax": (
+        {"precision": jax.lax.Precision.HIGHEST, "num_kv_heads": 2},
+        (2, 7, WIDTH),
+        {"is_causal": True},
+    ),
 }
 
 
@@ -121,7 +130,9 @@ def test_rope_is_flax_rope():
     x = data(2, 7, WIDTH)
     agree(*layers, x, is_causal=True, gradients=False)
     # Only differences of positions count, and they do count.
-    here, shifted, spread = (layers[0](x, input_positions=p) for p in (None, jnp.arange(7) + 5, jnp.arange(14).reshape(2, 7) * 3))
+    here, shifted, spread = (
+        layers[0](x, input_positions=p) for p in (None, jnp.arange(7) + 5, jnp.arange(14).reshape(2, 7) * 3)
+    )
     np.testing.assert_allclose(here, shifted, rtol=1e-4, atol=1e-5)
     assert jnp.abs(here - spread).max() > 1e-3
 
@@ -192,7 +203,9 @@ def test_decoding_is_the_whole_sequence(case):
         parts.append(step(layer, x[:, start : start + size]))
         start += size
     tolerance = 5e-2 if case == "bfloat16" else 1e-5
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1).astype(jnp.float32), whole.astype(jnp.float32), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        jnp.concatenate(parts, axis=1).astype(jnp.float32), whole.astype(jnp.float32), rtol=tolerance, atol=tolerance
+    )
     assert int(layer.cache_index[...]) == 7
     assert jnp.isnan(step(layer, x[:, :1])).all(), "one token more than the cache holds must not pass for an answer"
 
@@ -251,7 +264,9 @@ def test_block_is_its_formula_and_decodes():
     block.init_cache((2, 7, WIDTH))
     tokens = [block(x[:, t : t + 1], decode=True) for t in range(7)]
     np.testing.assert_allclose(jnp.concatenate(tokens, axis=1), block(x), rtol=1e-4, atol=1e-5)
-    norm = jaxops.nn.TransformerBlock(4, WIDTH, 40, norm=jaxops.nn.LayerNorm, implementation=["pallas", "xla"], rngs=nnx.Rngs(0))
+    norm = jaxops.nn.TransformerBlock(
+        4, WIDTH, 40, norm=jaxops.nn.LayerNorm, implementation=["pallas", "xla"], rngs=nnx.Rngs(0)
+    )
     assert jax.jit(lambda x: norm(x))(x).shape == x.shape
 
 
@@ -259,7 +274,11 @@ GROUPED = {"num_kv_heads": 2, "is_causal": True, "use_rope": True}
 LINEN = {
     "RMSNorm": ((WIDTH,), (), {"scale_offset": 1.0}),
     "LayerNorm": ((WIDTH,), (), {"epsilon": 1e-3}),
-    "MultiHeadAttention": ((4, WIDTH), (4,), {**GROUPED, "local_window_size": (3, 0), "normalize_qk": True, "out_features": 10}),
+    "MultiHeadAttention": (
+        (4, WIDTH),
+        (4,),
+        {**GROUPED, "local_window_size": (3, 0), "normalize_qk": True, "out_features": 10},
+    ),
     "GatedMLP": ((WIDTH, 40), (40,), {"out_features": 9}),
     "TransformerBlock": ((4, WIDTH, 40), (4, 40), GROUPED),
 }
@@ -302,7 +321,9 @@ def test_linen_dropout_draws_from_its_stream():
     x = data(2, 7, WIDTH)
     layer = linen.MultiHeadAttention(4, dropout_rate=0.5)
     variables = layer.init(jax.random.key(0), x, deterministic=True)
-    first, second = (layer.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(k)}) for k in (1, 2))
+    first, second = (
+        layer.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(k)}) for k in (1, 2)
+    )
     assert not np.allclose(first, second)
 
 
@@ -326,13 +347,19 @@ BAD = {
     "with a cache of shape": decode_other_batch,
     "logits_soft_cap cannot be had together with dropout": soft_cap_with_dropout,
     "inputs_q: expected 24 features": lambda: jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))(data(2, 3, 5)),
-    "inputs_k: must be given": lambda: jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))(data(2, 3, WIDTH), None, data(2, 3, WIDTH)),
-    "num_heads: expected a divisor": lambda: linen.MultiHeadAttention(5).init(jax.random.key(0), data(2, 3, WIDTH)),
-    "implementation must be None": lambda: jaxops.nn.RMSNorm(WIDTH, implementation="triton", rngs=nnx.Rngs(0))(data(2, WIDTH)),
-    "implementation 'pallas' was asked for": lambda: jaxops.nn.RMSNorm(WIDTH, implementation="pallas", rngs=nnx.Rngs(0))(
-        data(2, WIDTH), jnp.ones(WIDTH, bool)
+    "inputs_k: must be given": lambda: jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))(
+        data(2, 3, WIDTH), None, data(2, 3, WIDTH)
     ),
-    "key, value: expected the batch axes": lambda: jaxops.nn.attention_fn(data(2, 3, 4, 8), data(3, 4, 8), data(3, 4, 8)),
+    "num_heads: expected a divisor": lambda: linen.MultiHeadAttention(5).init(jax.random.key(0), data(2, 3, WIDTH)),
+    "implementation must be None": lambda: jaxops.nn.RMSNorm(WIDTH, implementation="triton", rngs=nnx.Rngs(0))(
+        data(2, WIDTH)
+    ),
+    "implementation 'pallas' was asked for": lambda: jaxops.nn.RMSNorm(
+        WIDTH, implementation="pallas", rngs=nnx.Rngs(0)
+    )(data(2, WIDTH), jnp.ones(WIDTH, bool)),
+    "key, value: expected the batch axes": lambda: jaxops.nn.attention_fn(
+        data(2, 3, 4, 8), data(3, 4, 8), data(3, 4, 8)
+    ),
 }
 
 

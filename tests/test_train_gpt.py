@@ -1,4 +1,5 @@
-"""The training program as a user runs it: killed and resumed, on 1 to 8 devices, with damaged or foreign checkpoints, with wrong arguments."""
+"""The training program: killed and resumed, on 1 to 8 devices, with damaged or foreign checkpoints, bad arguments."""
+
 import contextlib
 import io
 import json
@@ -22,10 +23,34 @@ sys.path.insert(0, str(PROGRAM.parent))
 import train_gpt  # noqa: E402
 from gpt import checkpoints, text  # noqa: E402
 
-TINY = (
-    "--layers 1 --width 16 --heads 4 --kv-heads 2 --hidden 16 --length 16 --batch 8 --sample 0 "
-    "--steps 12 --warmup 2 --checkpoint-every 4 --evaluate-every 6 --dtype float32"
-).split()
+TINY = [
+    "--layers",
+    "1",
+    "--width",
+    "16",
+    "--heads",
+    "4",
+    "--kv-heads",
+    "2",
+    "--hidden",
+    "16",
+    "--length",
+    "16",
+    "--batch",
+    "8",
+    "--sample",
+    "0",
+    "--steps",
+    "12",
+    "--warmup",
+    "2",
+    "--checkpoint-every",
+    "4",
+    "--evaluate-every",
+    "6",
+    "--dtype",
+    "float32",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +103,14 @@ def test_an_unbroken_run_leaves_everything(unbroken):
     assert [line["step"] for line in log(out) if "held_out" in line] == [6, 12]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == [f"checkpoint-{step:06d}" for step in (4, 8, 12)]
     assert (out / "loss.png").stat().st_size > 1000
-    for expected in ("losses equal", "rms_norm", "dot_product_attention", "linear_cross_entropy", "on one v5e", "bigram model"):
+    for expected in (
+        "losses equal",
+        "rms_norm",
+        "dot_product_attention",
+        "linear_cross_entropy",
+        "on one v5e",
+        "bigram model",
+    ):
         assert expected in printed
     assert printed.rstrip().endswith("nats per byte.")
 
@@ -120,7 +152,9 @@ def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, m
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
     assert train(book, tmp_path / "run", *mesh.split()) == 0
     for name in ("loss", "held_out"):
-        losses, expected = ([line[name] for line in log(out) if name in line] for out in (tmp_path / "run", unbroken[0]))
+        losses, expected = (
+            [line[name] for line in log(out) if name in line] for out in (tmp_path / "run", unbroken[0])
+        )
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
@@ -133,7 +167,9 @@ def begun(unbroken, tmp_path):
 
 
 def largest(checkpoint):
-    return max((path for path in (checkpoint / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in (checkpoint / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 def cut_short(checkpoint):
@@ -184,7 +220,9 @@ def refused(capsys, *args):
 
 def test_another_model_is_refused(book, unbroken, capsys):
     before = sorted(unbroken[0].rglob("*"))
-    message = refused(capsys, "--text", book, "--out", unbroken[0], "--devices", 2, "--resume", "--hidden", 32, "--untied")
+    message = refused(
+        capsys, "--text", book, "--out", unbroken[0], "--devices", 2, "--resume", "--hidden", 32, "--untied"
+    )
     assert "holds another model: hidden is 16 there and 32 here, tied is True there and False here" in message
     assert sorted(unbroken[0].rglob("*")) == before
 
@@ -231,5 +269,8 @@ def test_bigram_loss_is_its_definition():
     train = np.frombuffer(b"abababac", np.uint8)
     windows = np.frombuffer(b"aba", np.uint8)[None]
     single = {"a": 5 / 264, "b": 4 / 264}
-    smoothed = [-(np.log((3 + k * single["b"]) / (4 + k)) + np.log((3 + k * single["a"]) / (3 + k))) / 2 for k in (1, 3, 10, 30, 100)]
+    smoothed = [
+        -(np.log((3 + k * single["b"]) / (4 + k)) + np.log((3 + k * single["a"]) / (3 + k))) / 2
+        for k in (1, 3, 10, 30, 100)
+    ]
     assert text.bigram_loss(train, windows) == pytest.approx(min(smoothed))

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there: written aside by orbax, digested, then renamed into place.
 
-    <directory>/checkpoint-000200/state/…        what orbax wrote
-    <directory>/checkpoint-000200/contents.json  the caller's facts and the sha256 of every file of `state`
+<directory>/checkpoint-000200/state/…        what orbax wrote
+<directory>/checkpoint-000200/contents.json  the caller's facts and the sha256 of every file of `state`
 """
+
 import hashlib
 import json
 import shutil
@@ -20,7 +21,8 @@ _CONTENTS = "contents.json"
 def save(directory: Path, step: int, state: Any, facts: dict[str, Any]) -> Path:
     """Writes `state` (a pytree of arrays) and `facts` as the checkpoint of `step`; returns its path.
 
-    A checkpoint of that step that is there already is left alone if it is whole, and set aside as `….damaged` if it is not.
+    A checkpoint of that step that is there already is left alone if it is whole, and set aside as `….damaged` if it is
+    not.
     """
     final = directory / f"{_PREFIX}{step:06d}"
     if final.exists():
@@ -55,7 +57,7 @@ def contents(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, like: Any) -> Any:
-    """The state in `path`, in the structure, shapes, dtypes and shardings of `like` (arrays or `jax.ShapeDtypeStruct`s)."""
+    """The state in `path`, in the structure, shapes, dtypes and shardings of `like` (arrays or their shapes)."""
     with ocp.StandardCheckpointer() as reader:
         named = reader.restore((path / "state").absolute(), _named(like))
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in _named(like)])
@@ -96,4 +98,6 @@ def _digests(directory: Path) -> dict[str, str]:
 
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves by path: a form of the state that does not depend on the classes it is made of."""
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+    }

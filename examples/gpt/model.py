@@ -1,4 +1,5 @@
-"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU, and how its parameters lie on a (data, tensor) mesh."""
+"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU, cut over a (data, tensor) mesh."""
+
 import dataclasses
 import functools
 from typing import Any
@@ -43,7 +44,9 @@ class GPT(nnx.Module):
         block = _plain_block if plain else _block
         self.blocks = nnx.List([block(config, dtype, rngs) for _ in range(config.layers)])
         self.norm = (nnx.RMSNorm if plain else RMSNorm)(config.width, dtype=dtype, rngs=rngs)
-        self.head = None if config.tied else nnx.Linear(config.width, VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs)
+        self.head = (
+            None if config.tied else nnx.Linear(config.width, VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs)
+        )
 
     def features(self, tokens: jax.Array, **options: Any) -> jax.Array:
         """What the logits are made of, [batch, T, width]."""
@@ -125,9 +128,9 @@ class _PlainBlock(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-# Where the parameters lie, by the end of their path (Megatron-LM, https://arxiv.org/abs/1909.08053): the first matrix of a pair is cut by its
-# outputs, the second by its inputs, so that a block needs one sum over "tensor" per pair. The rest is everywhere: a table of 256 bytes
-# is too small to cut.
+# Where the parameters lie, by the end of their path (Megatron-LM, https://arxiv.org/abs/1909.08053): the first matrix
+# of a pair is cut by its outputs, the second by its inputs, so that a block needs one sum over "tensor" per pair. The
+# rest is everywhere: a table of 256 bytes is too small to cut.
 _CUT = {
     ("query", "kernel"): P(None, "tensor", None),  # [width, heads, dim]
     ("key", "kernel"): P(None, "tensor", None),

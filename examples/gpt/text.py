@@ -1,4 +1,5 @@
-"""Bytes of a text as training data: every batch is a pure function of (seed, step), so that a resumed run sees what an unbroken one saw."""
+"""Bytes of a text as training data: every batch is a pure function of (seed, step), for runs that are resumed."""
+
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -52,8 +53,9 @@ def load(file: str | None) -> Text:
 def bigram_loss(train: np.ndarray, windows: np.ndarray) -> float:
     """Mean of -log p(b | a) over the pairs of `windows[…, length + 1]`, in nats per byte.
 
-    p(b | a) = (count(ab) + k p(b)) / (count(a) + k),  p(b) = (count(b) + 1) / (n + 256): the counts of `train`, smoothed by
-    the single bytes. k is the best of a few, chosen on `windows` themselves: to the advantage of the bigram.
+    p(b | a) = (count(ab) + k p(b)) / (count(a) + k),  p(b) = (count(b) + 1) / (n + 256): the counts of `train`,
+    smoothed by the single bytes. k is the best of a few, chosen on `windows` themselves: to the advantage of the
+    bigram.
     """
     pairs = np.zeros((256, 256))
     np.add.at(pairs, (train[:-1], train[1:]), 1)

@@ -1,4 +1,5 @@
-"""Flax layers made of jaxops operators: table of contents, one line per public name. `jaxops.nn.linen` has the same ones for Linen."""
+"""Flax layers made of jaxops operators: table of contents, one line per public name. For Linen: `jaxops.nn.linen`."""
+
 from jaxops.nn.attention import MultiHeadAttention as MultiHeadAttention
 from jaxops.nn.attention import attention_fn as attention_fn
 from jaxops.nn.block import TransformerBlock as TransformerBlock

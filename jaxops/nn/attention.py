@@ -1,4 +1,5 @@
-"""Multi-head attention: flax's parameters and arguments, with rotary positions, windows, soft cap, grouped heads and a cache of their size."""
+"""Multi-head attention: flax's parameters and arguments, with rotary positions, windows, soft cap and grouped heads."""
+
 import dataclasses
 import functools
 import math
@@ -61,11 +62,13 @@ def attention_fn(
     """out = softmax(query · keyᵀ / √dim + bias, where mask) · value, for flax's `attention_fn` hook.
 
     `nnx.MultiHeadAttention(attention_fn=jaxops.nn.attention_fn)` and Linen's
-    `nn.MultiHeadDotProductAttention(attention_fn=jaxops.nn.attention_fn)`: the arguments are theirs. Differences: a row that may attend to
-    nothing gives zeros (flax: the mean of all values), and the softmax is always in float32 (`force_fp32_for_softmax`).
+    `nn.MultiHeadDotProductAttention(attention_fn=jaxops.nn.attention_fn)`: the arguments are theirs. Differences: a
+    row that may attend to nothing gives zeros (flax: the mean of all values), and the softmax is always in float32
+    (`force_fp32_for_softmax`).
 
-    Active dropout, sown weights (`module`), a `precision` other than the default, and custom einsums need the [T, S] matrix of weights:
-    these calls go to flax's own code, as they would have without this hook, with windows, lengths and segments as a mask.
+    Active dropout, sown weights (`module`), a `precision` other than the default, and custom einsums need the [T, S]
+    matrix of weights: these calls go to flax's own code, as they would have without this hook, with windows, lengths
+    and segments as a mask.
 
     Args:
       query: [batch…, T, heads, dim]; key, value: [batch…, S, key heads, dim], key heads dividing heads.
@@ -93,10 +96,15 @@ def attention_fn(
     given = sorted(name for name, option in options.items() if option is not None)
     if given or strict(implementation):
         what = ", ".join(given) or "implementation='pallas'"
-        raise ValueError(f"attention_fn: {what} cannot be had together with {reason}, which flax's own attention serves")
-    dropout = dict(
-        broadcast_dropout=broadcast_dropout, dropout_rng=dropout_rng, dropout_rate=dropout_rate, deterministic=deterministic
-    )
+        raise ValueError(
+            f"attention_fn: {what} cannot be had together with {reason}, which flax's own attention serves"
+        )
+    dropout = {
+        "broadcast_dropout": broadcast_dropout,
+        "dropout_rng": dropout_rng,
+        "dropout_rate": dropout_rate,
+        "deterministic": deterministic,
+    }
     if isinstance(module, linen.Module) or qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
         group = query.shape[-2] // key.shape[-2]
         return linen.dot_product_attention(
@@ -134,9 +142,9 @@ def attend(
 ) -> tuple[jax.Array, Cache | None]:
     """Attention between the projections of a layer: what its NNX and its Linen form share.
 
-    Without a cache: rotates query and key by their positions and attends. With one: the T tokens are those after the `index` that were
-    seen before; their keys and values are written to the cache, and each attends to the cache up to itself.
-    Writing past the end of the cache gives NaN, for an index that is known only at run time.
+    Without a cache: rotates query and key by their positions and attends. With one: the T tokens are those after the
+    `index` that were seen before; their keys and values are written to the cache, and each attends to the cache up to
+    itself. Writing past the end of the cache gives NaN, for an index that is known only at run time.
 
     Args:
       query: [batch…, T, heads, dim]; key, value: [batch…, S, key heads, dim].
@@ -152,10 +160,18 @@ def attend(
         query_positions = start + jnp.arange(tokens) if positions is None else positions
         # Cross-attention: keys count from 0 as queries do.
         key_positions = query_positions if key.shape[-3] == tokens else jnp.arange(key.shape[-3])
-        rotate = dict(base=options.rope_base, scaling=options.rope_scaling, implementation=without_kernels(options.implementation))
+        rotate = {
+            "base": options.rope_base,
+            "scaling": options.rope_scaling,
+            "implementation": without_kernels(options.implementation),
+        }
         query = rope(query, jnp.broadcast_to(query_positions, query.shape[:-2]), **rotate)
         key = rope(key, jnp.broadcast_to(key_positions, key.shape[:-2]), **rotate)
-    choice = dict(logits_soft_cap=options.logits_soft_cap, scale=options.scale, implementation=options.implementation)
+    choice = {
+        "logits_soft_cap": options.logits_soft_cap,
+        "scale": options.scale,
+        "implementation": options.implementation,
+    }
     if cache is None:
         window = options.local_window_size
         return attention_fn(
@@ -198,9 +214,10 @@ def attend(
 class MultiHeadAttention(nnx.MultiHeadAttention):
     """out = W_out · attention(W_query · x, W_key · x, W_value · x), per head.
 
-    A drop-in for `nnx.MultiHeadAttention`: every argument of it is accepted except `attention_fn`, and the parameters have the same
-    names and shapes (`query.kernel[in, heads, dim]`, `key`, `value`, `out`), with fewer key heads by `num_kv_heads`. Dropout, sown weights
-    and a `precision` other than the default are served by flax's own attention (see `attention_fn`).
+    A drop-in for `nnx.MultiHeadAttention`: every argument of it is accepted except `attention_fn`, and the parameters
+    have the same names and shapes (`query.kernel[in, heads, dim]`, `key`, `value`, `out`), with fewer key heads by
+    `num_kv_heads`. Dropout, sown weights and a `precision` other than the default are served by flax's own attention
+    (see `attention_fn`).
 
     Args:
       num_heads, in_features, qkv_features, out_features, num_kv_heads, in_kv_features: as in flax.
@@ -210,8 +227,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
       implementation: None | "pallas" | "xla" | a sequence of them.
       **flax_arguments: those of `nnx.MultiHeadAttention`.
 
-    Decoding: `init_cache((batch, length, features))`, then calls with `decode=True`, each with the next token or tokens (flax: one token).
-    The cache holds `num_kv_heads` heads. Filling it beyond `length` gives NaN.
+    Decoding: `init_cache((batch, length, features))`, then calls with `decode=True`, each with the next token or
+    tokens (flax: one token). The cache holds `num_kv_heads` heads. Filling it beyond `length` gives NaN.
     """
 
     def __init__(
@@ -274,10 +291,10 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     ) -> jax.Array:
         """Attends from `inputs_q[batch…, T, in_features]` to `inputs_k`, `inputs_v` (default: itself).
 
-        Arguments as in flax, and: `decode` defaults to False, `is_causal` to the constructor's; `input_positions[batch…, T]` are the
-        rotary positions; **attention_arguments are further ones of `jaxops.dot_product_attention`: `bias`, `query_seq_lengths`,
-        `key_value_seq_lengths`, `query_segment_ids`, `key_value_segment_ids` (default: the queries').
-        Returns [batch…, T, out_features].
+        Arguments as in flax, and: `decode` defaults to False, `is_causal` to the constructor's;
+        `input_positions[batch…, T]` are the rotary positions; **attention_arguments are further ones of
+        `jaxops.dot_product_attention`: `bias`, `query_seq_lengths`, `key_value_seq_lengths`, `query_segment_ids`,
+        `key_value_segment_ids` (default: the queries'). Returns [batch…, T, out_features].
         """
         inputs_k, inputs_v = sources(inputs_q, inputs_k, inputs_v, self.in_features)
         query = self.query(inputs_q, out_sharding=qkv_sharding)
@@ -322,13 +339,15 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             return {}
         stream = self.rngs if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
         if stream is None:
-            raise ValueError("rngs: active dropout needs them in the call, or in the constructor with keep_rngs=True, got None")
-        return dict(
-            dropout_rng=stream(),
-            dropout_rate=self.dropout_rate,
-            broadcast_dropout=self.broadcast_dropout,
-            deterministic=False,
-        )
+            raise ValueError(
+                "rngs: active dropout needs them in the call, or in the constructor with keep_rngs=True, got None"
+            )
+        return {
+            "dropout_rng": stream(),
+            "dropout_rate": self.dropout_rate,
+            "broadcast_dropout": self.broadcast_dropout,
+            "deterministic": False,
+        }
 
 
 def sources(
@@ -336,7 +355,9 @@ def sources(
 ) -> tuple[jax.Array, jax.Array]:
     """The inputs of keys and values: by default those of the queries, and those of the keys."""
     if inputs_k is None and inputs_v is not None:
-        raise ValueError("inputs_k: must be given if inputs_v is (for the same input in both, give inputs_k alone), got None")
+        raise ValueError(
+            "inputs_k: must be given if inputs_v is (for the same input in both, give inputs_k alone), got None"
+        )
     if in_features is not None and inputs_q.shape[-1] != in_features:
         raise ValueError(f"inputs_q: expected {in_features} features, got shape {inputs_q.shape}")
     inputs_k = inputs_q if inputs_k is None else inputs_k
@@ -348,7 +369,7 @@ def _window(window: int | tuple[int | None, int | None] | None) -> tuple[int | N
 
 
 def _everything_masked(query, key, mask, is_causal, options):
-    """`mask` and, taken out of `options`, the window, lengths and segments: one mask broadcastable to [batch…, heads, T, S]."""
+    """One mask of `mask` and, taken out of `options`, window, lengths and segments: for [batch…, heads, T, S]."""
     batch = query.shape[:-3]
     row, column = jnp.arange(query.shape[-3])[:, None], jnp.arange(key.shape[-3])
     seen = [] if mask is None else [mask]
@@ -366,10 +387,12 @@ def _everything_masked(query, key, mask, is_causal, options):
 
 
 def _fused(query, key, value, bias, mask, **options):
-    """`dot_product_attention` under any number of batch axes, flax's masks (not only boolean) and any broadcastable rank of them."""
+    """`dot_product_attention` for any number of batch axes, and masks of any dtype and broadcastable rank."""
     batch = query.shape[:-3]
     if key.shape[:-3] != batch or value.shape[:-3] != batch:
-        raise ValueError(f"key, value: expected the batch axes of query, {batch}, got {key.shape[:-3]} and {value.shape[:-3]}")
+        raise ValueError(
+            f"key, value: expected the batch axes of query, {batch}, got {key.shape[:-3]} and {value.shape[:-3]}"
+        )
 
     def four_axes(x):
         if x is None or (len(batch) == 1 and x.ndim == 4):
@@ -397,4 +420,8 @@ def _fused(query, key, value, bias, mask, **options):
 def _default_precision(precision: Any) -> bool:
     if precision is None or isinstance(precision, tuple):
         return precision is None or all(map(_default_precision, precision))
-    return lax.Precision(precision) == lax.Precision.DEFAULT if not isinstance(precision, lax.DotAlgorithmPreset) else False
+    return (
+        lax.Precision(precision) == lax.Precision.DEFAULT
+        if not isinstance(precision, lax.DotAlgorithmPreset)
+        else False
+    )

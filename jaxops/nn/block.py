@@ -1,4 +1,5 @@
 """One layer of a transformer."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxops.dispatch import Implementation
-from jaxops.nn.implementation import without_kernels
 from jaxops.nn.attention import MultiHeadAttention
+from jaxops.nn.implementation import without_kernels
 from jaxops.nn.mlp import GatedMLP
 from jaxops.nn.norms import RMSNorm
 from jaxops.ops.activations import silu
@@ -49,7 +50,7 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
         **attention_arguments: Any,
     ):
-        common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = norm(in_features, epsilon=epsilon, implementation=implementation, **common)
         self.attention = MultiHeadAttention(
             num_heads,

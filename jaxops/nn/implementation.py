@@ -1,4 +1,5 @@
 """The `implementation` argument of a layer, which holds several operators."""
+
 from jaxops.dispatch import Implementation
 
 

@@ -1,4 +1,5 @@
 """The layers of `jaxops.nn` as Linen modules: the same mathematics, parameter names and shapes."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,10 @@ Initializer = Callable[..., jax.Array]
 
 
 class RMSNorm(linen.Module):
-    """y = x · rsqrt(mean(x²) + epsilon) · (scale + scale_offset), over the last axis. Fields as in `flax.linen.RMSNorm`."""
+    """y = x · rsqrt(mean(x²) + epsilon) · (scale + scale_offset), over the last axis.
+
+    Fields as in `flax.linen.RMSNorm`.
+    """
 
     epsilon: float = 1e-6
     dtype: Any = None
@@ -37,7 +41,10 @@ class RMSNorm(linen.Module):
 
 
 class LayerNorm(linen.Module):
-    """y = (x - mean(x)) · rsqrt(var(x) + epsilon) · (scale + scale_offset) + bias, over the last axis. Fields as in `flax.linen.LayerNorm`."""
+    """y = (x - mean(x)) · rsqrt(var(x) + epsilon) · (scale + scale_offset) + bias, over the last axis.
+
+    Fields as in `flax.linen.LayerNorm`.
+    """
 
     epsilon: float = 1e-6
     dtype: Any = None
@@ -62,8 +69,9 @@ class LayerNorm(linen.Module):
 class MultiHeadAttention(linen.Module):
     """out = W_out · attention(W_query · x, W_key · x, W_value · x), per head.
 
-    Fields as in `flax.linen.MultiHeadDotProductAttention` and `jaxops.nn.MultiHeadAttention`, whose parameters it has. With `decode`, the cache (collection
-    "cache") takes its size from the inputs of `init`; then each call brings the next token or tokens.
+    Fields as in `flax.linen.MultiHeadDotProductAttention` and `jaxops.nn.MultiHeadAttention`, whose parameters it has.
+    With `decode`, the cache (collection "cache") takes its size from the inputs of `init`; then each call brings the
+    next token or tokens.
     """
 
     num_heads: int
@@ -106,16 +114,22 @@ class MultiHeadAttention(linen.Module):
         input_positions: jax.Array | None = None,
         **attention_arguments: Any,
     ) -> jax.Array:
-        """Attends from `inputs_q[batch…, T, features]` to `inputs_k`, `inputs_v` (default: itself); arguments as in the NNX layer."""
+        """Attends from `inputs_q[batch…, T, features]` to `inputs_k`, `inputs_v` (default: itself), as in NNX."""
         inputs_k, inputs_v = sources(inputs_q, inputs_k, inputs_v)
         features = inputs_q.shape[-1]
         qkv_features = features if self.qkv_features is None else self.qkv_features
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if qkv_features % self.num_heads or self.num_heads % kv_heads:
             raise ValueError(
-                f"num_heads: expected a divisor of {qkv_features} features and a multiple of {kv_heads} key heads, got {self.num_heads}"
+                f"num_heads: expected a divisor of {qkv_features} features and a multiple of {kv_heads} key heads, "
+                f"got {self.num_heads}"
             )
-        dense = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision)
+        dense = {
+            "use_bias": self.use_bias,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "precision": self.precision,
+        }
 
         def project(name: str, x: jax.Array, heads: int) -> jax.Array:
             return linen.DenseGeneral(
@@ -129,17 +143,17 @@ class MultiHeadAttention(linen.Module):
         query = project("query", inputs_q, self.num_heads)
         key, value = project("key", inputs_k, kv_heads), project("value", inputs_v, kv_heads)
         if self.normalize_qk:
-            norm = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+            norm = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
             query, key = LayerNorm(name="query_ln", **norm)(query), LayerNorm(name="key_ln", **norm)(key)
 
         dropout: dict[str, Any] = {}
         if self.dropout_rate > 0.0 and not linen.merge_param("deterministic", self.deterministic, deterministic):
-            dropout = dict(
-                dropout_rng=self.make_rng("dropout") if dropout_rng is None else dropout_rng,
-                dropout_rate=self.dropout_rate,
-                broadcast_dropout=self.broadcast_dropout,
-                deterministic=False,
-            )
+            dropout = {
+                "dropout_rng": self.make_rng("dropout") if dropout_rng is None else dropout_rng,
+                "dropout_rate": self.dropout_rate,
+                "broadcast_dropout": self.broadcast_dropout,
+                "deterministic": False,
+            }
         cached = ()
         if self.decode:
             filling = self.has_variable("cache", "cached_key")
@@ -211,7 +225,11 @@ class GatedMLP(linen.Module):
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features, out = x.shape[-1], x.shape[-1] if self.out_features is None else self.out_features
-        shapes = dict(gate=(features, self.hidden_features), up=(features, self.hidden_features), down=(self.hidden_features, out))
+        shapes = {
+            "gate": (features, self.hidden_features),
+            "up": (features, self.hidden_features),
+            "down": (self.hidden_features, out),
+        }
         kernels = {
             name: _Kernel(shape, self.kernel_init, self.param_dtype, name=name)() for name, shape in shapes.items()
         }
@@ -226,7 +244,10 @@ class GatedMLP(linen.Module):
 
 
 class TransformerBlock(linen.Module):
-    """h = x + attention(norm(x));  y = h + mlp(norm(h)). Fields as in `jaxops.nn.TransformerBlock`; `attention_options` are further fields of `MultiHeadAttention`."""
+    """h = x + attention(norm(x));  y = h + mlp(norm(h)).
+
+    Fields as in `jaxops.nn.TransformerBlock`; `attention_options` are further fields of `MultiHeadAttention`.
+    """
 
     num_heads: int
     hidden_features: int
@@ -243,7 +264,7 @@ class TransformerBlock(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array, **attention_arguments: Any) -> jax.Array:
-        common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def norm(name: str) -> Any:
             return self.norm(epsilon=self.epsilon, implementation=self.implementation, name=name, **common)

@@ -1,4 +1,5 @@
 """The gated feed-forward layer (SwiGLU, GeGLU, …)."""
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from jaxops.ops.activations import silu
 from jaxops.ops.gated_linear_unit import gated_linear_unit
 from jaxops.ops.matmul import matmul
 
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+
 
 def gated_mlp(
     x: jax.Array,
@@ -24,7 +27,7 @@ def gated_mlp(
     precision: Any,
     implementation: Implementation,
 ) -> jax.Array:
-    """(activation(x · gate) ∘ (x · up)) · down, in `dtype` or the promoted dtype: what the NNX and the Linen layer share."""
+    """(activation(x · gate) ∘ (x · up)) · down, in `dtype` or the promoted one: what NNX and Linen layers share."""
     dtype = jnp.result_type(x, gate, up, down) if dtype is None else dtype
     x, gate, up, down = (jnp.asarray(array, dtype) for array in (x, gate, up, down))
     if precision is None:
@@ -37,7 +40,8 @@ def gated_mlp(
 class GatedMLP(nnx.Module):
     """y = (activation(x · W_gate) ∘ (x · W_up)) · W_down.
 
-    The parameters are `gate.kernel[in, hidden]`, `up.kernel[in, hidden]` and `down.kernel[hidden, out]`, each an `nnx.Linear` without bias.
+    The parameters are `gate.kernel[in, hidden]`, `up.kernel[in, hidden]` and `down.kernel[hidden, out]`, each an
+    `nnx.Linear` without bias.
 
     Args:
       in_features, hidden_features, out_features: sizes; `out_features` defaults to `in_features`.
@@ -59,7 +63,7 @@ class GatedMLP(nnx.Module):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: Any = None,
-        kernel_init: Callable[..., jax.Array] = nnx.initializers.lecun_normal(),
+        kernel_init: Callable[..., jax.Array] = _KERNEL_INIT,
         kernel_metadata: Mapping[str, Any] | None = None,
         down_kernel_metadata: Mapping[str, Any] | None = None,
         implementation: Implementation = None,
@@ -81,7 +85,9 @@ class GatedMLP(nnx.Module):
         self.gate = linear(in_features, hidden_features, kernel_metadata)
         self.up = linear(in_features, hidden_features, kernel_metadata)
         self.down = linear(
-            hidden_features, in_features if out_features is None else out_features, down_kernel_metadata or kernel_metadata
+            hidden_features,
+            in_features if out_features is None else out_features,
+            down_kernel_metadata or kernel_metadata,
         )
         self.activation = activation
         self.dtype = dtype

@@ -1,4 +1,5 @@
 """Normalisation layers: flax's parameters, names and arguments, one fused operator each."""
+
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ from jaxops.ops.rms_norm import rms_norm
 class RMSNorm(nnx.RMSNorm):
     """y = x · rsqrt(mean(x²) + epsilon) · (scale + scale_offset), over the last axis.
 
-    A drop-in for `nnx.RMSNorm`: every argument of it is accepted (`dtype`, `param_dtype`, `use_scale`, `scale_init`, …), the parameter
-    is the same `scale[num_features]`, and the dtypes are promoted in the same way. A mask, other axes or a mean over a mapped axis
-    (`mask`, `reduction_axes`, `feature_axes`, `axis_name`) are served by flax's own code.
+    A drop-in for `nnx.RMSNorm`: every argument of it is accepted (`dtype`, `param_dtype`, `use_scale`, `scale_init`,
+    …), the parameter is the same `scale[num_features]`, and the dtypes are promoted in the same way. A mask, other
+    axes or a mean over a mapped axis (`mask`, `reduction_axes`, `feature_axes`, `axis_name`) are served by flax's own
+    code.
 
     Args:
       num_features: size of the last axis.
@@ -45,17 +47,16 @@ class RMSNorm(nnx.RMSNorm):
         if _only_flax(self, x, mask):
             return super().__call__(x, mask)
         x, scale = self.promote_dtype((x, _value(self.scale)), dtype=self.dtype)
-        return rms_norm(
-            x, scale, eps=self.epsilon, scale_offset=self.scale_offset, implementation=self.implementation
-        )
+        return rms_norm(x, scale, eps=self.epsilon, scale_offset=self.scale_offset, implementation=self.implementation)
 
 
 class LayerNorm(nnx.LayerNorm):
     """y = (x - mean(x)) · rsqrt(var(x) + epsilon) · (scale + scale_offset) + bias, over the last axis.
 
-    A drop-in for `nnx.LayerNorm`: every argument of it is accepted, the parameters are the same `scale[num_features]` and
-    `bias[num_features]`, and the dtypes are promoted in the same way. The variance is always the accurate one
-    (`use_fast_variance` is accepted and not needed). A mask, other axes or a mean over a mapped axis are served by flax's own code.
+    A drop-in for `nnx.LayerNorm`: every argument of it is accepted, the parameters are the same `scale[num_features]`
+    and `bias[num_features]`, and the dtypes are promoted in the same way. The variance is always the accurate one
+    (`use_fast_variance` is accepted and not needed). A mask, other axes or a mean over a mapped axis are served by
+    flax's own code.
 
     Args:
       num_features: size of the last axis.
@@ -95,16 +96,22 @@ def _value(parameter: nnx.Param | None) -> jax.Array | None:
 
 
 def _only_flax(norm: RMSNorm | LayerNorm, x: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether this call is one that the fused operator does not have. Raises `ValueError` if flax's code lacks it too."""
+    """Whether only flax's code can serve this call. Raises `ValueError` if it cannot either."""
     last = (-1, x.ndim - 1)
-    over_last_axis = _axes(norm.reduction_axes) in [(a,) for a in last] and _axes(norm.feature_axes) in [(a,) for a in last]
+    over_last_axis = _axes(norm.reduction_axes) in [(a,) for a in last] and _axes(norm.feature_axes) in [
+        (a,) for a in last
+    ]
     if mask is None and over_last_axis and norm.axis_name is None:
         return False
     name = type(norm).__name__
     if norm.scale_offset != 0.0:
-        raise ValueError(f"{name}: scale_offset must be 0 with a mask, other axes or axis_name, got {norm.scale_offset}")
+        raise ValueError(
+            f"{name}: scale_offset must be 0 with a mask, other axes or axis_name, got {norm.scale_offset}"
+        )
     if strict(norm.implementation):
-        raise ValueError(f"{name}: implementation 'pallas' was asked for, but no kernel has a mask, other axes or axis_name")
+        raise ValueError(
+            f"{name}: implementation 'pallas' was asked for, but no kernel has a mask, other axes or axis_name"
+        )
     return True
 
 

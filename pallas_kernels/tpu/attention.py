@@ -16,6 +16,7 @@ a span the step loops over blocks of `Tiles.keys` keys:
 Blocks outside the band are never visited. In program order the scores of one item precede the softmax of the item before, so
 that the matrix unit and the vector units overlap. The softmax is in base 2.
 """
+
 import dataclasses
 import functools
 import math
@@ -35,7 +36,9 @@ f32 = jnp.float32
 NN = (((1,), (0,)), ((), ()))  # a @ b
 NT = (((1,), (1,)), ((), ()))  # a @ b.T
 LOG2E = math.log2(math.e)
-FLOOR = -3e38  # the running max starts here, not at -inf: a row that sees nothing gets exp2(-inf - FLOOR) = 0, never NaN
+FLOOR = (
+    -3e38
+)  # the running max starts here, not at -inf: a row that sees nothing gets exp2(-inf - FLOOR) = 0, never NaN
 MASKED = -math.inf
 MAX_HEAD = 256
 
@@ -170,7 +173,12 @@ class View:
         """Calls `run(items)` until every key block of the span was visited. An item is (query, queries, key, keys, kind)."""
         t = self.t
         if self.p.diagonal and t.span >= self.p.key_length:
-            run([(a * t.strip, t.strip, self.row, (a + 1) * t.strip, "corner") for a in reversed(range(t.queries // t.strip))])
+            run(
+                [
+                    (a * t.strip, t.strip, self.row, (a + 1) * t.strip, "corner")
+                    for a in reversed(range(t.queries // t.strip))
+                ]
+            )
             first, last, left, right = 0, 0, 0, self.block * (t.queries // t.keys)
         else:
             first, last, left, right = self.ranges()
@@ -187,7 +195,9 @@ class View:
 
         edges = (left - first) + (last - right) if not self._causal_only() else 0
         if not (isinstance(edges, int) and edges == 0):
-            lax.fori_loop(0, edges, body("edge", lambda n: jnp.where(n < left - first, first + n, right + n - (left - first))), 0)
+            lax.fori_loop(
+                0, edges, body("edge", lambda n: jnp.where(n < left - first, first + n, right + n - (left - first))), 0
+            )
         if not (isinstance(right, int) and isinstance(left, int) and left == right):
             lax.fori_loop(left, right, body("whole", lambda n: n), 0)
 
@@ -397,7 +407,16 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
 
 # ---------------------------------------------------------------------------------------------- launching
 def _problem(
-    query, key, *, bias=None, mask=None, lengths=False, scale, is_causal=False, local_window_size=None, logits_soft_cap=None
+    query,
+    key,
+    *,
+    bias=None,
+    mask=None,
+    lengths=False,
+    scale,
+    is_causal=False,
+    local_window_size=None,
+    logits_soft_cap=None,
 ) -> Problem:
     band = Band.of(is_causal, local_window_size)
     keys = key.shape[1]
@@ -466,7 +485,9 @@ class _Operands:
         for name, x in named.items():
             self.add(name, _sequence_minor(x, self.p.key_length, self.size_k, self.p.head_dim), self.of_keys())
 
-    def add_masks(self, *, bias, mask, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids):
+    def add_masks(
+        self, *, bias, mask, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids
+    ):
         p, t = self.p, self.t
         additive = [] if bias is None else [bias if bias.dtype == jnp.bfloat16 else bias.astype(f32)]
         if mask is not None:  # bfloat16 holds 0 and -inf exactly
@@ -619,20 +640,20 @@ def forward(
         _forward_kernel,
         "attention_forward",
         (batch, heads, spans, size // t.queries),
-        dict(
-            out=shape((spans, batch, heads, p.head_dim, size), query.dtype if spans == 1 else f32),
-            lse=shape((spans, batch, heads, 1, size), f32),
-        ),
-        dict(
-            out=operands.of_queries("span"),
-            lse=operands.spec((None, None, None, 1, t.queries), lambda b, n, h, s, i: (s, b, n, 0, i)),
-        ),
-        dict(
-            peak=pltpu.VMEM((1, t.queries), f32),
-            total=pltpu.VMEM((8, t.queries), f32),
-            acc=pltpu.VMEM((p.head_dim, t.queries), f32),
-            keys=pltpu.VMEM((t.span, p.head_dim), query.dtype),
-        ),
+        {
+            "out": shape((spans, batch, heads, p.head_dim, size), query.dtype if spans == 1 else f32),
+            "lse": shape((spans, batch, heads, 1, size), f32),
+        },
+        {
+            "out": operands.of_queries("span"),
+            "lse": operands.spec((None, None, None, 1, t.queries), lambda b, n, h, s, i: (s, b, n, 0, i)),
+        },
+        {
+            "peak": pltpu.VMEM((1, t.queries), f32),
+            "total": pltpu.VMEM((8, t.queries), f32),
+            "acc": pltpu.VMEM((p.head_dim, t.queries), f32),
+            "keys": pltpu.VMEM((t.span, p.head_dim), query.dtype),
+        },
     )
     out, lse = (result["out"][0], result["lse"][0]) if spans == 1 else _merge(result["out"], result["lse"])
     out = _sequence_third(out.astype(query.dtype), p.query_length, dim)
@@ -708,8 +729,12 @@ def backward(
     operands.add("lse", pad_to(lse[:, :, None], 3, size, jnp.inf), statistic)  # +inf: a padded row weighs nothing
     shape = jax.ShapeDtypeStruct
     of_key = shape(operands.arrays["key"].shape, key.dtype)
-    out_shape = dict(dq=shape((spans, batch, heads, p.head_dim, size), query.dtype if spans == 1 else f32), dk=of_key, dv=of_key)
-    out_specs = dict(dq=operands.of_queries("span"), dk=operands.of_keys(), dv=operands.of_keys())
+    out_shape = {
+        "dq": shape((spans, batch, heads, p.head_dim, size), query.dtype if spans == 1 else f32),
+        "dk": of_key,
+        "dv": of_key,
+    }
+    out_specs = {"dq": operands.of_queries("span"), "dk": operands.of_keys(), "dv": operands.of_keys()}
     if bias is not None:
         out_shape["dbias"] = shape((batch, heads, operands.size_k, size), f32)
         out_specs["dbias"] = operands.spec((None, None, t.span, t.queries), lambda b, n, h, s, i: (b, n, s, i))
@@ -719,15 +744,15 @@ def backward(
         (batch, heads // p.group, spans, p.group, size // t.queries),
         out_shape,
         out_specs,
-        dict(
-            keys=pltpu.VMEM((t.span, p.head_dim), query.dtype),
-            values=pltpu.VMEM((t.span, p.head_dim), query.dtype),
-            delta=pltpu.VMEM((1, t.queries), f32),
-            stat=pltpu.VMEM((1, t.queries), f32),
-            dq=pltpu.VMEM((p.head_dim, t.queries), f32),
-            dk=pltpu.VMEM((p.head_dim, t.span), f32),
-            dv=pltpu.VMEM((p.head_dim, t.span), f32),
-        ),
+        {
+            "keys": pltpu.VMEM((t.span, p.head_dim), query.dtype),
+            "values": pltpu.VMEM((t.span, p.head_dim), query.dtype),
+            "delta": pltpu.VMEM((1, t.queries), f32),
+            "stat": pltpu.VMEM((1, t.queries), f32),
+            "dq": pltpu.VMEM((p.head_dim, t.queries), f32),
+            "dk": pltpu.VMEM((p.head_dim, t.span), f32),
+            "dv": pltpu.VMEM((p.head_dim, t.span), f32),
+        },
     )
     dq = result["dq"][0] if spans == 1 else result["dq"].sum(0).astype(query.dtype)
     grads = {"query": _sequence_third(dq, p.query_length, dim)}

@@ -1,6 +1,7 @@
 """layer_norm on the TPU: y = (x - mean(x)) · rsqrt(var(x) + eps) · (scale + scale_offset) + bias, over the last axis.
 
-x[..., features] is float32 or bfloat16, scale[features] and bias[features] any floating dtype; sums are float32. See `row_norm`.
+x[..., features] is float32 or bfloat16, scale[features] and bias[features] any floating dtype; sums are float32.
+See `row_norm`.
 """
 import jax
 import jax.numpy as jnp

@@ -1,15 +1,16 @@
 """Cross-entropy of a linear layer on the TPU; the logits [tokens, vocab] exist only tile by tile, in VMEM.
 
     z = x · weight (+ bias),  z = cap · tanh(z / cap),  lse_t = log Σ_v exp z_tv
-    loss_t = lse_t - (1-ε) z_ty - (ε/V) Σ_v z_tv + λ lse_t²                       (ε label smoothing, λ z-loss, y the label)
+    loss_t = lse_t - (1-ε) z_ty - (ε/V) Σ_v z_tv + λ lse_t²                   (ε label smoothing, λ z-loss, y the label)
     dz_tv = g_t · [(1 + 2λ lse_t) · exp(z_tv - lse_t) - (1-ε) [v = y] - ε/V] · (1 - (z_tv / cap)²)
     dx = dz · weightᵀ,   dweight = xᵀ · dz,   dbias = Σ_t dz
 
-Forward: a block of tokens stays while the vocabulary streams past; maxima and sums are kept per lane and joined at the end, so
-no step crosses lanes. Backward: one kernel, three products. A block of the vocabulary stays, with its dweight, while the tokens
-stream past, transposed: logits are [vocab, tokens], what belongs to a token is a row that broadcasts for free, and no product has
-to transpose an operand. dx is a float32 array in HBM to which every block of the vocabulary adds: read while the logits are
-computed, written while the next ones are. Each core takes a share of the vocabulary and has a dx of its own; XLA adds them.
+Forward: a block of tokens stays while the vocabulary streams past; maxima and sums are kept per lane and joined at the
+end, so no step crosses lanes. Backward: one kernel, three products. A block of the vocabulary stays, with its dweight,
+while the tokens stream past, transposed: logits are [vocab, tokens], what belongs to a token is a row that broadcasts
+for free, and no product has to transpose an operand. dx is a float32 array in HBM to which each block of the vocabulary
+adds: read while the logits are computed, written while the next are. Each core takes a share of the vocabulary and has a
+dx of its own; XLA adds them.
 float32 operands are multiplied at JAX's default matmul precision, as XLA would.
 Source: Milakov and Gimelshein 2018 (online softmax); Wijmans et al. 2024 (cut cross-entropy).
 """
@@ -44,8 +45,8 @@ class Tiles:
 
     @staticmethod
     def default(hidden: int, itemsize: int, *, backward: bool) -> "Tiles":
-        """The first that fits. What stays in VMEM decides how often the rest is read: tokens forward, vocabulary backward;
-        below about 512 of it the reads, not the products, take the time."""
+        """The first that fits. What stays in VMEM decides how often the rest is read: tokens forward, vocabulary
+        backward; below about 512 of it the reads, not the products, take the time."""
         vmem = chips.current("tpu").vmem_bytes - SLACK
         sizes = _BACKWARD if backward else _FORWARD
         return next((t for t in sizes if _vmem_bytes(t, hidden, itemsize, backward) <= vmem), sizes[-1])
@@ -58,8 +59,12 @@ class Tiles:
         )
 
 
-_FORWARD = tuple(Tiles(*s) for s in ((1024, 1024), (1024, 512), (512, 512), (512, 256), (256, 256), (256, 128), (128, 128)))
-_BACKWARD = tuple(Tiles(*s) for s in ((512, 2048), (512, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128)))
+_FORWARD = tuple(
+    Tiles(*s) for s in ((1024, 1024), (1024, 512), (512, 512), (512, 256), (256, 256), (256, 128), (128, 128))
+)
+_BACKWARD = tuple(
+    Tiles(*s) for s in ((512, 2048), (512, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128))
+)
 
 
 def _share(size, blocks):
@@ -72,7 +77,8 @@ def _vmem_bytes(tiles: Tiles, hidden: int, itemsize: int, backward: bool) -> int
     """VMEM of a kernel. Operands are there twice, the next block arriving while this one is worked on."""
     h, t, v = round_up(hidden, LANES), tiles.tokens, tiles.vocab
     if backward:  # x, weight, its transpose, dweight and its sum, dx; dz, logits and their kin
-        return itemsize * h * (2 * t + 2 * v + v + 2 * v) + 4 * h * (v + 2 * t) + (itemsize + 4) * v * t + 8 * 4 * v * LANES
+        operands, sums = itemsize * h * (2 * t + 2 * v + v + 2 * v), 4 * h * (v + 2 * t)
+        return operands + sums + (itemsize + 4) * v * t + 8 * 4 * v * LANES
     return itemsize * h * (2 * t + 2 * v) + 4 * t * v + 8 * 4 * t * LANES
 
 
@@ -91,12 +97,13 @@ def unsupported(
 
     if not fits(x.shape[-1]):
         most = max(h for h in range(0, x.shape[-1], LANES) if fits(h))
-        return f"the least tiles must fit the {vmem >> 20} MiB of VMEM, that is hidden ≤ {most} in {x.dtype}, got {x.shape[-1]}"
+        limit = f"the least tiles must fit the {vmem >> 20} MiB of VMEM"
+        return f"{limit}, that is hidden ≤ {most} in {x.dtype}, got {x.shape[-1]}"
     return None
 
 
 def _dot(a, b, dims):
-    """A product summed in float32. bfloat16 products are exact whatever the precision asked for; Mosaic wants none named."""
+    """A product summed in float32. Those of bfloat16 are exact whatever the precision; Mosaic wants none named."""
     exact = a.dtype == f32 and jax.config.jax_default_matmul_precision not in (None, "default", "fastest", "bfloat16")
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=f32)
@@ -118,7 +125,7 @@ def _loop(size, turn, body):
 
 
 def _overlapped(start, size, product, rest):
-    """rest(strip, product(strip)) for each strip of start … start + size, every product before the arithmetic on the last one."""
+    """rest(strip, product(strip)) for each strip of start … start + size, each product issued before the last rest."""
     strips = [pl.ds(start + u, min(STRIP, size - u)) for u in range(0, size, STRIP)]
     before = product(strips[0])
     for n, strip in enumerate(strips):
@@ -128,7 +135,7 @@ def _overlapped(start, size, product, rest):
 
 
 def _clear_past_the_end(w_ref, block, vocab):
-    """The last block of the vocabulary may be partial; what lies past its end may be NaN, which no product would forget."""
+    """The last block of the vocabulary may be partial: past its end lies anything, and 0 · NaN would stay a NaN."""
     width = w_ref.shape[1]
     if vocab % width:
 
@@ -162,6 +169,12 @@ def _forward_kernel(
     rows = _turn(tiles.tokens, tiles.tokens, columns * x_ref.shape[1])
     lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
 
+    def inside(groups, offsets, value):
+        """The groups of 128 columns with `value` past the end of the vocabulary."""
+        if vocab % tiles.vocab == 0:
+            return groups
+        return [jnp.where(lane < vocab - o, g, value) for g, o in zip(groups, offsets, strict=True)]
+
     def gather(here, strip, z):
         """Takes a strip of products into the running statistics, each [rows, 128]."""
         if with_bias:
@@ -171,18 +184,17 @@ def _forward_kernel(
         groups = [z[:, u : u + LANES] for u in range(0, z.shape[1], LANES)]
         offsets = [j * tiles.vocab + strip.start + u for u in range(0, z.shape[1], LANES)]
         if label_smoothing:
-            parts = [jnp.where(lane < vocab - o, g, 0.0) if vocab % tiles.vocab else g for g, o in zip(groups, offsets)]
-            total_ref[here] += functools.reduce(jnp.add, parts)
-        if vocab % tiles.vocab:
-            groups = [jnp.where(lane < vocab - o, g, FLOOR) for g, o in zip(groups, offsets)]
+            total_ref[here] += functools.reduce(jnp.add, inside(groups, offsets, 0.0))
+        groups = inside(groups, offsets, FLOOR)
         label, picked = labels_column[here], picked_ref[here]
-        for g, o in zip(groups, offsets):
+        for g, o in zip(groups, offsets, strict=True):
             picked = jnp.where(lane == label - o, g, picked)
         picked_ref[here] = picked
         old = top_ref[here]
         top = functools.reduce(jnp.maximum, groups, old)
         top_ref[here] = top
-        sum_ref[here] = sum_ref[here] * jnp.exp(old - top) + functools.reduce(jnp.add, [jnp.exp(g - top) for g in groups])
+        new = functools.reduce(jnp.add, [jnp.exp(g - top) for g in groups])
+        sum_ref[here] = sum_ref[here] * jnp.exp(old - top) + new
 
     def turn(row, column):
         here = pl.ds(row, rows)
@@ -208,10 +220,11 @@ def _forward_kernel(
 def _prepare(x, weight, bias, tiles, backward):
     """Operands grown to whole tiles: x[tokens, hidden] with zeros, bias as float32 [1, vocab]; and the tiles.
 
-    The weight keeps its size whenever it can: it is the one operand that is expensive to copy. `_clear_past_the_end` copes.
+    The weight keeps its size whenever it can, being expensive to copy: `_clear_past_the_end` copes with its last block.
     """
     (tokens, hidden), vocab = x.shape, weight.shape[1]
-    tiles = (tiles or Tiles.default(hidden, x.dtype.itemsize, backward=backward)).fitted(tokens, vocab, backward=backward)
+    tiles = tiles or Tiles.default(hidden, x.dtype.itemsize, backward=backward)
+    tiles = tiles.fitted(tokens, vocab, backward=backward)
     wide = round_up(hidden, LANES)
     x = pad_to(pad_to(x, 1, wide), 0, round_up(tokens, tiles.tokens))
     weight = pad_to(weight, 0, wide)
@@ -229,7 +242,7 @@ def _row(vector, size, value=0):
 def _call(kernel, semantics, tiles, x, weight, *, backward, **kwargs):
     """`pl.pallas_call(kernel, …)` with the VMEM and the cost told to XLA.
 
-    Under `vmap` the calls follow one another: Mosaic has no batched array that stays in HBM, and one call fills the chip.
+    Under `vmap` the calls follow one another: Mosaic batches no array that stays in HBM, and one call fills the chip.
     """
     logits, (passes, products) = x.shape[0] * weight.shape[1], (2, 3) if backward else (1, 1)
     call = pl.pallas_call(
@@ -252,7 +265,7 @@ def forward(
     x: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None = None, *,
     label_smoothing: float, z_loss: float, logits_soft_cap: float | None, tiles: Tiles | None = None,
 ):
-    """((loss[tokens], lse[tokens]) in float32, ()) of x[tokens, hidden], weight[hidden, vocab], labels[tokens], bias[vocab]."""
+    """((loss, lse), ()), [tokens] each, from x[tokens, hidden], weight[hidden, vocab], labels[tokens], bias[vocab]."""
     tokens, vocab = x.shape[0], weight.shape[1]
     x, weight, bias, tiles = _prepare(x, weight, bias, tiles, backward=False)
     padded, hidden = x.shape
@@ -286,9 +299,9 @@ def _backward_kernel(
 ):
     """Grid (share of the vocabulary, block of it, block of tokens); everything is [vocab or hidden, tokens].
 
-    dx_hbm[share, hidden, tokens] is added to through two buffers. Step s reads its block while step s-1 computes, and its write
-    ends while step s+1 computes. The read for s+1 is issued once the write of s-1 has ended: with at least two blocks of
-    tokens, what it reads was written at s-1 or before.
+    dx_hbm[share, hidden, tokens] is added to through two buffers. Step s reads its block while step s-1 computes, and
+    its write ends while step s+1 computes. The read for s+1 starts once the write of s-1 has ended: with two blocks of
+    tokens or more, what it reads was written at s-1 or before.
     """
     bias_ref, refs = (refs[:1], refs[1:]) if with_bias else ((), refs)
     dx_hbm, dw_ref, db_ref, wt_ref, dw_sum, db_sum, dz_ref, dx_ref, bias_column, reading, writing = refs
@@ -316,7 +329,8 @@ def _backward_kernel(
             z = logits_soft_cap * bent
         row = lax.broadcasted_iota(jnp.int32, z.shape, 0) + (block * tiles.vocab + strip.start)
         g = g_ref[...]
-        dz = slope_ref[...] * jnp.exp(z - lse_ref[...]) - jnp.where(row == labels_ref[...], (1 - label_smoothing) * g, 0.0)
+        dz = slope_ref[...] * jnp.exp(z - lse_ref[...])
+        dz = dz - jnp.where(row == labels_ref[...], (1 - label_smoothing) * g, 0.0)
         if label_smoothing:
             dz = dz - (label_smoothing / vocab) * g
         if logits_soft_cap is not None:
@@ -393,10 +407,10 @@ def _backward_kernel(
 
 
 def backward(
-    x: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None = None, *, outputs, residuals, cotangents,
-    label_smoothing: float, z_loss: float, logits_soft_cap: float | None, tiles: Tiles | None = None,
+    x: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None = None, *,
+    outputs, residuals, cotangents, label_smoothing: float, z_loss: float, logits_soft_cap: float | None, tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
-    """Gradients of x, weight and bias (if present) from the cotangent g[tokens] of the loss and the saved lse[tokens]."""
+    """Gradients of x, weight and bias (if present) from the cotangent g[tokens] of the loss and lse[tokens]."""
     operands = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     (tokens, hidden), vocab, dtype = x.shape, weight.shape[1], x.dtype
     x, weight, bias, tiles = _prepare(x, weight, bias, tiles, backward=True)

@@ -1,12 +1,12 @@
-"""What rms_norm and layer_norm share on the TPU: normalise every row, and the gradient of that, each in one pass over HBM.
+"""What rms_norm and layer_norm share on the TPU: normalise every row, and its gradient, each in one pass over HBM.
 
-    y  = x̂ · w + bias,   x̂ = (x - mean) · r,   r = rsqrt(mean((x - mean)²) + eps)      (rms_norm: mean = 0, no bias)
-    dx = r · (h - mean(h) - x̂ · mean(h · x̂)),   h = dy · w                             (rms_norm: no mean(h))
+    y  = x̂ · w + bias,   x̂ = (x - mean) · r,   r = rsqrt(mean((x - mean)²) + eps)     (rms_norm: mean = 0, no bias)
+    dx = r · (h - mean(h) - x̂ · mean(h · x̂)),   h = dy · w                            (rms_norm: no mean(h))
     dw = Σ_rows dy · x̂,   dbias = Σ_rows dy
 
-Rows are the second-minor axis, features the minor one. A grid step owns `Tiles.rows` whole rows in VMEM; inside, a loop takes
-`Tiles.group` rows by `Tiles.columns` features a turn, so that the program stays short and its values stay in registers
-whatever the size of a row. Statistics are recomputed in the backward pass: reading x again costs nothing, since dx needs it.
+Rows are the second-minor axis, features the minor one. A grid step owns `Tiles.rows` whole rows in VMEM; inside, a loop
+takes `Tiles.group` rows by `Tiles.columns` features a turn, so that the program stays short and its values stay in
+registers whatever the size of a row. The backward pass recomputes the statistics: it reads x anyway, since dx needs it.
 Source: Ba et al. 2016 (layer normalisation); Zhang and Sennrich 2019 (root mean square layer normalisation).
 """
 import dataclasses
@@ -31,7 +31,7 @@ SLACK = 4 << 20  # VMEM left to the compiler for spilled registers
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """`rows` of a grid step, a multiple of `group`, the rows of a turn (a multiple of 16), and its `columns` (of 128)."""
+    """`rows` of a grid step, a multiple of `group`, the rows of a turn (multiple of 16), and its `columns` (of 128)."""
 
     rows: int
     group: int
@@ -39,8 +39,8 @@ class Tiles:
 
     @staticmethod
     def default(rows: int, features: int, itemsize: int) -> "Tiles":
-        """64 registers of values a turn: fewer leave the vector units waiting, more are spilled. 2 MiB a block, so that a
-        step's fixed cost hides behind its copy; less on a chip with little VMEM (v4), since six blocks are alive at once."""
+        """64 registers of values a turn: fewer leave the vector units waiting, more are spilled. 2 MiB a block, so that
+        a step's fixed cost hides behind its copy; less on a chip with little VMEM (v4): six blocks live at once."""
         width = round_up(features, LANES)
         columns = min(width, 2048)
         block = min(2 << 20, chips.current("tpu").vmem_bytes // 16) // (width * itemsize)
@@ -67,7 +67,8 @@ def unsupported(x, *, parameters: int) -> str | None:
     if _vmem_bytes(least, features, itemsize, parameters, True) + SLACK > vmem:
         per_feature = _vmem_bytes(least, LANES, itemsize, parameters, True) // LANES
         most = (vmem - SLACK) // per_feature // LANES * LANES
-        return f"{ROWS} rows must fit the {vmem >> 20} MiB of VMEM, that is at most {most} features of {x.dtype}, got {features}"
+        limit = f"{ROWS} rows must fit the {vmem >> 20} MiB of VMEM"
+        return f"{limit}, that is at most {most} features of {x.dtype}, got {features}"
     return None
 
 
@@ -95,7 +96,7 @@ def _over_groups(block, rows, tiles, body):
 
 
 def _means(features, tiles, terms, count):
-    """The mean over each row, [group, 1], of each of the `count` arrays [group, columns] that terms(columns) returns."""
+    """The mean over each row, [group, 1], of each of the `count` arrays that terms(columns) returns."""
 
     def add(c, sums):
         return tuple(s + jnp.sum(t, -1, keepdims=True) for s, t in zip(sums, terms(c), strict=True))
@@ -105,7 +106,7 @@ def _means(features, tiles, terms, count):
 
 
 def _centred(x_ref, here, tiles, center):
-    """A function giving (x - mean)[group, columns] as float32, or x itself: the mean is taken first, so nothing cancels."""
+    """columns -> (x - mean)[group, columns] in float32, or x itself. The mean is taken first, so nothing cancels."""
     if not center:
         return lambda c: x_ref[here, c].astype(f32)
     (mean,) = _means(x_ref.shape[1], tiles, lambda c: (x_ref[here, c].astype(f32),), 1)

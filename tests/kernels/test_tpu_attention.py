@@ -1,4 +1,5 @@
 """The TPU attention kernels in the interpreter (memory poisoned with NaN, races detected) against float64."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,8 +45,14 @@ CASES = {
     "spans": case(130, 600, tiles=SPANS, sinks=True, lengths=True, batch=2),
     "spans-causal": case(300, 300, tiles=SPANS, causal=True, bias=(1, 1, 300, 300), heads=(1, 1)),
 }  # fmt: skip
-SLACK = {"bfloat16": 2.0**-7, "float32": 2.0**-20}  # `out`, from which the backward starts, is rounded; the plain form's is not
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # the interpreter is all callbacks
+SLACK = {
+    "bfloat16": 2.0**-7,
+    "float32": 2.0**-20,
+}  # `out`, from which the backward starts, is rounded; the plain form's is not
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}  # the interpreter is all callbacks
 GRADS = ("query", "key", "value", "bias", "sinks")
 
 
@@ -53,7 +60,7 @@ def build(c):
     r = np.random.default_rng(0)
     (N, K), B, T, S, H, dtype = c["heads"], c["batch"], c["T"], c["S"], c["dim"], c["dtype"]
     normal = lambda *shape: jnp.asarray(r.standard_normal(shape), dtype)
-    x = dict(query=2 * normal(B, T, N, H), key=normal(B, S, K, H), value=normal(B, S, K, H))
+    x = {"query": 2 * normal(B, T, N, H), "key": normal(B, S, K, H), "value": normal(B, S, K, H)}
     dout = normal(B, T, N, H)
     if c["bias"]:
         x["bias"] = normal(*c["bias"])
@@ -67,7 +74,12 @@ def build(c):
         x["key_value_segment_ids"] = jnp.asarray(np.sort(r.integers(0, c["segments"], (B, S))), jnp.int32)
     if c["sinks"]:
         x["sinks"] = normal(N)
-    options = dict(scale=H**-0.5, is_causal=c["causal"], local_window_size=c["window"], logits_soft_cap=c["cap"])
+    options = {
+        "scale": H**-0.5,
+        "is_causal": c["causal"],
+        "local_window_size": c["window"],
+        "logits_soft_cap": c["cap"],
+    }
     return x, dout, options
 
 
@@ -77,14 +89,22 @@ def seen(x, c):
     i, j = np.arange(T)[:, None], np.arange(S)
     keep = np.ones((B, N, T, S), bool)
     left, right = c["window"] or (None, None)
-    for bound in ([j <= i] if c["causal"] else []) + ([] if left is None else [j >= i - left]) + ([] if right is None else [j <= i + right]):
+    for bound in (
+        ([j <= i] if c["causal"] else [])
+        + ([] if left is None else [j >= i - left])
+        + ([] if right is None else [j <= i + right])
+    ):
         keep &= bound
     if c["mask"]:
         keep &= np.asarray(x["mask"])
     if c["lengths"]:
-        keep &= (i < np.asarray(x["query_seq_lengths"])[:, None, None, None]) & (j < np.asarray(x["key_value_seq_lengths"])[:, None, None, None])
+        keep &= (i < np.asarray(x["query_seq_lengths"])[:, None, None, None]) & (
+            j < np.asarray(x["key_value_seq_lengths"])[:, None, None, None]
+        )
     if c["segments"]:
-        keep &= (np.asarray(x["query_segment_ids"])[:, :, None] == np.asarray(x["key_value_segment_ids"])[:, None])[:, None]
+        keep &= (np.asarray(x["query_segment_ids"])[:, :, None] == np.asarray(x["key_value_segment_ids"])[:, None])[
+            :, None
+        ]
     return keep
 
 
@@ -132,7 +152,9 @@ def unfused(x, dout, options, c):
         s = c["cap"] * jnp.tanh(s / c["cap"]) if c["cap"] else s
         s = jnp.where(keep, s + t["bias"] if c["bias"] else s, -1e30)
         if c["sinks"]:
-            s = jnp.concatenate([s, jnp.broadcast_to(t["sinks"][None, :, None, None].astype(s.dtype), (*s.shape[:3], 1))], -1)
+            s = jnp.concatenate(
+                [s, jnp.broadcast_to(t["sinks"][None, :, None, None].astype(s.dtype), (*s.shape[:3], 1))], -1
+            )
         p = jnp.where(some, jax.nn.softmax(s, -1), 0)[..., : c["S"]].astype(v.dtype)
         return jnp.einsum("bnts,bsnh->btnh", p, v)
 
@@ -214,14 +236,14 @@ def test_default_tiles_divide(chip, length):
 @pytest.mark.parametrize(
     "reason, change",
     {
-        "float32 and bfloat16": dict(query=((1, 8, 2, 16), "float16")),
-        "one dtype": dict(key=((1, 8, 2, 16), "float32")),
-        "head sizes up to": {n: ((1, 8, 2, 512), "bfloat16") for n in ("query", "key", "value")},
-        "scale must be positive": dict(scale=-1.0),
-        "come together": dict(query_segment_ids=((1, 8), "int32")),
+        "float32 and bfloat16": {"query": ((1, 8, 2, 16), "float16")},
+        "one dtype": {"key": ((1, 8, 2, 16), "float32")},
+        "head sizes up to": dict.fromkeys(("query", "key", "value"), ((1, 8, 2, 512), "bfloat16")),
+        "scale must be positive": {"scale": -1.0},
+        "come together": {"query_segment_ids": ((1, 8), "int32")},
     }.items(),
 )
 def test_refuses_with_a_reason(reason, change):
-    arguments = {n: ((1, 8, 2, 16), "bfloat16") for n in ("query", "key", "value")} | {"scale": 1.0} | change
+    arguments = dict.fromkeys(("query", "key", "value"), ((1, 8, 2, 16), "bfloat16")) | {"scale": 1.0} | change
     arguments = {n: jax.ShapeDtypeStruct(*a) if isinstance(a, tuple) else a for n, a in arguments.items()}
     assert reason in attention.unsupported(**arguments)

@@ -1,4 +1,4 @@
-"""rms_norm and layer_norm on the TPU: interpreted with races detected and unwritten memory NaN, against a float64 oracle."""
+"""rms_norm and layer_norm on the TPU: interpreted, races detected, unwritten memory NaN, against a float64 oracle."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +49,7 @@ def unfused(x, scale, bias, dy, offset):
 def fused(x, scale, bias, dy, offset, tiles):
     operands = {"x": x, "scale": scale} | ({} if bias is None else {"bias": bias})
     kernel = rms_norm if bias is None else layer_norm
-    static = dict(eps=EPS, scale_offset=offset)
+    static = {"eps": EPS, "scale_offset": offset}
     assert kernel.unsupported(**operands, **static) is None
     outputs, residuals = kernel.forward(**operands, **static, tiles=tiles)
     grads = kernel.backward(

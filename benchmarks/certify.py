@@ -401,8 +401,8 @@ def render(certificates: dict) -> str:
     lines += [
         "## Memory",
         "",
-        "temp: what the program allocates in device memory besides its arguments and results. VMEM: what is set aside for a",
-        "kernel. VMEM, shared memory, registers of a thread and spills: the most of any kernel of the program.",
+        "temp: what the program allocates in device memory besides its arguments and results. VMEM: what is set aside",
+        "for a kernel. VMEM, shared memory, registers of a thread and spills: the most of any kernel of the program.",
         "",
     ]
     for case in CASES:

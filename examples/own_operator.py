@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jaxops
 from jaxops.autodiff import Operator, Rules
+from jaxops.ops import checks
 from pallas_kernels.padding import pad_to, round_up
 
 # ---- what it means ---------------------------------------------------------------------------------------------------
@@ -145,13 +146,8 @@ OPERATOR = Operator(
 
 def scaled_squared_relu(x, scale, *, implementation=None):
     """y = scale · max(x, 0)²: x[..., features], scale[features]; y in the shape and dtype of x."""
-    x, scale = jnp.asarray(x), jnp.asarray(scale)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"scaled_squared_relu: x must be of a floating dtype, got {x.dtype}")
-    if scale.shape != x.shape[-1:]:
-        raise ValueError(
-            f"scaled_squared_relu: scale must have shape {x.shape[-1:]} (the last axis of x), got {scale.shape}"
-        )
+    x = checks.floating("scaled_squared_relu", "x", x)
+    scale = checks.floating("scaled_squared_relu", "scale", scale, shape=x.shape[-1:], of="the last axis of x")
     (y,) = OPERATOR({"x": x, "scale": scale}, implementation=implementation)
     return y
 

@@ -275,7 +275,8 @@ def refusal(platform: str, call: _Call, avals) -> str | None:
     inner, _ = _unmapped(call, [(a.shape, a.dtype) for a in avals[: len(call.names)]])
     if call.phase == "tangent":
         return "forward mode and every order above the first run in XLA"
-    return call.operator.refusal(platform, {n: jax.ShapeDtypeStruct(*s) for n, s in zip(call.names, inner)}, dict(call.static))
+    return dispatch.too_many_vmaps(platform, len(call.axes)) or call.operator.refusal(
+        platform, {n: jax.ShapeDtypeStruct(*s) for n, s in zip(call.names, inner)}, dict(call.static))
 
 
 def _jvp(primals, tangents, *, call):

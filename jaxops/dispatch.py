@@ -22,6 +22,7 @@ from pallas_kernels import chips
 
 IMPLEMENTATIONS = ("pallas", "xla")
 KERNEL_PLATFORMS = ("tpu", "gpu")
+_MOST_VMAPS = {"gpu": 1}  # a TMA descriptor has at most five axes, and every vmap adds one
 _PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}  # JAX's name for a platform with kernels → ours
 
 Implementation = str | Sequence[str] | None
@@ -44,6 +45,12 @@ def only_xla(name: str, implementation: Implementation) -> None:
     """For an operator without kernels: checks `implementation`. Raises `ValueError` if it asks for "pallas" alone."""
     if "xla" not in order_of(name, implementation):
         raise ValueError(f"{name}: implementation 'pallas' was asked for, but {name} has no Pallas kernel yet")
+
+
+def too_many_vmaps(platform: str, levels: int) -> str | None:
+    """Why the kernels of `platform` do not serve a call under so many vmaps, or None."""
+    most = _MOST_VMAPS.get(platform, levels)
+    return None if levels <= most else f"the kernels of {platform} take at most {most} vmap, got {levels} nested"
 
 
 def on_cpu(cpu: Callable, otherwise: Callable, *operands: Any) -> Any:
@@ -94,17 +101,15 @@ def _partitioning(context: Any) -> str | None:
     return None
 
 
-def _device(context: Any, platform: str | None) -> Any:
-    """The abstract device a program is lowered for: the one its axis context tells, else the default of `platform`."""
+def _chip(context: Any, platform: str) -> tuple[chips.Chip, str | None]:
+    """The chip a program is lowered for, and why it has no kernels if it has none. The target, else what the axis context tells."""
     devices = getattr(context, "device_assignment", None)
     if devices is None and isinstance(getattr(context, "mesh", None), Mesh):
         devices = tuple(context.mesh.devices.flat)
-    chip = chips.of_kind(devices[0].device_kind) if devices else None
-    if chip is None or chip.platform != platform:
-        if platform is None:
-            return None
-        chip = chips.current(platform)
-    return chips.abstract_device(chip)
+    if chips.targeted() is None and devices and devices[0].platform in (platform, "cuda"):
+        chip = chips.of_device(devices[0])
+        return chip or chips.current(platform), None if chip else f"no kernel is made for {devices[0].device_kind}"
+    return chips.current(platform), None
 
 
 def register(primitive: Any, refusal: Callable[[str, Any, Sequence[Any]], str | None]) -> None:
@@ -137,8 +142,12 @@ def register(primitive: Any, refusal: Callable[[str, Any, Sequence[Any]], str | 
     def rule_for(platform: str | None):
         def rule(ctx, *operands, call):
             context = ctx.module_context.axis_context
-            with alone(None if chips.targeted() else _device(context, platform)):
-                run = chosen(call, ctx.avals_in, platform, _partitioning(context))
+            device, obstacle = None, None
+            if platform is not None:
+                chip, obstacle = _chip(context, platform)
+                device, obstacle = chips.abstract_device(chip), obstacle or _partitioning(context)
+            with alone(device):
+                run = chosen(call, ctx.avals_in, platform, obstacle)
                 local = ctx.replace(avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in])
                 return mlir.lower_fun(run)(local, *operands)
 

@@ -8,6 +8,7 @@ accelerator compiles for all of them.
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
@@ -90,6 +91,7 @@ CHIPS = {
 }
 # What a kernel is made for when nobody said which chip: the least memory of the chips the kernels are proved on.
 _DEFAULT = {"tpu": CHIPS["v5p"], "gpu": CHIPS["h100"]}
+_UNLISTED_GPU = dataclasses.replace(CHIPS["a100"], smem_bytes=101376)  # what every GPU since capability 8.6 has
 
 
 def named(name: str) -> Chip:
@@ -109,17 +111,26 @@ def of_kind(device_kind: str) -> Chip | None:
     return None
 
 
-def current(platform: str) -> Chip:
-    """The chip of `platform` ("tpu" or "gpu") that is being compiled for; a safe default if the mesh does not say."""
-    device = get_abstract_mesh().abstract_device
-    chip = of_kind(device.device_kind) if device is not None else None
-    return chip if chip is not None and chip.platform == platform else _DEFAULT[platform]
+def of_device(device: Any) -> Chip | None:
+    """The chip of a device, live or abstract. A GPU that is not listed is known by its compute capability; else None."""
+    chip = of_kind(device.device_kind)
+    capability = getattr(device, "compute_capability", "")
+    if chip is None and device.platform in ("gpu", "cuda") and capability.replace(".", "").isdigit():
+        numbers = tuple(map(int, capability.split(".")))
+        return dataclasses.replace(_UNLISTED_GPU, name=device.device_kind, device_kind=device.device_kind, capability=numbers)
+    return chip
 
 
 def targeted() -> Chip | None:
     """The chip the current mesh names, or None."""
     device = get_abstract_mesh().abstract_device
-    return of_kind(device.device_kind) if device is not None else None
+    return of_device(device) if device is not None else None
+
+
+def current(platform: str) -> Chip:
+    """The chip of `platform` ("tpu" or "gpu") that is being compiled for; a default if the mesh does not say."""
+    chip = targeted()
+    return chip if chip is not None and chip.platform == platform else _DEFAULT[platform]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

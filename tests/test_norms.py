@@ -23,7 +23,8 @@ PLAIN = dict(eps=1e-6, scale_offset=0.0)
 # shape of x, dtype, options. The larger ones go through several tiles, with a remainder or none.
 CASES = [
     ((7,), "float32", PLAIN),
-    ((1, 1), "float32", dict(eps=1.0, scale_offset=0.0)),
+    # eps above x²: for one feature the gradient is all but cancelled by itself as eps / x² goes to 0.
+    ((1, 1), "float32", dict(eps=30.0, scale_offset=0.0)),
     ((127, 129), "float32", PLAIN),
     ((128, 128), "float32", dict(eps=1e-3, scale_offset=1.0)),
     ((129, 127), "bfloat16", PLAIN),

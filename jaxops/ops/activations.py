@@ -20,8 +20,8 @@ def _backward(x, *, outputs, residuals, cotangents):
     del outputs, residuals
     wide = jnp.promote_types(x.dtype, jnp.float32)
     x_wide = x.astype(wide)
-    # erf is the cheaper function and, not being the forward's, is not shared with it through memory. What it cancels in the
-    # left tail is a rounding of 1, and there x · φ(x) is what counts.
+    # erf is the cheaper function and, not being the forward's, is not shared with it through memory. What it cancels in
+    # the left tail is a rounding of 1, and there x · φ(x) is what counts.
     distribution = 0.5 + 0.5 * jax.lax.erf(x_wide * 0.5**0.5)
     density = jnp.exp(-0.5 * x_wide * x_wide) * (1 / math.sqrt(2 * math.pi))
     # x · φ(x) at ±inf is 0, not inf · 0.

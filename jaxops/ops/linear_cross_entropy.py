@@ -66,7 +66,8 @@ class _Logits:
 
 
 def _chunked(elements: int, x, weight, labels, bias, cap) -> _Logits:
-    width = max(_NARROWEST, elements // x.shape[0])
+    # With few tokens it is the chunk of the weight and its gradient that take the memory.
+    width = max(_NARROWEST, elements // max(x.shape[0], 2 * x.shape[1]))
     return _Logits(x, weight, labels, bias, cap, min(weight.shape[1], width))
 
 

@@ -2,19 +2,21 @@
 
 Sources: Dao, FlashAttention-2 (arXiv 2307.08691); Milakov & Gimelshein, online softmax (arXiv 1805.02867).
 
-Layout. The kernels see every operand with its sequence minor: q, k, v, out as [batch, heads, head_dim, sequence]. Scores are
-[keys, queries]: statistics of a query are one lane, sums run over sublanes, the log-sum-exp is compact for free, and in the
-product with the values head_dim is the streamed dimension, so that head sizes of 64 or 80 leave no lane empty.
+Layout. The kernels see every operand with its sequence minor: q, k, v, out as [batch, heads, head_dim, sequence].
+Scores are [keys, queries]: statistics of a query are one lane, sums run over sublanes, the log-sum-exp is compact for
+free, and in the product with the values head_dim is the streamed dimension, so that head sizes of 64 or 80 leave no
+lane empty.
 
-Work. A grid step owns `Tiles.queries` queries of one head. The keys and values of the head stay in VMEM, or `Tiles.span` of
-them if there are more: spans are independent grid steps whose partial results are merged by their log-sum-exp. Within
-a span the step loops over blocks of `Tiles.keys` keys:
-  corner  plain causal attention: the block on the diagonal comes first, cut into strips that end on the diagonal. Only the last
-          corner of a strip is masked, nothing above the diagonal is computed, and the strips initialise the statistics;
+Work. A grid step owns `Tiles.queries` queries of one head. The keys and values of the head stay in VMEM, or
+`Tiles.span` of them if there are more: spans are independent grid steps whose partial results are merged by their
+log-sum-exp. Within a span the step loops over blocks of `Tiles.keys` keys:
+  corner  plain causal attention: the block on the diagonal comes first, cut into strips that end on the diagonal. Only
+          the last corner of a strip is masked, nothing above the diagonal is computed, and the strips initialise the
+          statistics;
   edge    blocks that a window, a length or the end of the keys cuts: masked element by element;
   whole   blocks that all queries of the step see: no band mask at all.
-Blocks outside the band are never visited. In program order the scores of one item precede the softmax of the item before, so
-that the matrix unit and the vector units overlap. The softmax is in base 2.
+Blocks outside the band are never visited. In program order the scores of one item precede the softmax of the item
+before, so that the matrix unit and the vector units overlap. The softmax is in base 2.
 """
 
 import dataclasses
@@ -46,11 +48,11 @@ MAX_HEAD = 256
 # ---------------------------------------------------------------------------------------------- tiles
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """`queries` and `keys` of a block, `span` keys held in VMEM at once, items of `sub` queries, `strip` queries on the diagonal.
+    """`queries` and `keys` of a block, `span` keys held in VMEM; items of `sub` queries, `strip` on the diagonal.
 
-    `part` is the number of keys between two interleave points (forward) or of an item (backward); `lag` counts the items by
-    which the gradient products trail the softmax (backward). Each is a multiple of 128; `sub` and `strip` divide `queries`,
-    `keys` divides `span` (and `queries`, on the causal diagonal).
+    `part` is the number of keys between two interleave points (forward) or of an item (backward); `lag` counts the
+    items by which the gradient products trail the softmax (backward). Sizes are multiples of 128; `sub` and `strip`
+    divide `queries`, `keys` divides `span` (and `queries`, on the causal diagonal).
     """
 
     queries: int
@@ -65,8 +67,9 @@ class Tiles:
     def default(problem: "Problem", *, backward: bool) -> "Tiles | None":
         """The largest blocks that are worth it and fit the chip's VMEM; None if not even the smallest do.
 
-        1024 queries amortise the prologue of a step, 2048 on a 256-wide matrix unit (forward). A window wants blocks no wider
-        than itself, a bias tile [span, queries] fewer queries. Keys are cut into spans only when VMEM demands it.
+        1024 queries amortise the prologue of a step, 2048 on a 256-wide matrix unit (forward). Masked edges
+        and windows want finer blocks, a bias tile [span, queries] fewer queries. Keys are cut into spans only when
+        VMEM demands it.
         """
         chip = chips.current("tpu")
         wide = chip.mxu == 256
@@ -170,7 +173,7 @@ class View:
         return lax.dot_general(a, b, dims, preferred_element_type=f32, precision=self.precision)
 
     def loops(self, run) -> None:
-        """Calls `run(items)` until every key block of the span was visited. An item is (query, queries, key, keys, kind)."""
+        """Calls `run(items)` until every key block is visited. An item is (query, queries, key, keys, kind)."""
         t = self.t
         if self.p.diagonal and t.span >= self.p.key_length:
             run(
@@ -205,7 +208,7 @@ class View:
         return self.p.diagonal and self.t.span >= self.p.key_length
 
     def ranges(self):
-        """Blocks of the span: [first, last) are seen by any query of the step, of these [left, right) by all of them."""
+        """Blocks of the span: [first, last) are seen by any query of the step, [left, right) by all."""
         t, keys = self.t, self.p.key_length
         start, end = self.p.band.touched(self.row, t.queries, keys)
         inner, outer = self.p.band.whole(self.row, t.queries, keys)
@@ -220,7 +223,8 @@ class View:
         return first, last, left, _clip(_div(outer, t.keys), left, last)
 
     def logits(self, s, item, offset):
-        """Base-2 logits of the products `s` [keys, queries] whose first key is `offset` after the item's, and the cap's tanh."""
+        """Base-2 logits of the products `s` [keys, queries], whose first key is `offset` past the item's; the cap's
+        tanh."""
         query, queries, key, keys, kind = item
         key, width = key + offset, s.shape[0]
         at, tanh = (pl.ds(key, width), pl.ds(query, queries)), None
@@ -347,7 +351,7 @@ def _forward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pre
 
 # ---------------------------------------------------------------------------------------------- backward
 def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, precision):
-    """Five products an item. dQᵀ of the block and dKᵀ, dVᵀ of the whole span are summed in float32 in VMEM, over the query
+    """Five products an item. dQᵀ of the block and dKᵀ, dVᵀ of the span are summed in float32 in VMEM, over the query
     heads of a group too: no partial result reaches HBM (but for dQ, when the keys are cut into spans)."""
     span, member, block = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     view = View(p, t, refs | {"dk": out["dk"]}, block, span * t.span if spans > 1 else 0, precision)
@@ -409,10 +413,11 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
 def _problem(
     query,
     key,
-    *,
     bias=None,
     mask=None,
-    lengths=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    *,
     scale,
     is_causal=False,
     local_window_size=None,
@@ -429,7 +434,7 @@ def _problem(
         group=query.shape[2] // key.shape[2],
         itemsize=jnp.dtype(query.dtype).itemsize,
         band=band,
-        lengths=lengths,
+        lengths=query_seq_lengths is not None or key_value_seq_lengths is not None,
         additive=tuple(_kind(x) for x in (bias, mask) if x is not None),
         bias=bias is not None,
         scale=float(scale),
@@ -443,7 +448,7 @@ def _kind(x) -> str:
 
 
 def _sequence_minor(x, length: int, size: int, dim: int):
-    """[batch, sequence, heads, head_dim] → [batch, heads, dim, size]: the first `length` of the sequence, then zeros."""
+    """[batch, sequence, heads, head_dim] → [batch, heads, dim, size]: the first `length`, then zeros."""
     return pad_to(pad_to(jnp.transpose(x[:, :length], (0, 2, 3, 1)), 2, dim), 3, size)
 
 
@@ -453,7 +458,10 @@ def _sequence_third(x, length: int, dim: int):
 
 
 class _Operands:
-    """Arrays as the kernels read them, each with its block; `place` maps grid indices to (batch, head, key head, span, block)."""
+    """Arrays as the kernels read them, each with its block.
+
+    `place` maps the indices of the grid to (batch, head, key head, span, block).
+    """
 
     def __init__(self, p: Problem, t: Tiles, place):
         self.p, self.t, self.place = p, t, place
@@ -485,9 +493,8 @@ class _Operands:
         for name, x in named.items():
             self.add(name, _sequence_minor(x, self.p.key_length, self.size_k, self.p.head_dim), self.of_keys())
 
-    def add_masks(
-        self, *, bias, mask, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids
-    ):
+    def add_masks(self, bias, mask, lengths, segments):
+        """Bias, mask, and the pairs (of queries, of keys) of lengths and of segment ids."""
         p, t = self.p, self.t
         additive = [] if bias is None else [bias if bias.dtype == jnp.bfloat16 else bias.astype(f32)]
         if mask is not None:  # bfloat16 holds 0 and -inf exactly
@@ -507,13 +514,13 @@ class _Operands:
                 x = pad_to(x, 3, self.size_q)
                 spec = self.spec((None, None, 1, t.queries), lambda b, n, h, s, i, w=where: (*w(b, n), 0, i))
             self.add(f"additive{n}", x, spec)
-        if query_segment_ids is not None:
-            ids = pad_to(query_segment_ids.astype(jnp.int32)[:, None], 2, self.size_q)
+        if segments[0] is not None:
+            ids = pad_to(segments[0].astype(jnp.int32)[:, None], 2, self.size_q)
             self.add("query_segment_ids", ids, self.spec((None, 1, t.queries), lambda b, n, h, s, i: (b, 0, i)))
-            ids = pad_to(key_value_segment_ids.astype(jnp.int32)[:, None, : p.key_length], 2, self.size_k)
+            ids = pad_to(segments[1].astype(jnp.int32)[:, None, : p.key_length], 2, self.size_k)
             self.add("key_value_segment_ids", ids, self.spec((None, 1, t.span), lambda b, n, h, s, i: (b, 0, s)))
         if p.lengths:
-            given = (query_seq_lengths, p.query_length), (key_value_seq_lengths, p.key_length)
+            given = tuple(zip(lengths, (p.query_length, p.key_length), strict=True))
             batch = next(x.shape[0] for x, _ in given if x is not None)
             both = [jnp.full((batch,), full, jnp.int32) if x is None else jnp.clip(x, 0, full) for x, full in given]
             both = jnp.stack(both, 1).astype(jnp.int32)[:, None]
@@ -555,9 +562,9 @@ def unsupported(
     local_window_size: tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
 ) -> str | None:
-    """One sentence why the kernels cannot serve this call on the chip being compiled for, or None. Operands may be abstract."""
+    """Why the kernels cannot serve this call on the chip being compiled for, or None. Operands may be abstract."""
     if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the TPU attention kernel takes float32 and bfloat16 (the matrix unit has no {query.dtype}), got {query.dtype}"
+        return f"query must be float32 or bfloat16 (the TPU's matrix unit takes no other), got {query.dtype}"
     if not query.dtype == key.dtype == value.dtype:
         return f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
     if query.shape[3] > MAX_HEAD:
@@ -567,11 +574,7 @@ def unsupported(
     if (query_segment_ids is None) != (key_value_segment_ids is None):
         return "segment ids of queries and of keys must come together"
     problem = _problem(
-        query,
-        key,
-        bias=bias,
-        mask=mask,
-        lengths=query_seq_lengths is not None or key_value_seq_lengths is not None,
+        *(query, key, bias, mask, query_seq_lengths, key_value_seq_lengths),
         scale=scale,
         is_causal=is_causal,
         local_window_size=local_window_size,
@@ -603,16 +606,13 @@ def forward(
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[()]]:
     """out = softmax(mask(cap·tanh(scale·q·kᵀ/cap) + bias))·v,  lse = log Σ_j exp(logit_j) (+ exp(sink)).
 
-    query [B,T,N,H], key and value [B,S,K,H] of one dtype, float32 or bfloat16, N a multiple of K; bias and mask 4-D, broadcastable
-    to [B,N,T,S]; lengths [B], segment ids [B,T] and [B,S], sinks [N]. Returns ((out [B,T,N,H] in query's dtype, lse [B,N,T]
-    float32), ()). A row that sees nothing, or that lies past its query length, has out = 0 and lse = +inf.
+    query [B,T,N,H], key and value [B,S,K,H] of one dtype, float32 or bfloat16, N a multiple of K; bias and mask 4-D,
+    broadcastable to [B,N,T,S]; lengths [B], segment ids [B,T] and [B,S], sinks [N]. Returns ((out [B,T,N,H] in query's
+    dtype, lse [B,N,T] float32), ()). A row that sees nothing, or that lies past its query length, has out = 0 and lse
+    = +inf.
     """
     p = _problem(
-        query,
-        key,
-        bias=bias,
-        mask=mask,
-        lengths=query_seq_lengths is not None or key_value_seq_lengths is not None,
+        *(query, key, bias, mask, query_seq_lengths, key_value_seq_lengths),
         scale=scale,
         is_causal=is_causal,
         local_window_size=local_window_size,
@@ -623,14 +623,8 @@ def forward(
     operands = _Operands(p, t, lambda b, n, s, i: (b, n, n // p.group, s, i))
     operands.add_queries(query=query)
     operands.add_keys(key=key, value=value)
-    operands.add_masks(
-        bias=bias,
-        mask=mask,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-    )
+    lengths, segments = (query_seq_lengths, key_value_seq_lengths), (query_segment_ids, key_value_segment_ids)
+    operands.add_masks(bias, mask, lengths, segments)
     if sinks is not None:
         one = operands.spec((None, 1, 1), lambda b, n, h, s, i: (n, 0, 0), memory_space=pltpu.SMEM)
         operands.add("sinks", sinks.astype(f32)[:, None, None], one)
@@ -661,7 +655,8 @@ def forward(
 
 
 def _merge(out, lse):
-    """Partial attentions over disjoint keys → the whole: out = Σ_s exp(lse_s - lse)·out_s, a span without keys having no weight."""
+    """Partial attentions over disjoint keys → the whole: out = Σ_s exp(lse_s - lse)·out_s; an empty span weighs
+    nothing."""
     empty = jnp.isposinf(lse)
     top = jnp.max(jnp.where(empty, FLOOR, lse), 0)
     weight = jnp.where(empty, 0.0, jnp.exp(jnp.where(empty, 0.0, lse - top)))
@@ -694,18 +689,15 @@ def backward(
 ) -> dict[str, jax.Array]:
     """P = exp(logits - lse), dV = Pᵀ·dO, dS = P∘(dO·Vᵀ - rowsum(O∘dO)), dQ = scale·dS·K, dK = scale·dSᵀ·Q, dbias = dS.
 
-    Arguments as in `forward`, with its outputs and the cotangent of `out`; that of `lse` is ignored. Returns the gradients of
-    query, key and value, and of bias and sinks where given. dbias is formed as [B,N,T,S] float32 and then reduced to bias's shape.
+    Arguments as in `forward`, with its outputs and the cotangent of `out`; that of `lse` is ignored. Returns the
+    gradients of query, key and value, and of bias and sinks where given. dbias is formed as [B,N,T,S] float32, then
+    reduced to bias's shape.
     """
     del residuals
     out, lse = outputs
     dout = cotangents[0].astype(query.dtype)
     p = _problem(
-        query,
-        key,
-        bias=bias,
-        mask=mask,
-        lengths=query_seq_lengths is not None or key_value_seq_lengths is not None,
+        *(query, key, bias, mask, query_seq_lengths, key_value_seq_lengths),
         scale=scale,
         is_causal=is_causal,
         local_window_size=local_window_size,
@@ -716,14 +708,8 @@ def backward(
     operands = _Operands(p, t, lambda b, h, s, g, i: (b, h * p.group + g, h, s, i))
     operands.add_queries(query=query, out=out, dout=dout)
     operands.add_keys(key=key, value=value)
-    operands.add_masks(
-        bias=bias,
-        mask=mask,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-    )
+    lengths, segments = (query_seq_lengths, key_value_seq_lengths), (query_segment_ids, key_value_segment_ids)
+    operands.add_masks(bias, mask, lengths, segments)
     size, spans = operands.size_q, operands.size_k // t.span
     statistic = operands.spec((None, None, 1, t.queries), lambda b, n, h, s, i: (b, n, 0, i))
     operands.add("lse", pad_to(lse[:, :, None], 3, size, jnp.inf), statistic)  # +inf: a padded row weighs nothing

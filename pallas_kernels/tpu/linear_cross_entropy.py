@@ -9,8 +9,8 @@ Forward: a block of tokens stays while the vocabulary streams past; maxima and s
 end, so no step crosses lanes. Backward: one kernel, three products. A block of the vocabulary stays, with its dweight,
 while the tokens stream past, transposed: logits are [vocab, tokens], what belongs to a token is a row that broadcasts
 for free, and no product has to transpose an operand. dx is a float32 array in HBM to which each block of the vocabulary
-adds: read while the logits are computed, written while the next are. Each core takes a share of the vocabulary and has a
-dx of its own; XLA adds them.
+adds: read while the logits are computed, written while the next are. Each core takes a share of the vocabulary and has
+a dx of its own; XLA adds them.
 float32 operands are multiplied at JAX's default matmul precision, as XLA would.
 Source: Milakov and Gimelshein 2018 (online softmax); Wijmans et al. 2024 (cut cross-entropy).
 """
@@ -51,10 +51,10 @@ class Tiles:
         sizes = _BACKWARD if backward else _FORWARD
         return next((t for t in sizes if _vmem_bytes(t, hidden, itemsize, backward) <= vmem), sizes[-1])
 
-    def fitted(self, tokens: int, vocab: int, *, backward: bool) -> "Tiles":
-        """The same number of blocks, cut evenly. Backward has at least two blocks of tokens: see `_backward_kernel`."""
+    def fitted(self, tokens: int, vocab: int, *, least: int) -> "Tiles":
+        """The same number of blocks, but at least `least` of tokens, cut evenly."""
         return Tiles(
-            _share(tokens, max(pl.cdiv(tokens, self.tokens), 2 if backward else 1)),
+            _share(tokens, max(pl.cdiv(tokens, self.tokens), least)),
             _share(vocab, pl.cdiv(vocab, self.vocab)),
         )
 
@@ -220,13 +220,17 @@ def _forward_kernel(
 def _prepare(x, weight, bias, tiles, backward):
     """Operands grown to whole tiles: x[tokens, hidden] with zeros, bias as float32 [1, vocab]; and the tiles.
 
+    Backward gets at least two blocks of tokens: see `_backward_kernel`.
+
     The weight keeps its size whenever it can, being expensive to copy: `_clear_past_the_end` copes with its last block.
     """
     (tokens, hidden), vocab = x.shape, weight.shape[1]
     tiles = tiles or Tiles.default(hidden, x.dtype.itemsize, backward=backward)
-    tiles = tiles.fitted(tokens, vocab, backward=backward)
+    least = 2 if backward else 1
+    tiles = tiles.fitted(tokens, vocab, least=least)
     wide = round_up(hidden, LANES)
-    x = pad_to(pad_to(x, 1, wide), 0, round_up(tokens, tiles.tokens))
+    blocks = max(pl.cdiv(tokens, tiles.tokens), least)
+    x = pad_to(pad_to(x, 1, wide), 0, blocks * tiles.tokens)
     weight = pad_to(weight, 0, wide)
     if vocab < tiles.vocab:
         weight = pad_to(weight, 1, tiles.vocab)
@@ -408,7 +412,8 @@ def _backward_kernel(
 
 def backward(
     x: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None = None, *,
-    outputs, residuals, cotangents, label_smoothing: float, z_loss: float, logits_soft_cap: float | None, tiles: Tiles | None = None,
+    outputs, residuals, cotangents,
+    label_smoothing: float, z_loss: float, logits_soft_cap: float | None, tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
     """Gradients of x, weight and bias (if present) from the cotangent g[tokens] of the loss and lse[tokens]."""
     operands = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})

@@ -128,7 +128,7 @@ def _fused_body(operands, dy):
 
 REFUSED = [
     ("a100", (8, 128), "float32", "compute capability 9.0, got 8.0"),
-    ("h100", (8, 20481), "bfloat16", "shared memory and the registers, got 20481 features of bfloat16"),
+    ("h100", (8, 32768), "bfloat16", "shared memory and the registers, got 32768 features of bfloat16"),
     ("h100", (8, 128), "int32", "x must be float32, bfloat16 or float16, got int32"),
 ]
 

@@ -15,8 +15,8 @@ SPANS = Tiles(queries=128, keys=128, span=256, sub=128, strip=128)
 STRIPS = Tiles(queries=512, keys=256, span=1024, sub=256, strip=128, part=128, lag=1)
 
 
-def case(T, S, *, heads=(2, 1), dim=16, dtype="bfloat16", batch=1, tiles=None, mask=None, bias=None, lengths=None, segments=0,
-         sinks=False, causal=False, window=None, cap=None):  # fmt: skip
+def case(T, S, *, heads=(2, 1), dim=16, dtype="bfloat16", batch=1, tiles=None, mask=None, bias=None, lengths=None,
+         segments=0, sinks=False, causal=False, window=None, cap=None):  # fmt: skip
     return locals()
 
 
@@ -39,8 +39,8 @@ CASES = {
     "cap-mask-queries": case(130, 140, cap=3.0, mask=(1, 2, 130, 1), dtype="float32"),
     "bias-mask": case(130, 260, bias=(1, 2, 130, 260), mask=(2, 1, 130, 260), batch=2, dtype="float32", tiles=SMALL),
     "bias-mask-keys": case(260, 260, bias=(1, 2, 1, 260), mask=(2, 1, 1, 260), batch=2, causal=True, tiles=SMALL),
-    "all": case(260, 390, causal=True, window=(200, 3), bias=(1, 1, 260, 390), mask=(2, 1, 1, 390), lengths=True, segments=2,
-                sinks=True, cap=4.0, batch=2, tiles=SMALL),
+    "all": case(260, 390, causal=True, window=(200, 3), bias=(1, 1, 260, 390), mask=(2, 1, 1, 390), lengths=True,
+                segments=2, sinks=True, cap=4.0, batch=2, tiles=SMALL),
     # the keys cut into spans
     "spans": case(130, 600, tiles=SPANS, sinks=True, lengths=True, batch=2),
     "spans-causal": case(300, 300, tiles=SPANS, causal=True, bias=(1, 1, 300, 300), heads=(1, 1)),
@@ -209,12 +209,15 @@ def test_against_float64(name):
         check(n, grad, want_grads[n], plain_grads[n], slack)
 
 
-def test_vmap_is_a_batch():
+def test_vmap_is_a_batch(monkeypatch):
+    # The interpreter counts the vmapped axis as one more grid dimension than it was told semantics for: tell it none.
+    params = pltpu.CompilerParams
+    monkeypatch.setattr(pltpu, "CompilerParams", lambda dimension_semantics, **others: params(**others))
     c = case(130, 200, lengths=True, segments=2, mask=(2, 1, 1, 200), sinks=False, batch=2, tiles=SMALL)
     x, dout, options = build(c)
     whole = run(x, dout, options, c["tiles"])
     split = run({n: a[:, None] for n, a in x.items()}, dout[:, None], options, c["tiles"])
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[:, 0]), whole, split)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b).reshape(a.shape)), whole, split)
 
 
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
@@ -236,7 +239,7 @@ def test_default_tiles_divide(chip, length):
 @pytest.mark.parametrize(
     "reason, change",
     {
-        "float32 and bfloat16": {"query": ((1, 8, 2, 16), "float16")},
+        "float32 or bfloat16": {"query": ((1, 8, 2, 16), "float16")},
         "one dtype": {"key": ((1, 8, 2, 16), "float32")},
         "head sizes up to": dict.fromkeys(("query", "key", "value"), ((1, 8, 2, 512), "bfloat16")),
         "scale must be positive": {"scale": -1.0},

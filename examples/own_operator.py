@@ -1,7 +1,7 @@
 """An operator of your own, from the formula to compiled kernels, on a machine without an accelerator.
 
     python examples/own_operator.py              checks it against float64 and says what would run on which chip
-    python examples/own_operator.py --compile    also compiles its kernels for TPUs (pip install 'jaxops[tpu-compile]')
+    python examples/own_operator.py --compile    also compiles its kernels for TPUs (pip install '.[tpu-compile]')
 
 The operator is the squared ReLU (So et al., arXiv:2109.08668) with a gain per feature, y = scale · max(x, 0)².
 docs/tutorial.md explains this file piece by piece.

@@ -16,7 +16,7 @@ class Band:
     right: int | None = None
 
     @staticmethod
-    def of(is_causal: bool, window: tuple[int, int] | None) -> "Band":
+    def of(is_causal: bool, window: tuple[int | None, int | None] | None) -> "Band":
         """The band of `is_causal` and `local_window_size=(left, right)` together."""
         left, right = window if window is not None else (None, None)
         if is_causal:

@@ -99,7 +99,7 @@ def attention_fn(
         raise ValueError(
             f"attention_fn: {what} cannot be had together with {reason}, which flax's own attention serves"
         )
-    dropout = {
+    dropout: dict[str, Any] = {
         "broadcast_dropout": broadcast_dropout,
         "dropout_rng": dropout_rng,
         "dropout_rate": dropout_rate,
@@ -160,14 +160,14 @@ def attend(
         query_positions = start + jnp.arange(tokens) if positions is None else positions
         # Cross-attention: keys count from 0 as queries do.
         key_positions = query_positions if key.shape[-3] == tokens else jnp.arange(key.shape[-3])
-        rotate = {
+        rotate: dict[str, Any] = {
             "base": options.rope_base,
             "scaling": options.rope_scaling,
             "implementation": without_kernels(options.implementation),
         }
         query = rope(query, jnp.broadcast_to(query_positions, query.shape[:-2]), **rotate)
         key = rope(key, jnp.broadcast_to(key_positions, key.shape[:-2]), **rotate)
-    choice = {
+    choice: dict[str, Any] = {
         "logits_soft_cap": options.logits_soft_cap,
         "scale": options.scale,
         "implementation": options.implementation,
@@ -300,15 +300,14 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         query = self.query(inputs_q, out_sharding=qkv_sharding)
         key = self.key(inputs_k, out_sharding=qkv_sharding)
         value = self.value(inputs_v, out_sharding=qkv_sharding)
-        if self.normalize_qk:
+        if self.query_ln is not None and self.key_ln is not None:  # normalize_qk
             query, key = self.query_ln(query), self.key_ln(key)
 
         decode = bool(self.decode) if decode is None else decode
-        cache = None
-        if decode:
-            if self.cached_key is None or self.cached_value is None or self.cache_index is None:
-                raise ValueError("decode: there is no cache yet, call `init_cache` first")
-            cache = (self.cached_key[...], self.cached_value[...], self.cache_index[...])
+        variables: Any = (self.cached_key, self.cached_value, self.cache_index)
+        if decode and any(variable is None for variable in variables):
+            raise ValueError("decode: there is no cache yet, call `init_cache` first")
+        cache = tuple(variable[...] for variable in variables) if decode else None
         options = self.options if is_causal is None else dataclasses.replace(self.options, is_causal=is_causal)
         x, cache = attend(
             query,
@@ -324,8 +323,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             **self._dropout(deterministic, rngs),
             **attention_arguments,
         )
-        if decode:
-            self.cached_key[...], self.cached_value[...], self.cache_index[...] = cache
+        for variable, new in zip(variables, cache or (), strict=decode):
+            variable[...] = new
         return self.out(x, out_sharding=out_sharding)
 
     def _dropout(self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None) -> dict[str, Any]:
@@ -408,12 +407,9 @@ def _fused(query, key, value, bias, mask, **options):
             options[name] = options[name].reshape(-1, options[name].shape[-1])
     if options.get("query_segment_ids") is not None and options.get("key_value_segment_ids") is None:
         options["key_value_segment_ids"] = options["query_segment_ids"]
-    out = dot_product_attention(
-        *(x if x.ndim == 4 else x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)),
-        bias=four_axes(bias),
-        mask=four_axes(None if mask is None else mask.astype(bool)),
-        **options,
-    )
+    flat = [x if x.ndim == 4 else x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+    mask = None if mask is None else mask.astype(bool)
+    out = dot_product_attention(flat[0], flat[1], flat[2], four_axes(bias), four_axes(mask), **options)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 

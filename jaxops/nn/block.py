@@ -50,7 +50,7 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
         **attention_arguments: Any,
     ):
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = norm(in_features, epsilon=epsilon, implementation=implementation, **common)
         self.attention = MultiHeadAttention(
             num_heads,

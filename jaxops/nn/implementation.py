@@ -1,6 +1,6 @@
 """The `implementation` argument of a layer, which holds several operators."""
 
-from jaxops.dispatch import Implementation
+from jaxops.dispatch import Implementation, order_of
 
 
 def static(implementation: Implementation) -> str | tuple[str, ...] | None:
@@ -10,7 +10,7 @@ def static(implementation: Implementation) -> str | tuple[str, ...] | None:
 
 def strict(implementation: Implementation) -> bool:
     """Whether kernels alone were asked for."""
-    return implementation is not None and "xla" not in static(implementation)
+    return implementation is not None and "xla" not in order_of("layer", implementation)
 
 
 def without_kernels(implementation: Implementation) -> Implementation:

@@ -124,7 +124,7 @@ class MultiHeadAttention(linen.Module):
                 f"num_heads: expected a divisor of {qkv_features} features and a multiple of {kv_heads} key heads, "
                 f"got {self.num_heads}"
             )
-        dense = {
+        dense: dict[str, Any] = {
             "use_bias": self.use_bias,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
@@ -143,7 +143,7 @@ class MultiHeadAttention(linen.Module):
         query = project("query", inputs_q, self.num_heads)
         key, value = project("key", inputs_k, kv_heads), project("value", inputs_v, kv_heads)
         if self.normalize_qk:
-            norm = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+            norm: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
             query, key = LayerNorm(name="query_ln", **norm)(query), LayerNorm(name="key_ln", **norm)(key)
 
         dropout: dict[str, Any] = {}
@@ -154,7 +154,7 @@ class MultiHeadAttention(linen.Module):
                 "broadcast_dropout": self.broadcast_dropout,
                 "deterministic": False,
             }
-        cached = ()
+        cached: tuple[Any, ...] = ()
         if self.decode:
             filling = self.has_variable("cache", "cached_key")
             cached = (
@@ -225,7 +225,7 @@ class GatedMLP(linen.Module):
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features, out = x.shape[-1], x.shape[-1] if self.out_features is None else self.out_features
-        shapes = {
+        shapes: dict[str, Any] = {
             "gate": (features, self.hidden_features),
             "up": (features, self.hidden_features),
             "down": (self.hidden_features, out),
@@ -264,7 +264,7 @@ class TransformerBlock(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array, **attention_arguments: Any) -> jax.Array:
-        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        common: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def norm(name: str) -> Any:
             return self.norm(epsilon=self.epsilon, implementation=self.implementation, name=name, **common)

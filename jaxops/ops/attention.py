@@ -388,7 +388,8 @@ def dot_product_attention(
     """out_i = Σ_j p_ij v_j,  p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),  s = cap(scale · q kᵀ) + bias where seen.
 
     A drop-in for `jax.nn.dot_product_attention` that never holds the T × S logits: memory is O(T + S). One difference:
-    a query that sees no key gives zeros. B batch, T queries, S keys, N heads, K key/value heads dividing N, H head size.
+    a query that sees no key gives zeros. B batch, T queries, S keys, N heads, K key/value heads (dividing N), H head
+    size.
 
     Args:
       query: [B, T, N, H] or [T, N, H]; float32, bfloat16 or float16.
@@ -415,8 +416,8 @@ def dot_product_attention(
       ValueError: shapes, lengths, windows or the cap do not fit, or `implementation` is unknown or refuses.
       TypeError: a dtype is not one of those above.
 
-    A bias hides a key if it is -inf or below -1e30. A query all of whose keys have a bias of about -1e9 still sees them,
-    but float32 has no digits left for its gradient: hide such keys by `mask`.
+    A bias hides a key if it is -inf or below -1e30. A query all of whose keys have a bias of about -1e9 still sees
+    them, but float32 has no digits left for its gradient: hide such keys by `mask`.
 
     FlashAttention-2 (Dao, arXiv:2307.08691); grouped heads (Ainslie et al., arXiv:2305.13245); soft cap as in Gemma 2
     (arXiv:2408.00118); sinks as learned in gpt-oss (arXiv:2508.10925) after StreamingLLM (arXiv:2309.17453).
@@ -521,7 +522,7 @@ def _integers(name: str, x: ArrayLike | None, shape: tuple[int, ...], of: str) -
 
 
 def _fold_scale(query: jax.Array, scale: Any, size: int) -> tuple[jax.Array, float]:
-    """(query, scale) with the same product; the scale a Python number ≥ 0: kernels take the maximum before they scale."""
+    """(query, scale) with the same product, the scale a Python number ≥ 0: a kernel may scale after the maximum."""
     if scale is None:
         return query, 1 / math.sqrt(size) if size else 1.0
     if isinstance(scale, jax.Array) and scale.ndim == 0 and jnp.issubdtype(scale.dtype, jnp.floating):

@@ -40,6 +40,7 @@ def dot_product_attention(
     """
     batch, length, heads, _ = query.shape
     keys, groups = key.shape[1], key.shape[2]
+    per_group = heads // groups if groups else 0
     accumulator = jnp.promote_types(query.dtype, jnp.float32)
     band = Band.of(is_causal, local_window_size)
     column = jnp.arange(keys)
@@ -47,7 +48,7 @@ def dot_product_attention(
     def attend(row, query, bias, mask, segments):
         """The queries `row` (their positions): out [B, rows, N, H], lse [B, N, rows]."""
         rows = query.shape[1]
-        grouped = query.reshape(batch, rows, groups, heads // groups if groups else 0, query.shape[-1])
+        grouped = query.reshape(batch, rows, groups, per_group, query.shape[-1])
         s = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=accumulator)
         s = s.reshape(batch, heads, rows, keys) * scale
         if logits_soft_cap is not None:
@@ -73,7 +74,7 @@ def dot_product_attention(
             total = total + jnp.exp(sink - top)
         empty = total == 0
         total = jnp.where(empty, 1, total)
-        p = (p / total).astype(value.dtype).reshape(batch, groups, -1, rows, keys)
+        p = (p / total).astype(value.dtype).reshape(batch, groups, per_group, rows, keys)
         out = jnp.einsum("bkgts,bskh->btkgh", p, value, preferred_element_type=accumulator)
         lse = jnp.where(empty, jnp.inf, top + jnp.log(total))[..., 0]
         return out.reshape(query.shape).astype(query.dtype), lse

@@ -609,7 +609,7 @@ def forward(
     query [B,T,N,H], key and value [B,S,K,H] of one dtype, float32 or bfloat16, N a multiple of K; bias and mask 4-D,
     broadcastable to [B,N,T,S]; lengths [B], segment ids [B,T] and [B,S], sinks [N]. Returns ((out [B,T,N,H] in query's
     dtype, lse [B,N,T] float32), ()). A row that sees nothing, or that lies past its query length, has out = 0 and lse
-    = +inf.
+    = +inf, or its sink if there is one.
     """
     p = _problem(
         *(query, key, bias, mask, query_seq_lengths, key_value_seq_lengths),
@@ -650,8 +650,15 @@ def forward(
         },
     )
     out, lse = (result["out"][0], result["lse"][0]) if spans == 1 else _merge(result["out"], result["lse"])
-    out = _sequence_third(out.astype(query.dtype), p.query_length, dim)
-    return (out, lse[:, :, 0, : p.query_length]), ()
+    out, lse = _sequence_third(out.astype(query.dtype), p.query_length, dim), lse[:, :, 0, : p.query_length]
+    if sinks is not None and query_seq_lengths is not None:
+        lse = jnp.where(_inside(query_seq_lengths, p), lse, sinks.astype(f32)[:, None])
+    return (out, lse), ()
+
+
+def _inside(lengths, p: Problem):
+    """[B, 1, T]: whether a query lies before the end of its sequence."""
+    return (jnp.arange(p.query_length) < lengths[:, None])[:, None]
 
 
 def _merge(out, lse):
@@ -703,6 +710,8 @@ def backward(
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
     )
+    if query_seq_lengths is not None:
+        lse = jnp.where(_inside(query_seq_lengths, p), lse, jnp.inf)
     t = tiles or Tiles.default(p, backward=True)
     batch, _, heads, dim = query.shape
     operands = _Operands(p, t, lambda b, h, s, g, i: (b, h * p.group + g, h, s, i))

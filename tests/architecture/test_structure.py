@@ -96,8 +96,8 @@ def test_the_kernels_of_both_platforms_take_the_same_operands():
     for name in ("rms_norm", "layer_norm", "attention"):
         tpu, gpu = getattr(pallas_kernels.tpu, name), getattr(pallas_kernels.gpu, name)
         for function in ("unsupported", "forward", "backward"):
-            ours, theirs = (set(inspect.signature(getattr(m, function)).parameters) for m in (tpu, gpu))
-            assert ours == theirs, f"{name}.{function}: {ours ^ theirs}"
+            operands = set(inspect.signature(getattr(tpu, function)).parameters)
+            inspect.signature(getattr(gpu, function)).bind(**dict.fromkeys(operands))
 
 
 def test_importing_the_library_starts_no_backend():

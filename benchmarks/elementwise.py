@@ -1,6 +1,6 @@
 """softmax, activations, rope, gated_linear_unit and matmul against what `jax.nn` and jnp give, forward and backward.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.elementwise [rows] [columns]
+JAX_PLATFORMS=cpu python -m benchmarks.elementwise [rows] [columns]
 """
 
 import functools

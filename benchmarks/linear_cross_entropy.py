@@ -1,6 +1,6 @@
 """linear_cross_entropy against log_softmax of the product, forward and backward.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.linear_cross_entropy [tokens] [hidden] [vocab] [rounds]
+JAX_PLATFORMS=cpu python -m benchmarks.linear_cross_entropy [tokens] [hidden] [vocab] [rounds]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """layer_norm and rms_norm against Flax's modules, forward and backward.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.norms [rows] [features]
+JAX_PLATFORMS=cpu python -m benchmarks.norms [rows] [features]
 """
 
 import sys
@@ -47,9 +47,7 @@ def main(rows: int = 8192, features: int = 2048) -> None:
             forward = {"jaxops": ours, "flax": theirs}
             harness.report(f"{shape}, forward", harness.compare(forward, (x, scale, bias), tolerance=tolerance))
             backward = {name: backward_only(f, argnums) for name, f in forward.items()}
-            harness.report(
-                f"{shape}, backward", harness.compare(backward, (x, scale, bias, dy), tolerance=tolerance)
-            )
+            harness.report(f"{shape}, backward", harness.compare(backward, (x, scale, bias, dy), tolerance=tolerance))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """Derivative rules, built in one place: kernels serve the first derivative, XLA every other one.
 
-An operator f is a reference (its meaning in plain JAX) and pairs of rules (forward, backward), one pair per implementation.
-It becomes one opaque primitive with three phases:
+An operator f is a reference (its meaning in plain JAX) and pairs of rules (forward, backward), one pair per
+implementation. It becomes one opaque primitive with three phases:
 
     forward   operands ↦ outputs, residuals                                  served by a forward rule
     tangent   operands, outputs, residuals; ẋ ↦ ∂f/∂x · ẋ                    served by jvp of the reference, in XLA
     backward  operands, outputs, residuals; ȳ ↦ (∂f/∂x)ᵀ · ȳ                 served by a backward rule
 
-The derivative of forward is tangent, and the transpose of tangent is backward: reverse mode meets only the two kernels. The derivative
-of tangent and of backward is taken through the reference, so that every higher order, forward or reverse, is JAX's own.
-Only the first output is differentiable; the others (a log-sum-exp, say) are constants to every derivative.
+The derivative of forward is tangent, and the transpose of tangent is backward: reverse mode meets only the two
+kernels. The derivative of tangent and of backward is taken through the reference, so that every higher order, forward
+or reverse, is JAX's own. Only the first output is differentiable; the others (a log-sum-exp, say) are constants to
+every derivative.
 """
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -34,7 +36,8 @@ class Rules:
     """An implementation. Operands and static options come as keywords.
 
     forward(**operands, **static) -> (outputs, residuals), two tuples;
-    backward(**operands, outputs=, residuals=, cotangents=, **static) -> {name: gradient} for the differentiable operands that are there.
+    backward(**operands, outputs=, residuals=, cotangents=, **static) -> {name: gradient} for the differentiable
+    operands that are there.
     """
 
     forward: Callable[..., tuple[tuple, tuple]]
@@ -45,9 +48,9 @@ class Rules:
 class Operator:
     """An operator: its meaning, its rules, its kernels.
 
-    reference(**operands, **static) -> outputs, in plain differentiable JAX. `differentiable` names the operands that take a gradient.
-    `tpu` and `gpu` are kernel modules (unsupported, forward, backward) or the sentence why there is none.
-    `partition` maps the PartitionSpec of the first operand to those of the outputs, under explicit sharding.
+    reference(**operands, **static) -> outputs, in plain differentiable JAX. `differentiable` names the operands that
+    take a gradient. `tpu` and `gpu` are kernel modules (unsupported, forward, backward) or the sentence why there is
+    none. `partition` maps the PartitionSpec of the first operand to those of the outputs, under explicit sharding.
     """
 
     name: str
@@ -61,7 +64,10 @@ class Operator:
     def __call__(
         self, operands: Mapping[str, Any], *, implementation: dispatch.Implementation = None, **static: Any
     ) -> tuple[jax.Array, ...]:
-        """The outputs for `operands` (absent ones None). Raises `ValueError` if `implementation` is unknown, or strict and refused."""
+        """The outputs for `operands` (absent ones None).
+
+        Raises `ValueError` if `implementation` is unknown, or strict and refused.
+        """
         there = {name: jnp.asarray(x) for name, x in operands.items() if x is not None}
         call = _Call(
             self, "forward", tuple(there), tuple(sorted(static.items())), dispatch.order_of(self.name, implementation)
@@ -71,7 +77,9 @@ class Operator:
         if "xla" not in call.order:
             self._refuse_early(call, there)
         count = len(_forward_shapes(call, tuple((x.shape, x.dtype) for x in there.values()))[0])
-        return _locally(lambda *xs: tuple(operator_p.bind(*_varying_alike(xs), call=call))[:count], self.partition, *there.values())
+        return _locally(
+            lambda *xs: tuple(operator_p.bind(*_varying_alike(xs), call=call))[:count], self.partition, *there.values()
+        )
 
     def refusal(self, platform: str, operands: Mapping[str, Any], static: Mapping[str, Any]) -> str | None:
         """Why the kernel of `platform` ("tpu" or "gpu") would not serve these operands, or None."""
@@ -93,7 +101,8 @@ class Operator:
 class _Call:
     """One phase of one operator, by value: equal calls share their compiled programs.
 
-    `axes` holds, for each enclosing vmap, innermost first, the mapped axis of every operand (0 or None); all else is mapped over axis 0.
+    `axes` holds, for each enclosing vmap, innermost first, the mapped axis of every operand (0 or None); all else is
+    mapped over axis 0.
     """
 
     operator: Operator
@@ -134,10 +143,11 @@ class _Call:
 
     def _reference(self, operands):
         """The differentiable output as a function of the differentiable operands, and where they are."""
-        named = dict(zip(self.names, operands))
+        named = dict(zip(self.names, operands, strict=True))
 
         def f(*primals):
-            return self.operator.reference(**{**named, **dict(zip(self.differentiable, primals))}, **dict(self.static))[0]
+            full = {**named, **dict(zip(self.differentiable, primals, strict=True))}
+            return self.operator.reference(**full, **dict(self.static))[0]
 
         return f, [named[name] for name in self.differentiable]
 
@@ -160,18 +170,18 @@ class _Call:
         return _jitted(self, implementation, platform)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _jitted(call: _Call, implementation: str, platform: str | None):
     operator, static = call.operator, dict(call.static)
-    rules = operator.xla if implementation == "xla" else getattr(operator, platform)
+    rules = operator.xla if implementation == "xla" or platform is None else getattr(operator, platform)
 
     def forward(*operands):
-        outputs, residuals = rules.forward(**dict(zip(call.names, operands)), **static)
+        outputs, residuals = rules.forward(**dict(zip(call.names, operands, strict=True)), **static)
         return (*outputs, *residuals)
 
     def backward(*args):
         operands, saved, (cotangent,) = call.split(args)
-        named = dict(zip(call.names, operands))
+        named = dict(zip(call.names, operands, strict=True))
         gradients = rules.backward(
             **named,
             outputs=saved[: call.outputs],
@@ -205,7 +215,9 @@ def _jitted(call: _Call, implementation: str, platform: str | None):
 def _locally(f, partition, *operands):
     """`f(*operands)` with every explicit mesh axis automatic inside; the outputs are sharded as `partition` says."""
     mesh = get_abstract_mesh()
-    explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit)
+    explicit = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
     if not explicit:
         return f(*operands)
     return auto_axes(f, axes=explicit, out_sharding=partition(jax.typeof(operands[0]).sharding.spec))(*operands)
@@ -215,7 +227,10 @@ def _varying_alike(operands):
     """All operands varying over the manual mesh axes any of them varies over. Backward: sum over the axes added."""
     axes = [jax.typeof(x).mat.varying for x in operands]
     union = frozenset().union(*axes)
-    return [x if have == union else lax.pcast(x, tuple(union - have), to="varying") for x, have in zip(operands, axes)]
+    return [
+        x if have == union else lax.pcast(x, tuple(union - have), to="varying")
+        for x, have in zip(operands, axes, strict=True)
+    ]
 
 
 # ---- the primitive -------------------------------------------------------------------------------------------------
@@ -227,9 +242,11 @@ operator_p.multiple_results = True
 @functools.lru_cache(maxsize=4096)
 def _forward_shapes(call: _Call, shapes) -> tuple[tuple, tuple]:
     """Shapes and dtypes of (outputs, residuals) of the forward rule, outside every vmap."""
-    operands = {name: jax.ShapeDtypeStruct(*s) for name, s in zip(call.names, shapes)}
+    operands = {name: jax.ShapeDtypeStruct(*s) for name, s in zip(call.names, shapes, strict=True)}
     with dispatch.alone():
-        outputs, residuals = jax.eval_shape(lambda **xs: call.operator.xla.forward(**xs, **dict(call.static)), **operands)
+        outputs, residuals = jax.eval_shape(
+            lambda **xs: call.operator.xla.forward(**xs, **dict(call.static)), **operands
+        )
     return tuple(outputs), tuple(residuals)
 
 
@@ -237,15 +254,16 @@ def _unmapped(call: _Call, shapes):
     """Shapes of the operands inside the vmaps, and the sizes of the mapped axes, outermost first."""
     sizes = []
     for axes in reversed(call.axes):
-        sizes.append(next(shape[0] for (shape, _), axis in zip(shapes, axes) if axis is not None))
-        shapes = [(shape[1:] if axis is not None else shape, dtype) for (shape, dtype), axis in zip(shapes, axes)]
+        sizes.append(next(shape[0] for (shape, _), axis in zip(shapes, axes, strict=True) if axis is not None))
+        shapes = [
+            (shape[1:] if axis is not None else shape, dtype) for (shape, dtype), axis in zip(shapes, axes, strict=True)
+        ]
     return tuple(shapes), tuple(sizes)
 
 
 @operator_p.def_abstract_eval
 def _abstract(*avals, call):
-    operands, _, rest = call.split(avals) if call.phase != "forward" else (avals, (), ())
-    inner, sizes = _unmapped(call, [(a.shape, a.dtype) for a in operands])
+    inner, sizes = _unmapped(call, [(a.shape, a.dtype) for a in avals[: len(call.names)]])
     outputs, residuals = _forward_shapes(call.outside(), inner)
     if call.phase == "forward":
         out = [(sizes + s.shape, s.dtype) for s in (*outputs, *residuals)]
@@ -259,7 +277,7 @@ def _abstract(*avals, call):
 
 
 def _typed(shape, dtype, like, varying):
-    """An abstract array on the mesh of `like`, unsharded over its automatic axes, varying over the manual axes `varying`."""
+    """An abstract array on the mesh of `like`, unsharded over its automatic axes, varying over the manual `varying`."""
     mesh = like.sharding.mesh
     if mesh.empty:
         return jax.core.ShapedArray(shape, dtype)
@@ -276,7 +294,8 @@ def refusal(platform: str, call: _Call, avals) -> str | None:
     if call.phase == "tangent":
         return "forward mode and every order above the first run in XLA"
     return dispatch.too_many_vmaps(platform, len(call.axes)) or call.operator.refusal(
-        platform, {n: jax.ShapeDtypeStruct(*s) for n, s in zip(call.names, inner)}, dict(call.static))
+        platform, {n: jax.ShapeDtypeStruct(*s) for n, s in zip(call.names, inner, strict=True)}, dict(call.static)
+    )
 
 
 def _jvp(primals, tangents, *, call):
@@ -288,7 +307,7 @@ def _jvp(primals, tangents, *, call):
             return out, [_zero(o) for o in out]
         inner, sizes = _unmapped(call, [(x.shape, x.dtype) for x in primals])
         outputs = len(_forward_shapes(call.outside(), inner)[0])
-        moving = [_mapped(call, sizes, i, dense(t)) for i, t in zip(call.positions(), moving)]
+        moving = [_mapped(call, sizes, i, dense(t)) for i, t in zip(call.positions(), moving, strict=True)]
         (moved,) = operator_p.bind(*primals, *out, *moving, call=call.at("tangent", outputs=outputs))
         return out, [moved, *(_zero(o) for o in out[1:])]
     operands, saved, linear = call.split(primals)
@@ -299,7 +318,7 @@ def _jvp(primals, tangents, *, call):
 
     def plain(*xs):
         full = list(operands)
-        for position, x in zip(call.positions(), xs):
+        for position, x in zip(call.positions(), xs, strict=True):
             full[position] = x
         if call.phase == "tangent":
             return (call.plain_tangent(full, linear),)
@@ -307,7 +326,7 @@ def _jvp(primals, tangents, *, call):
 
     points = tuple(operands[i] for i in call.positions())
     moved = jax.jvp(plain, points, tuple(map(dense, moving)))[1]
-    return out, [a + b for a, b in zip(along, moved)]
+    return out, [a + b for a, b in zip(along, moved, strict=True)]
 
 
 def _zero(x):
@@ -316,7 +335,7 @@ def _zero(x):
 
 def _mapped(call: _Call, sizes, position: int, x):
     """`x`, mapped as operand `position` is, mapped by every vmap. Backward: sum over the axes added."""
-    for level, (axes, size) in enumerate(zip(reversed(call.axes), sizes)):
+    for level, (axes, size) in enumerate(zip(reversed(call.axes), sizes, strict=True)):
         if axes[position] is None:
             x = jnp.broadcast_to(jnp.expand_dims(x, level), (*x.shape[:level], size, *x.shape[level:]))
     return x
@@ -330,18 +349,19 @@ def _transpose(cotangents, *args, call):
         return [*known, ct]
     gradients = operator_p.bind(*operands, *saved, ad.instantiate_zeros(cotangents[0]), call=call.at("backward"))
     # a tangent that is known (not undefined) was an instantiated zero: it takes no cotangent
-    return known + [g if ad.is_undefined_primal(t) else None for g, t in zip(gradients, linear)]
+    return known + [g if ad.is_undefined_primal(t) else None for g, t in zip(gradients, linear, strict=True)]
 
 
 def _batch(args, dims, *, call):
-    size = next(x.shape[d] for x, d in zip(args, dims) if d is not None)
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     n = len(call.names)
-    mapped = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args[:n], dims[:n])]
+    mapped = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args[:n], dims[:n], strict=True)]
     axes = tuple(None if d is None else 0 for d in dims[:n])
     if all(axis is None for axis in axes):  # only tangents or cotangents are mapped
         mapped[0], axes = jnp.broadcast_to(mapped[0], (size, *mapped[0].shape)), (0, *axes[1:])
     rest = [
-        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args[n:], dims[n:])
+        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(args[n:], dims[n:], strict=True)
     ]
     out = operator_p.bind(*mapped, *rest, call=dataclasses.replace(call, axes=(*call.axes, axes)))
     return out, [0] * len(out)

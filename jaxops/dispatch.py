@@ -1,10 +1,11 @@
 """Which implementation runs where: the only file that names platforms.
 
-An operator is traced once, as one opaque call. When that call is lowered the platform is known, and so are the device it is
-for and whether the program is partitioned by hand; only then the first implementation of the requested order that can
-serve all that is taken. So one traced program becomes a Mosaic call on TPU, a Mosaic GPU call on CUDA and plain XLA on CPU, on a
-machine that has none of the accelerators.
+An operator is traced once, as one opaque call. When that call is lowered the platform is known, and so are the device
+it is for and whether the program is partitioned by hand; only then the first implementation of the requested order that
+can serve all that is taken. So one traced program becomes a Mosaic call on TPU, a Mosaic GPU call on CUDA and plain XLA
+on CPU, on a machine that has none of the accelerators.
 """
+
 import contextlib
 import dataclasses
 import functools
@@ -36,7 +37,8 @@ def order_of(name: str, implementation: Implementation) -> tuple[str, ...]:
     unknown = [one for one in order if one not in IMPLEMENTATIONS]
     if unknown or not order:
         raise ValueError(
-            f"{name}: implementation must be None, one of {IMPLEMENTATIONS} or a sequence of them, got {implementation!r}"
+            f"{name}: implementation must be None, one of {IMPLEMENTATIONS} or a sequence of them, "
+            f"got {implementation!r}"
         )
     return order
 
@@ -54,7 +56,7 @@ def too_many_vmaps(platform: str, levels: int) -> str | None:
 
 
 def on_cpu(cpu: Callable, otherwise: Callable, *operands: Any) -> Any:
-    """`cpu(*operands)` in a program for the CPU, `otherwise(*operands)` in any other: for XLA rules tiled for a cache."""
+    """`cpu(*operands)` in a program for the CPU, else `otherwise(*operands)`: for XLA rules tiled for a cache."""
     return lax.platform_dependent(*operands, cpu=cpu, default=otherwise)
 
 
@@ -72,7 +74,7 @@ class Choice:
 
 def choose(order: Sequence[str], kernel_refusal: str | None) -> Choice:
     """The first of `order` that runs, given why the kernel of this platform would not (None: it would)."""
-    refusals = []
+    refusals: list[tuple[str, str]] = []
     for name in order:
         if name == "xla" or kernel_refusal is None:
             return Choice(name, tuple(refusals))
@@ -84,7 +86,7 @@ def choose(order: Sequence[str], kernel_refusal: str | None) -> Choice:
 def alone(device: Any = None) -> Iterator[None]:
     """No mesh: what is traced inside is local code of one device, of the kind of `device` or the current target."""
     device = device or get_abstract_mesh().abstract_device
-    # The flag of an enclosing shard_map outlives its mesh while lowering, and would ask every pallas_call for mesh axes.
+    # The flag of an enclosing shard_map outlives its mesh while lowering: it would ask every pallas_call for mesh axes.
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), config._check_vma(False):
         yield
 
@@ -95,14 +97,17 @@ def _partitioning(context: Any) -> str | None:
         automatic = set(context.mesh.axis_names) - set(context.manual_axes) - set(context.mesh.manual_axes)
         automatic = {axis for axis in automatic if context.mesh.shape[axis] > 1}
         if automatic:
-            return f"mesh axes {sorted(automatic)} are partitioned automatically: wrap the call in jax.shard_map over them"
+            return (
+                f"mesh axes {sorted(automatic)} are partitioned automatically: wrap the call in jax.shard_map over them"
+            )
     elif getattr(context, "num_devices", 1) != 1:
-        return f"the program is partitioned automatically over {context.num_devices} devices: wrap the call in jax.shard_map"
+        devices = f"{context.num_devices} devices"
+        return f"the program is partitioned automatically over {devices}: wrap the call in jax.shard_map"
     return None
 
 
 def _chip(context: Any, platform: str) -> tuple[chips.Chip, str | None]:
-    """The chip a program is lowered for, and why it has no kernels if it has none. The target, else what the axis context tells."""
+    """The chip a program is lowered for (the target, else what the axis context tells); or why it has no kernels."""
     devices = getattr(context, "device_assignment", None)
     if devices is None and isinstance(getattr(context, "mesh", None), Mesh):
         devices = tuple(context.mesh.devices.flat)
@@ -115,13 +120,13 @@ def _chip(context: Any, platform: str) -> tuple[chips.Chip, str | None]:
 def register(primitive: Any, refusal: Callable[[str, Any, Sequence[Any]], str | None]) -> None:
     """Gives `primitive` its evaluation and its lowerings, by the choice above.
 
-    Its parameter `call` has `order` and `run(implementation, platform)`, a function of the operands; `refusal(platform, call, avals)` is why
-    the kernel of `platform` would not serve `call`, or None.
+    Its parameter `call` has `order` and `run(implementation, platform)`, a function of the operands;
+    `refusal(platform, call, avals)` is why the kernel of `platform` would not serve `call`, or None.
     """
 
     def chosen(call, avals, platform, obstacle):
         if platform is None:
-            reason = "kernels run on TPU and CUDA only"
+            reason: str | None = "kernels run on TPU and CUDA only"
         else:
             reason = obstacle or refusal(platform, call, avals)
         choice = choose(call.order, reason)
@@ -129,15 +134,17 @@ def register(primitive: Any, refusal: Callable[[str, Any, Sequence[Any]], str | 
             raise ValueError(f"{call.operator.name}: none of {call.order} can run here ({choice.reason})")
         return call.run(choice.implementation, platform)
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def compiled(call):
         return jax.jit(lambda *operands: primitive.bind(*operands, call=call))
 
     def evaluate(*operands, call):
-        if not chips.interpreted():
+        target = chips.targeted()
+        if target is None or not chips.interpreted():
             return compiled(call)(*operands)
-        with alone():  # the interpreter has effects, which an opaque call inside a jitted program may not have: run it as it is
-            return chosen(call, [jax.typeof(x) for x in operands], chips.targeted().platform, None)(*operands)
+        # The interpreter has effects, which an opaque call inside a jitted program may not have: run it as it is.
+        with alone():
+            return chosen(call, [jax.typeof(x) for x in operands], target.platform, None)(*operands)
 
     def rule_for(platform: str | None):
         def rule(ctx, *operands, call):

@@ -1,4 +1,5 @@
 """What would run where, and why: `explain` and `target`."""
+
 import contextlib
 import dataclasses
 import math
@@ -17,7 +18,8 @@ def target(name: str, *, interpret: bool = False) -> Iterator[chips.Chip]:
     """Within this context, what is traced and lowered is for the chip `name`, whatever this machine has.
 
     name: "v4", "v5e", "v5p", "v6e", "tpu7x", "a100", "h100" or "b200".
-    interpret: also run that chip's kernels here, on the CPU, in Pallas' interpreter with race detection (calls outside `jax.jit`).
+    interpret: also run that chip's kernels here, on the CPU, in Pallas' interpreter with race detection (calls
+      outside `jax.jit`).
 
     Returns the chip's facts. Raises `ValueError` for an unknown name.
     """
@@ -60,20 +62,27 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The operator calls of one traced program, in order of first appearance. `temp_bytes` is None where it was not compiled."""
+    """The operator calls of one traced program, in order of first appearance.
+
+    `temp_bytes` is None where it was not compiled.
+    """
 
     lines: tuple[Line, ...]
     temp_bytes: int | None = None
 
     def __str__(self) -> str:
-        tail = [] if self.temp_bytes is None else [f"temporary memory of the compiled program: {self.temp_bytes / 1e6:.1f} MB"]
-        return "\n".join([*map(str, self.lines), *tail]) or "no jaxops operator is called"
+        lines = [str(line) for line in self.lines]
+        if self.temp_bytes is not None:
+            lines.append(f"temporary memory of the compiled program: {self.temp_bytes / 1e6:.1f} MB")
+        return "\n".join(lines) or "no jaxops operator is called"
 
     __repr__ = __str__
 
 
-def explain(function: Callable[..., Any], *args: Any, target: str | None = None, compile: bool = False, **kwargs: Any) -> Explanation:
-    """Which implementation every jaxops operator inside `function(*args, **kwargs)` would run on a chip, and why not the others.
+def explain(
+    function: Callable[..., Any], *args: Any, target: str | None = None, compile: bool = False, **kwargs: Any
+) -> Explanation:
+    """Which implementation each jaxops operator in `function(*args, **kwargs)` would run on a chip, and why no other.
 
     function: an operator, or any traceable function that calls some, `jax.grad` of it included.
     args, kwargs: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
@@ -89,7 +98,7 @@ def explain(function: Callable[..., Any], *args: Any, target: str | None = None,
 
     def call(*values):
         full = list(flat)
-        for i, value in zip(arrays, values):
+        for i, value in zip(arrays, values, strict=True):
             full[i] = value
         args_, kwargs_ = jax.tree.unflatten(tree, full)
         return function(*args_, **kwargs_)
@@ -112,15 +121,16 @@ def _line(equation: Any, chip: chips.Chip | None) -> Line:
     call = equation.params["call"]
     avals = [v.aval for v in equation.invars]
     if chip is None:
-        reason = "kernels run on TPU and CUDA only"
+        reason: str | None = "kernels run on TPU and CUDA only"
     else:
         reason = autodiff.refusal(chip.platform, call, avals)
     choice = dispatch.choose(call.order, reason)
     saved = equation.outvars[1:] if call.phase == "forward" else ()
+    operands = zip(call.names, avals, strict=False)  # past the operands come what was saved, and tangents or cotangents
     return Line(
         operator=call.operator.name,
         phase=call.phase,
-        operands=", ".join(f"{name} {aval.str_short(short_dtypes=True)}" for name, aval in zip(call.names, avals)),
+        operands=", ".join(f"{name} {aval.str_short(short_dtypes=True)}" for name, aval in operands),
         count=1,
         chip=chip.name if chip else "cpu",
         implementation=choice.implementation or "none",

@@ -112,12 +112,14 @@ def of_kind(device_kind: str) -> Chip | None:
 
 
 def of_device(device: Any) -> Chip | None:
-    """The chip of a device, live or abstract. A GPU that is not listed is known by its compute capability; else None."""
+    """The chip of a device, live or abstract, or None. An unlisted GPU is known by its compute capability."""
     chip = of_kind(device.device_kind)
     capability = getattr(device, "compute_capability", "")
     if chip is None and device.platform in ("gpu", "cuda") and capability.replace(".", "").isdigit():
         numbers = tuple(map(int, capability.split(".")))
-        return dataclasses.replace(_UNLISTED_GPU, name=device.device_kind, device_kind=device.device_kind, capability=numbers)
+        return dataclasses.replace(
+            _UNLISTED_GPU, name=device.device_kind, device_kind=device.device_kind, capability=numbers
+        )
     return chip
 
 

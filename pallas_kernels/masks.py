@@ -3,6 +3,7 @@
 A band lets query i see key j iff  i - left ≤ j ≤ i + right;  a side that is None is open. Causal is right = 0.
 All functions take Python or traced integers.
 """
+
 import dataclasses
 
 import jax.numpy as jnp

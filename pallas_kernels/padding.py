@@ -1,4 +1,5 @@
 """Sizes that divide no tile: round up, pad, cut back."""
+
 import jax
 import jax.numpy as jnp
 

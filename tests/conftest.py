@@ -1,4 +1,5 @@
 """The machine every test sees: eight virtual CPU devices, no accelerator, compiled programs kept between runs."""
+
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -15,7 +15,7 @@ DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 
 
 def operands_of(shape, *extras, seed=0):
-    """query, key, value for shape = (B, T, S, N, K, H), and the named extras; a bias or a mask brings its shape along."""
+    """query, key, value for shape = (B, T, S, N, K, H), and the named extras; a bias or a mask brings its shape."""
     batch, queries, keys, heads, groups, size = shape
     random = np.random.default_rng(seed)
     normal, integers = random.standard_normal, random.integers
@@ -28,7 +28,7 @@ def operands_of(shape, *extras, seed=0):
         elif name == "mask":
             made[name] = random.random(*detail) < 0.6
         elif name == "sinks":
-            made[name] = normal(heads)
+            made[name] = normal(heads) + np.log(max(keys, 1))  # weighs about as much as all keys do
         elif name == "lengths":
             made["query_seq_lengths"] = integers(0, queries + 1, batch).astype(np.int32)
             made["key_value_seq_lengths"] = integers(0, keys + 1, batch).astype(np.int32)
@@ -43,7 +43,7 @@ def given(operands):
 
 
 # (B, T, S, N, K, H), dtype, options, extras. The large ones go through several tiles, with a remainder or none. Sinks
-# stand where a gradient would be 0 without them, of which only rounding is left: one key; a bias that is the same for all.
+# stand where a gradient would be 0 without them, of which only rounding is left: one key, a bias that all keys share.
 CASES = [
     ((1, 1, 1, 1, 1, 16), "float32", PLAIN, ("sinks",)),
     ((2, 1, 1000, 4, 2, 16), "float32", PLAIN, ("lengths",)),
@@ -279,5 +279,6 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[message for *_, message in BAD])
 def test_bad_input(change, kind, message):
+    arguments = {"query": X, "key": X, "value": X} | change
     with pytest.raises(kind, match=message):
-        dot_product_attention(**{**{"query": X, "key": X, "value": X}, **change})
+        dot_product_attention(**arguments)

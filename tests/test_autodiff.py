@@ -1,4 +1,5 @@
-"""The lifting of a pair of rules to every order and every nesting of transforms, on an operator small enough to see through."""
+"""The lifting of a pair of rules to every order and every nesting of transforms, on an operator one can see through."""
+
 import functools
 
 import jax
@@ -34,7 +35,12 @@ def _backward(x, scale, shift, *, outputs, residuals, cotangents, power):
 
 
 _OPERATOR = Operator(
-    "wave", ("x", "scale"), _reference, Rules(_forward, _backward), "no TPU kernel", "no GPU kernel",
+    "wave",
+    ("x", "scale"),
+    _reference,
+    Rules(_forward, _backward),
+    "no TPU kernel",
+    "no GPU kernel",
     partition=lambda spec: (spec, PartitionSpec(*spec[:-1])),
 )
 
@@ -92,27 +98,37 @@ CASES = {
     "nested vmap, different operands": lambda f: jax.vmap(
         jax.vmap(jax.grad(lambda x, s: _total(f, x, s), (0, 1)), (0, None)), (None, 0)
     )(X, jnp.stack([S, 2 * S])),
-    "vmap over an inner axis": lambda f: jax.vmap(lambda x: f(x, 1.5 * S[:8], H), in_axes=1, out_axes=1)(jnp.stack([X, 2 * X], 1)),
+    "vmap over an inner axis": lambda f: jax.vmap(lambda x: f(x, 1.5 * S[:8], H), in_axes=1, out_axes=1)(
+        jnp.stack([X, 2 * X], 1)
+    ),
     "vmap of hessian": lambda f: jax.vmap(jax.hessian(lambda x, s: _total(f, x, s)), (0, None))(X[:2], S),
     "grad of nested vmap": lambda f: jax.grad(
-        lambda x, s: jax.vmap(lambda x: jax.vmap(lambda a: _total(f, a * x, s))(jnp.arange(3.0)).sum(), 0)(x).sum(), (0, 1)
+        lambda x, s: jax.vmap(lambda x: jax.vmap(lambda a: _total(f, a * x, s))(jnp.arange(3.0)).sum(), 0)(x).sum(),
+        (0, 1),
     )(X, S),
     "jacobian of the mapped": lambda f: jax.jacrev(lambda s: jax.vmap(f, (0, None, None))(X[:2], s, H))(S),
     "checkpoint in scan": lambda f: jax.grad(
         lambda x: lax.scan(jax.checkpoint(lambda c, _: (c + 0.1 * f(c, S, H), None)), x, None, length=3)[0].sum()
     )(X),
     "second order in scan": lambda f: lax.scan(
-        lambda c, _: (c - 0.1 * jax.grad(lambda x: jnp.sum(jax.grad(lambda y: _total(f, y, S))(x) ** 2))(c), None), X, None, length=2
+        lambda c, _: (c - 0.1 * jax.grad(lambda x: jnp.sum(jax.grad(lambda y: _total(f, y, S))(x) ** 2))(c), None),
+        X,
+        None,
+        length=2,
     )[0],
     "cond": lambda f: jax.grad(lambda x: lax.cond(x[0, 0] > 9, lambda x: x.sum(), lambda x: _total(f, x, S), x))(X),
     "shard_map": lambda f: jax.jit(jax.grad(_replicated_sum(f, "d", mesh=_mesh()), (0, 1)))(X, S),
     "shard_map, eager": lambda f: jax.grad(_replicated_sum(f, "d", mesh=_mesh()), (0, 1))(X, S),
-    "shard_map, unchecked": lambda f: jax.jit(jax.grad(_replicated_sum(f, "d", mesh=_mesh(), check_vma=False), (0, 1)))(X, S),
+    "shard_map, unchecked": lambda f: jax.jit(jax.grad(_replicated_sum(f, "d", mesh=_mesh(), check_vma=False), (0, 1)))(
+        X, S
+    ),
     "shard_map, second order": lambda f: jax.jit(
         lambda x, s: jax.jvp(jax.grad(_replicated_sum(f, "d", mesh=_mesh()), (0, 1)), (x, s), (x, s))
     )(X, S),
     "shard_map over one of two axes": lambda f: jax.jit(
-        jax.grad(_replicated_sum(f, "d", mesh=_mesh((AxisType.Auto,) * 2, (4, 2), ("d", "e")), axis_names={"d"}), (0, 1))
+        jax.grad(
+            _replicated_sum(f, "d", mesh=_mesh((AxisType.Auto,) * 2, (4, 2), ("d", "e")), axis_names={"d"}), (0, 1)
+        )
     )(X, S),
     "vmap of shard_map": lambda f: jax.jit(
         jax.vmap(jax.grad(_replicated_sum(f, "d", mesh=_mesh()), (0, 1)), (0, None))

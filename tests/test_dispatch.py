@@ -1,4 +1,5 @@
 """One traced program for every platform; what is refused, and with which words."""
+
 import functools
 
 import jax
@@ -45,7 +46,12 @@ PROGRAMS = {
         3,
         ("tpu", "cuda"),
     ),
-    "linear_cross_entropy": (_cross_entropy, (_array(256, 128), _array(128, 1024), _array(256, dtype=jnp.int32)), 2, ("tpu",)),
+    "linear_cross_entropy": (
+        _cross_entropy,
+        (_array(256, 128), _array(128, 1024), _array(256, dtype=jnp.int32)),
+        2,
+        ("tpu",),
+    ),
 }
 MARKS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}
 
@@ -86,7 +92,9 @@ def test_a_kernel_stands_in_shard_map_and_xla_under_automatic_partitioning():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     x = jax.ShapeDtypeStruct((64, 256), BF16, sharding=NamedSharding(mesh, PartitionSpec("d")))
     scale = jax.ShapeDtypeStruct((256,), F32, sharding=NamedSharding(mesh, PartitionSpec()))
-    by_hand = jax.shard_map(_norm, mesh=mesh, in_specs=(PartitionSpec("d"), PartitionSpec()), out_specs=PartitionSpec("d"))
+    by_hand = jax.shard_map(
+        _norm, mesh=mesh, in_specs=(PartitionSpec("d"), PartitionSpec()), out_specs=PartitionSpec("d")
+    )
     for program, expected in ((_norm, False), (by_hand, True)):
         text = jax.jit(program).trace(x, scale).lower(lowering_platforms=("tpu",)).as_text()
         assert (MARKS["tpu"] in text) == expected
@@ -120,7 +128,7 @@ def test_a_strict_kernel_raises_on_a_platform_without_kernels():
 def test_a_strict_kernel_raises_the_kernels_own_reason_while_tracing():
     q = jnp.ones((1, 16, 2, 64), jnp.float16)
     strict = functools.partial(jaxops.dot_product_attention, q, q, q, implementation="pallas")
-    with jaxops.target("a100"), pytest.raises(ValueError, match="'pallas' was asked for, but gpu: .*8.0"):
+    with jaxops.target("a100"), pytest.raises(ValueError, match=r"'pallas' was asked for, but gpu: .*8\.0"):
         jax.eval_shape(strict)
 
 
@@ -170,7 +178,7 @@ def test_explain_of_a_program_without_operators():
 
 
 def test_an_unknown_target_is_named():
-    with pytest.raises(ValueError, match="target must be one of v4, v5e, .*got 'h200'"), jaxops.target("h200"):
+    with pytest.raises(ValueError, match=r"target must be one of v4, v5e, .*got 'h200'"), jaxops.target("h200"):
         pass
 
 

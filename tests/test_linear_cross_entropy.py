@@ -56,9 +56,7 @@ def test_values_and_gradients(tokens, hidden, vocab, bias, dtype, static):
 
 def test_transforms():
     operands = operands_of(16, 12, 40, True)
-    check(
-        per_token, reference, operands, differentiable=differentiable(operands), sharded={"x": 0, "labels": 0}, **ALL
-    )
+    check(per_token, reference, operands, differentiable=differentiable(operands), sharded={"x": 0, "labels": 0}, **ALL)
 
 
 def small(dtype=jnp.float32):

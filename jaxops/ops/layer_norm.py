@@ -1,5 +1,7 @@
 """layer_norm: public function and XLA rules."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -75,7 +77,7 @@ def layer_norm(
     Source: Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450.
     """
     x = checks.floating("layer_norm", "x", x)
-    expected = dict(shape=x.shape[-1:], of="the last axis of x")
+    expected: dict[str, Any] = dict(shape=x.shape[-1:], of="the last axis of x")
     eps = checks.number("layer_norm", "eps", eps)
     scale_offset = checks.finite("layer_norm", "scale_offset", scale_offset)
     if scale is None:

@@ -1,4 +1,5 @@
 """rms_norm in plain JAX."""
+
 import jax
 import jax.numpy as jnp
 from jax import lax

@@ -1,4 +1,5 @@
 """Kernels for GPUs, in Mosaic GPU: one module per operator, each with unsupported, forward, backward and Tiles."""
+
 from pallas_kernels.gpu import attention as attention
 from pallas_kernels.gpu import layer_norm as layer_norm
 from pallas_kernels.gpu import rms_norm as rms_norm

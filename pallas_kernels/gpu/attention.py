@@ -38,7 +38,7 @@ CONSUMERS = 2
 BLOCK = ROWS * CONSUMERS
 LOWEST = float(jnp.finfo(jnp.float32).min)  # a running maximum that is never -inf, so that no row computes -inf - -inf
 WGMMA = plgpu.Layout.WGMMA
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 WHOLE, MASKED, SKIPPED = "whole", "masked", "skipped"
 
 
@@ -472,7 +472,7 @@ def _forward(problem: _Problem):
                     pl.when(j - block[0] >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                     plgpu.copy_gmem_to_smem(source.at[there], tiles.at[slot], ready.at[slot])
 
-            lax.fori_loop(*block, load, None)
+            lax.fori_loop(block[0], block[1], load, None)
 
         return consumer, producer
 
@@ -745,7 +745,7 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
                 plgpu.copy_gmem_to_smem(refs.key.at[there], refs.key_tiles.at[slot], refs.ready.at[slot])
                 plgpu.copy_gmem_to_smem(refs.value.at[there], refs.value_tiles.at[slot], refs.ready.at[slot])
 
-            lax.fori_loop(*block, load, None)
+            lax.fori_loop(block[0], block[1], load, None)
 
         return consumer, producer
 

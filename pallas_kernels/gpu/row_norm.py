@@ -283,8 +283,9 @@ def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | N
     centered = bias is not None
     parameters = [scale, bias] if centered else [scale]
     width = sum(p.dtype.itemsize for p in parameters)
-    tiles = tiles or Tiles.default(x.shape[-1], x.dtype.itemsize, width, backward=False, centered=centered)
-    row = Row(x.shape[-1], tiles.split)
+    t = tiles or Tiles.default(x.shape[-1], x.dtype.itemsize, width, backward=False, centered=centered)
+    assert t is not None, "`unsupported` refuses what no tiles fit"
+    row = Row(x.shape[-1], t.split)
     source = _rows(row, x)
     rows = len(source)
 
@@ -292,7 +293,7 @@ def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | N
         parameter_refs, (y_ref, x_smem, y_smem, parameter_smem, ready, parameters_ready, exchange, met) = (
             refs[: len(parameters)], refs[len(parameters) :]
         )  # fmt: skip
-        piece = _Piece(row, tiles, rows, exchange, met)
+        piece = _Piece(row, t, rows, exchange, met)
         group, used = piece.group, piece.used
         piece.fetch_parameters(parameter_refs, parameter_smem, parameters_ready)
 
@@ -303,8 +304,8 @@ def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | N
             y = piece.normal(x_slot, mean, inverse, centered) * weight
             if centered:
                 y += piece.load(parameter_smem[1].at[piece.index])
-            out = lax.rem(i, tiles.stores)
-            plgpu.wait_smem_to_gmem(tiles.stores - 1, wait_read_only=True)  # the slot's last store has left
+            out = lax.rem(i, t.stores)
+            plgpu.wait_smem_to_gmem(t.stores - 1, wait_read_only=True)  # the slot's last store has left
             y_smem[group, out] = y.astype(y_ref.dtype)
             plgpu.commit_smem()  # orders the reads of x and the writes of y before the copies that follow
             plgpu.copy_smem_to_gmem(y_smem.at[group, out, used], y_ref.at[piece.first + i, piece.index])
@@ -314,7 +315,7 @@ def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | N
             [lambda i: x_ref.at[piece.first + i, piece.index]],
             [lambda slot: x_smem.at[group, slot, used]],
             lambda slot: ready.at[group, slot],
-            piece.count, tiles.stages, normalise, (),
+            piece.count, t.stages, normalise, (),
         )  # fmt: skip
         plgpu.wait_smem_to_gmem(0)
 
@@ -323,9 +324,9 @@ def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | N
         body,
         name,
         jax.ShapeDtypeStruct(source.shape, x.dtype),
-        _scratch(row, tiles, [x.dtype], x.dtype, parameters),
-        _share(rows, tiles)[1],
-        tiles,
+        _scratch(row, t, [x.dtype], x.dtype, parameters),
+        _share(rows, t)[1],
+        t,
     )(source, *(_rows(row, p)[0] for p in parameters))
     return _unrows(row, y, x.shape)
 
@@ -333,10 +334,9 @@ def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | N
 def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tiles | None):
     """(dx, dscale, dbias), each like its operand; with no bias, that of RMS norm and None for dbias."""
     centered = bias is not None
-    tiles = tiles or Tiles.default(
-        x.shape[-1], x.dtype.itemsize, scale.dtype.itemsize, backward=True, centered=centered
-    )
-    row = Row(x.shape[-1], tiles.split)
+    t = tiles or Tiles.default(x.shape[-1], x.dtype.itemsize, scale.dtype.itemsize, backward=True, centered=centered)
+    assert t is not None, "`unsupported` refuses what no tiles fit"
+    row = Row(x.shape[-1], t.split)
     source, cotangent = _rows(row, x), _rows(row, dy.astype(x.dtype))
     rows, sums = len(source), 2 if centered else 1
 
@@ -355,7 +355,7 @@ def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tile
         exchange,
         met,
     ):
-        piece = _Piece(row, tiles, rows, exchange, met)
+        piece = _Piece(row, t, rows, exchange, met)
         group, used = piece.group, piece.used
         piece.fetch_parameters([scale_ref], scale_smem, scale_ready)
 
@@ -370,8 +370,8 @@ def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tile
                 return piece.load(dy_slot) * (piece.load(scale_smem[0].at[piece.index]) + scale_offset)
 
             slope, *level = piece.means(i, 2, weighted() * normal(), *([weighted()] if centered else []))
-            out = lax.rem(i, tiles.stores)
-            plgpu.wait_smem_to_gmem(tiles.stores - 1, wait_read_only=True)  # the slot's last store has left
+            out = lax.rem(i, t.stores)
+            plgpu.wait_smem_to_gmem(t.stores - 1, wait_read_only=True)  # the slot's last store has left
             dx = weighted() - normal() * slope
             dx_smem[group, out] = (inverse * (dx - level[0] if centered else dx)).astype(dx_ref.dtype)
             terms = (piece.load(dy_slot) * normal(), *([piece.load(dy_slot)] if centered else []))
@@ -384,22 +384,22 @@ def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tile
             [lambda i: x_ref.at[piece.first + i, piece.index], lambda i: dy_ref.at[piece.first + i, piece.index]],
             [lambda slot: x_smem.at[group, slot, used], lambda slot: dy_smem.at[group, slot, used]],
             lambda slot: ready.at[group, slot],
-            piece.count, tiles.stages, differentiate, (zeros,) * sums,
+            piece.count, t.stages, differentiate, (zeros,) * sums,
         )  # fmt: skip
         for which, total in enumerate(totals):
             sums_ref[piece.worker, which, piece.index] = total
         plgpu.wait_smem_to_gmem(0)
 
-    blocks = _share(rows, tiles)[1]
-    partials = (blocks * (tiles.groups // tiles.split), sums, tiles.split, *row.shape)
+    blocks = _share(rows, t)[1]
+    partials = (blocks * (t.groups // t.split), sums, t.split, *row.shape)
     dx, partial = _call(
         body,
         "layer_norm_backward" if centered else "rms_norm_backward",
         [jax.ShapeDtypeStruct(source.shape, x.dtype), jax.ShapeDtypeStruct(partials, jnp.float32)],
-        _scratch(row, tiles, [x.dtype, x.dtype], x.dtype, [scale]),
+        _scratch(row, t, [x.dtype, x.dtype], x.dtype, [scale]),
         blocks,
-        tiles,
+        t,
     )(source, cotangent, _rows(row, scale)[0])
-    totals = partial.sum(0).reshape(sums, tiles.split, row.size)[:, :, : row.piece].reshape(sums, -1)[:, : row.features]
+    totals = partial.sum(0).reshape(sums, t.split, row.size)[:, :, : row.piece].reshape(sums, -1)[:, : row.features]
     dbias = totals[1].astype(bias.dtype) if centered else None
     return _unrows(row, dx, x.shape), totals[0].astype(scale.dtype), dbias

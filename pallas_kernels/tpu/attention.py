@@ -302,11 +302,11 @@ def _forward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pre
         return [(u, min(t.part, item[3] - u)) for u in range(0, item[3], t.part)]
 
     def run(items):
-        before = None  # the scores of the item before, by part, and their eight partial maxima
+        before: Any = None  # the scores of the item before, by part, and their eight partial maxima
         for n in range(len(items) + 1):
             new = cuts(items[n]) if n < len(items) else []
             now, top, sums, update = [], None, None, None
-            old = []
+            old: list[tuple[int, int]] = []
             if before is not None:
                 item = items[n - 1]
                 old, columns = cuts(item), (slice(None), pl.ds(item[0], item[1]))
@@ -522,8 +522,8 @@ class _Operands:
         if p.lengths:
             given = tuple(zip(lengths, (p.query_length, p.key_length), strict=True))
             batch = next(x.shape[0] for x, _ in given if x is not None)
-            both = [jnp.full((batch,), full, jnp.int32) if x is None else jnp.clip(x, 0, full) for x, full in given]
-            both = jnp.stack(both, 1).astype(jnp.int32)[:, None]
+            ends = [jnp.full((batch,), full, jnp.int32) if x is None else jnp.clip(x, 0, full) for x, full in given]
+            both = jnp.stack(ends, 1).astype(jnp.int32)[:, None]
             self.add("lengths", both, self.spec((None, 1, 2), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM))
 
     def launch(self, kernel, name, grid, out_shape, out_specs, scratch):
@@ -538,7 +538,7 @@ class _Operands:
             out_shape=out_shape,
             scratch_shapes=[scratch],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3),
+                dimension_semantics=(pltpu.PARALLEL,) * 3 + (pltpu.ARBITRARY,) * (len(grid) - 3),
                 vmem_limit_bytes=chips.current("tpu").vmem_bytes * 7 // 8,
             ),
             name=name,
@@ -619,6 +619,7 @@ def forward(
         logits_soft_cap=logits_soft_cap,
     )
     t = tiles or Tiles.default(p, backward=False)
+    assert t is not None, "`unsupported` refuses what no tiles fit"
     batch, _, heads, dim = query.shape
     operands = _Operands(p, t, lambda b, n, s, i: (b, n, n // p.group, s, i))
     operands.add_queries(query=query)
@@ -713,6 +714,7 @@ def backward(
     if query_seq_lengths is not None:
         lse = jnp.where(_inside(query_seq_lengths, p), lse, jnp.inf)
     t = tiles or Tiles.default(p, backward=True)
+    assert t is not None, "`unsupported` refuses what no tiles fit"
     batch, _, heads, dim = query.shape
     operands = _Operands(p, t, lambda b, h, s, g, i: (b, h * p.group + g, h, s, i))
     operands.add_queries(query=query, out=out, dout=dout)

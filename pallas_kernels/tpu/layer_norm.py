@@ -3,6 +3,7 @@
 x[..., features] is float32 or bfloat16, scale[features] and bias[features] any floating dtype; sums are float32.
 See `row_norm`.
 """
+
 import jax
 import jax.numpy as jnp
 
@@ -26,7 +27,15 @@ def forward(
 
 
 def backward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, outputs, residuals, cotangents, eps: float, scale_offset: float,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    eps: float,
+    scale_offset: float,
     tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
     """Gradients of x, scale and bias from the cotangent of y."""

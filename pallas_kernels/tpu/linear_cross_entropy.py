@@ -14,6 +14,7 @@ a dx of its own; XLA adds them.
 float32 operands are multiplied at JAX's default matmul precision, as XLA would.
 Source: Milakov and Gimelshein 2018 (online softmax); Wijmans et al. 2024 (cut cross-entropy).
 """
+
 import dataclasses
 import functools
 
@@ -151,9 +152,7 @@ def _clear_past_the_end(w_ref, block, vocab):
 
 
 # ------------------------------------------------------------------------------------------------ forward
-def _forward_kernel(
-    x_ref, w_ref, labels_ref, *refs, vocab, tiles, label_smoothing, z_loss, logits_soft_cap, with_bias
-):
+def _forward_kernel(x_ref, w_ref, labels_ref, *refs, vocab, tiles, label_smoothing, z_loss, logits_soft_cap, with_bias):
     *bias_ref, loss_ref, lse_ref, top_ref, sum_ref, picked_ref, total_ref, labels_column = refs
     j, last = pl.program_id(1), pl.num_programs(1) - 1
 
@@ -266,8 +265,15 @@ def _call(kernel, semantics, tiles, x, weight, *, backward, **kwargs):
 
 
 def forward(
-    x: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None = None, *,
-    label_smoothing: float, z_loss: float, logits_soft_cap: float | None, tiles: Tiles | None = None,
+    x: jax.Array,
+    weight: jax.Array,
+    labels: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    label_smoothing: float,
+    z_loss: float,
+    logits_soft_cap: float | None,
+    tiles: Tiles | None = None,
 ):
     """((loss, lse), ()), [tokens] each, from x[tokens, hidden], weight[hidden, vocab], labels[tokens], bias[vocab]."""
     tokens, vocab = x.shape[0], weight.shape[1]
@@ -277,17 +283,26 @@ def forward(
     statistic = pltpu.VMEM((tiles.tokens, LANES), f32)
     loss, lse = _call(
         functools.partial(
-            _forward_kernel, vocab=vocab, tiles=tiles, label_smoothing=label_smoothing, z_loss=z_loss,
-            logits_soft_cap=logits_soft_cap, with_bias=bool(bias),
+            _forward_kernel,
+            vocab=vocab,
+            tiles=tiles,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logits_soft_cap=logits_soft_cap,
+            with_bias=bool(bias),
         ),
-        ("parallel", "arbitrary"), tiles, x, weight,
+        ("parallel", "arbitrary"),
+        tiles,
+        x,
+        weight,
         backward=False,
         grid=(padded // tiles.tokens, pl.cdiv(vocab, tiles.vocab)),
         in_specs=[
             pl.BlockSpec((tiles.tokens, hidden), lambda i, j: (i, 0)),
             pl.BlockSpec((hidden, tiles.vocab), lambda i, j: (0, j)),
             row,
-        ] + [pl.BlockSpec((1, tiles.vocab), lambda i, j: (0, j)) for _ in bias],
+        ]
+        + [pl.BlockSpec((1, tiles.vocab), lambda i, j: (0, j)) for _ in bias],
         out_specs=[row] * 2,
         out_shape=[jax.ShapeDtypeStruct((1, padded), f32)] * 2,
         scratch_shapes=[statistic] * 4 + [pltpu.VMEM((tiles.tokens, LANES), jnp.int32)],
@@ -298,8 +313,19 @@ def forward(
 
 # ------------------------------------------------------------------------------------------------ backward
 def _backward_kernel(
-    xt_ref, w_ref, labels_ref, lse_ref, g_ref, slope_ref, *refs,
-    vocab, blocks, tiles, label_smoothing, logits_soft_cap, with_bias,
+    xt_ref,
+    w_ref,
+    labels_ref,
+    lse_ref,
+    g_ref,
+    slope_ref,
+    *refs,
+    vocab,
+    blocks,
+    tiles,
+    label_smoothing,
+    logits_soft_cap,
+    with_bias,
 ):
     """Grid (share of the vocabulary, block of it, block of tokens); everything is [vocab or hidden, tokens].
 
@@ -411,9 +437,18 @@ def _backward_kernel(
 
 
 def backward(
-    x: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None = None, *,
-    outputs, residuals, cotangents,
-    label_smoothing: float, z_loss: float, logits_soft_cap: float | None, tiles: Tiles | None = None,
+    x: jax.Array,
+    weight: jax.Array,
+    labels: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    label_smoothing: float,
+    z_loss: float,
+    logits_soft_cap: float | None,
+    tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
     """Gradients of x, weight and bias (if present) from the cotangent g[tokens] of the loss and lse[tokens]."""
     operands = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
@@ -436,10 +471,18 @@ def backward(
 
     dx, dw, db = _call(
         functools.partial(
-            _backward_kernel, vocab=vocab, blocks=blocks, tiles=tiles, label_smoothing=label_smoothing,
-            logits_soft_cap=logits_soft_cap, with_bias=bool(bias),
+            _backward_kernel,
+            vocab=vocab,
+            blocks=blocks,
+            tiles=tiles,
+            label_smoothing=label_smoothing,
+            logits_soft_cap=logits_soft_cap,
+            with_bias=bool(bias),
         ),
-        ("parallel", "arbitrary", "arbitrary"), tiles, x, weight,
+        ("parallel", "arbitrary", "arbitrary"),
+        tiles,
+        x,
+        weight,
         backward=True,
         grid=(shares, rounds, padded // tiles.tokens),
         in_specs=[along_tokens(wide), along_vocab(wide), *[along_tokens(1)] * 4, *[along_vocab(1) for _ in bias]],

@@ -2,6 +2,7 @@
 
 x[..., features] is float32 or bfloat16, scale[features] any floating dtype; sums are float32. See `row_norm`.
 """
+
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +24,14 @@ def forward(x: jax.Array, scale: jax.Array, *, eps: float, scale_offset: float, 
 
 
 def backward(
-    x: jax.Array, scale: jax.Array, *, outputs, residuals, cotangents, eps: float, scale_offset: float,
+    x: jax.Array,
+    scale: jax.Array,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    eps: float,
+    scale_offset: float,
     tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
     """Gradients of x and scale from the cotangent of y."""

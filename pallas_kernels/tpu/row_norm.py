@@ -9,6 +9,7 @@ takes `Tiles.group` rows by `Tiles.columns` features a turn, so that the program
 registers whatever the size of a row. The backward pass recomputes the statistics: it reads x anyway, since dx needs it.
 Source: Ba et al. 2016 (layer normalisation); Zhang and Sennrich 2019 (root mean square layer normalisation).
 """
+
 import dataclasses
 import functools
 

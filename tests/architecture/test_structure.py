@@ -1,4 +1,5 @@
 """The house rules, read off the source: who may import whom, who may name a platform or build a derivative rule."""
+
 import ast
 import inspect
 import pathlib
@@ -62,7 +63,9 @@ def test_one_file_names_platforms_and_one_builds_derivative_rules(path):
         assert not rules, f"{_name(path)} builds derivative rules: {rules}"
 
 
-@pytest.mark.parametrize("package", [jaxops, jaxops.nn, pallas_kernels.tpu, pallas_kernels.gpu], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "package", [jaxops, jaxops.nn, pallas_kernels.tpu, pallas_kernels.gpu], ids=lambda p: p.__name__
+)
 def test_a_table_of_contents_is_one_explicit_line_per_name(package):
     tree = ast.parse(inspect.getsource(package))
     assert ast.get_docstring(tree)

@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels import chips
 from pallas_kernels.gpu import attention
-from tests.compare import no_worse
 from pallas_kernels.gpu.attention import Tiles
+from tests.compare import no_worse
 from tests.kernels.gpu_interpreter import interpreter
 
 SMALL = Tiles(keys=64, keys_dq=64, queries_dkv=64)  # many steps: every slot and barrier phase is used again

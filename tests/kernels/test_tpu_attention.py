@@ -40,8 +40,8 @@ CASES = {
     "cap-mask-queries": case(130, 140, cap=3.0, mask=(1, 2, 130, 1), dtype="float32"),
     "bias-mask": case(130, 260, bias=(1, 2, 130, 260), mask=(2, 1, 130, 260), batch=2, dtype="float32", tiles=SMALL),
     "bias-mask-keys": case(260, 260, bias=(1, 2, 1, 260), mask=(2, 1, 1, 260), batch=2, causal=True, tiles=SMALL),
-    "all": case(260, 390, causal=True, window=(200, 3), bias=(1, 1, 260, 390), mask=(2, 1, 1, 390), lengths=True,
-                segments=2, sinks=True, cap=4.0, batch=2, tiles=SMALL),
+    "all": case(260, 390, heads=(8, 2), causal=True, window=(200, 3), bias=(1, 1, 260, 390), mask=(2, 1, 1, 390),
+                lengths=True, segments=2, sinks=True, cap=4.0, batch=2, tiles=SMALL),
     # the keys cut into spans
     "spans": case(130, 600, tiles=SPANS, sinks=True, lengths=True, batch=2),
     "spans-causal": case(300, 300, tiles=SPANS, causal=True, bias=(1, 1, 300, 300), heads=(1, 1)),

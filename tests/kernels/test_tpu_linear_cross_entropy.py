@@ -1,4 +1,5 @@
 """linear_cross_entropy on the TPU: interpreted, races detected and unwritten memory NaN, against a float64 oracle."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

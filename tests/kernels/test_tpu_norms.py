@@ -1,4 +1,5 @@
 """rms_norm and layer_norm on the TPU: interpreted, races detected, unwritten memory NaN, against a float64 oracle."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,9 +53,7 @@ def fused(x, scale, bias, dy, offset, tiles):
     static = {"eps": EPS, "scale_offset": offset}
     assert kernel.unsupported(**operands, **static) is None
     outputs, residuals = kernel.forward(**operands, **static, tiles=tiles)
-    grads = kernel.backward(
-        **operands, outputs=outputs, residuals=residuals, cotangents=(dy,), **static, tiles=tiles
-    )
+    grads = kernel.backward(**operands, outputs=outputs, residuals=residuals, cotangents=(dy,), **static, tiles=tiles)
     return {"y": outputs[0]} | grads
 
 

@@ -1,0 +1,6 @@
+"""Every comparison on the machine at hand: `python -m benchmarks`, or one family of operators with `python -m benchmarks.norms`."""
+
+from benchmarks import attention, elementwise, linear_cross_entropy, norms
+
+for family in (attention, norms, linear_cross_entropy, elementwise):
+    family.main()

@@ -12,5 +12,6 @@ from jaxops.ops.layer_norm import layer_norm as layer_norm
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxops.ops.matmul import matmul as matmul
 from jaxops.ops.rms_norm import rms_norm as rms_norm
+from jaxops.ops.rope import RopeScaling as RopeScaling
 from jaxops.ops.rope import rope as rope
 from jaxops.ops.softmax import softmax as softmax

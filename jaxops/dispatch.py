@@ -107,7 +107,10 @@ def _partitioning(context: Any) -> str | None:
 
 
 def _chip(context: Any, platform: str) -> tuple[chips.Chip, str | None]:
-    """The chip a program is lowered for (the target, else what the axis context tells); or why it has no kernels."""
+    """The chip a program is lowered for, and why it has no kernels if it has none.
+
+    The chip is the target, else what the axis context tells.
+    """
     devices = getattr(context, "device_assignment", None)
     if devices is None and isinstance(getattr(context, "mesh", None), Mesh):
         devices = tuple(context.mesh.devices.flat)

@@ -87,17 +87,18 @@ class _Call:
                     x = pad_to(x, axis, round_up(x.shape[axis], tile))
             return x
 
-        segments = [operands.get("query_segment_ids"), operands.get("key_value_segment_ids")]
-        if segments[0] is not None:
-            segments = [pad_to(x, 1, round_up(x.shape[1], n)) for x, n in zip(segments, (rows, columns), strict=True)]
-            segments = [segments[0][:, None, None, None, :], segments[1][:, None, :, None, None]]
+        def segments(name, tile):
+            x = operands.get(name)
+            return None if x is None else pad_to(x, 1, round_up(x.shape[1], tile))[:, None, None, None, :]
+
+        key_segments = segments("key_value_segment_ids", columns)
         return _Call(
             key=_key_tiles(key, columns),
             bias=grouped("bias"),
             mask=grouped("mask"),
             key_lengths=operands.get("key_value_seq_lengths"),
-            query_segments=segments[0],
-            key_segments=segments[1],
+            query_segments=segments("query_segment_ids", rows),
+            key_segments=None if key_segments is None else key_segments.transpose(0, 1, 4, 2, 3),
             queries=queries,
             keys=keys,
             rows=rows,
@@ -197,7 +198,7 @@ class _Call:
             seen = seen & (column < self.key_lengths[:, None, None, None, None])
         if self.mask is not None:
             seen = seen & self.tile_of(self.mask, i, j)
-        if self.query_segments is not None:
+        if self.query_segments is not None and self.key_segments is not None:
             rows = lax.dynamic_slice_in_dim(self.query_segments, i * self.rows, self.rows, axis=4)
             columns = lax.dynamic_slice_in_dim(self.key_segments, j * self.columns, self.columns, axis=2)
             seen = seen & (rows == columns)
@@ -332,7 +333,7 @@ def _backward(
         call.query_tiles(delta[..., None]),
     )
     zeros = jnp.zeros(call.key.shape, wide)
-    start = zeros, zeros, None if bias is None else jnp.zeros(call.bias.shape, wide)
+    start = zeros, zeros, None if call.bias is None else jnp.zeros(call.bias.shape, wide)
     (dkey, dvalue, dbias), dquery = call.over_query_tiles(attend, start, tiles)
     gradients = {
         "query": call.from_query_tiles(dquery),

@@ -1,4 +1,4 @@
-"""Every comparison on the machine at hand: `python -m benchmarks`, or one family of operators with `python -m benchmarks.norms`."""
+"""Every comparison on the machine at hand: `python -m benchmarks`; one family with `python -m benchmarks.norms`."""
 
 from benchmarks import attention, elementwise, linear_cross_entropy, norms
 

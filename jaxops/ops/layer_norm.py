@@ -9,7 +9,7 @@ from jax import lax
 from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation
 from jaxops.ops import checks
-from jaxops.ops.row_tiles import map_rows
+from jaxops.ops.row_tiles import map_rows, row_mean
 from jaxops.reference.layer_norm import layer_norm as reference
 from pallas_kernels import gpu, tpu
 
@@ -22,17 +22,17 @@ def _backward(x, scale, bias, *, outputs, residuals, cotangents, eps, scale_offs
     """With n = (x - mean) / deviation and g = dy · gain: dx = (g - mean(g) - n · mean(g · n)) / deviation."""
     del outputs, residuals
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    gain = scale.astype(wide) + scale_offset
+    gain, ones = scale.astype(wide) + scale_offset, jnp.ones(scale.shape, wide)
 
     def rows(x, dy):
         dy = dy.astype(wide)
         centred = x.astype(wide)
-        centred = centred - jnp.mean(centred, -1, keepdims=True)
-        inverse = lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
-        normal, weighted = centred * inverse, dy * gain
-        along = jnp.mean(weighted * normal, -1, keepdims=True)
-        dx = inverse * (weighted - jnp.mean(weighted, -1, keepdims=True) - normal * along)
-        return dx.astype(x.dtype), (dy * normal, dy)
+        centred = centred - row_mean(centred, ones)
+        inverse = lax.rsqrt(row_mean(centred * centred, ones) + eps)
+        normal = centred * inverse
+        product = dy * normal
+        dx = inverse * (dy * gain - row_mean(dy, gain) - normal * row_mean(product, gain))
+        return dx.astype(x.dtype), (product, dy)
 
     dx, (dscale, dbias) = map_rows(rows, x, cotangents[0])
     return {"x": dx, "scale": dscale.astype(scale.dtype), "bias": dbias.astype(bias.dtype)}

@@ -7,7 +7,7 @@ from jax import lax
 from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation
 from jaxops.ops import checks
-from jaxops.ops.row_tiles import map_rows
+from jaxops.ops.row_tiles import map_rows, row_mean
 from jaxops.reference.rms_norm import rms_norm as reference
 from pallas_kernels import gpu, tpu
 
@@ -20,14 +20,15 @@ def _backward(x, scale, *, outputs, residuals, cotangents, eps, scale_offset):
     """With n = x / rms and g = dy · gain: dx = (g - n · mean(g · n)) / rms."""
     del outputs, residuals
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    gain = scale.astype(wide) + scale_offset
+    gain, ones = scale.astype(wide) + scale_offset, jnp.ones(scale.shape, wide)
 
     def rows(x, dy):
         x_wide, dy = x.astype(wide), dy.astype(wide)
-        inverse = lax.rsqrt(jnp.mean(x_wide * x_wide, -1, keepdims=True) + eps)
-        normal, weighted = x_wide * inverse, dy * gain
-        dx = inverse * (weighted - normal * jnp.mean(weighted * normal, -1, keepdims=True))
-        return dx.astype(x.dtype), (dy * normal,)
+        inverse = lax.rsqrt(row_mean(x_wide * x_wide, ones) + eps)
+        normal = x_wide * inverse
+        product = dy * normal
+        dx = inverse * (dy * gain - normal * row_mean(product, gain))
+        return dx.astype(x.dtype), (product,)
 
     dx, (dscale,) = map_rows(rows, x, cotangents[0])
     return {"x": dx, "scale": dscale.astype(scale.dtype)}

@@ -9,12 +9,12 @@ from jax import lax
 
 from jaxops import dispatch
 
-# Of one tile: 512 KiB in float32, what a core's own cache holds. A tile much larger costs a trip to memory for every
+# Of one tile: 256 KiB in float32, what a core's own cache holds. A tile much larger costs a trip to memory for every
 # intermediate, one much smaller costs loop overhead.
-_TILE_ELEMENTS = 1 << 17
+_TILE_ELEMENTS = 1 << 16
 # Every leading axis is cut into up to this many parts that are worked on at the same time. The loop runs inside a part,
 # so an axis sharded over that many devices (or a divisor of it) is never communicated.
-_PARTS = 16
+_PARTS = 8
 
 Rows = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 
@@ -30,6 +30,14 @@ def map_rows(rows: Rows, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array
       y[..., features] and each sum[features].
     """
     return dispatch.on_cpu(lambda *xs: _tiled(rows, xs), lambda *xs: _whole(rows, xs), *arrays)
+
+
+def row_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Σ_f x_f · weights_f / features for x[..., features], with the axis kept.
+
+    As a product: a CPU vectorises that, but adds the elements of a row up one after the other.
+    """
+    return jnp.einsum("...f,f->...", x, weights, precision=lax.Precision.HIGHEST)[..., None] / x.shape[-1]
 
 
 def _whole(rows: Rows, arrays):
@@ -52,8 +60,13 @@ def _tiled(rows: Rows, arrays):
 
     def block(start, size):
         y, summands = rows(*(lax.dynamic_slice_in_dim(x, start, size, dim) for x in arrays))
+        return y, tuple(part_sums(a) for a in summands)
+
+    def part_sums(a):
         # One sum for each part: adding the parts up here would communicate in every step.
-        return y, tuple(jnp.sum(a, inside) for a in summands)
+        if len(leading) > 1:
+            return jnp.sum(a, inside)
+        return jnp.einsum("pw,pwf->pf", jnp.ones(a.shape[:2], a.dtype), a, precision=lax.Precision.HIGHEST)
 
     def step(i, carry):
         y, sums = carry
@@ -62,7 +75,7 @@ def _tiled(rows: Rows, arrays):
 
     rest = length % width
     like_y, like_sums = jax.eval_shape(lambda: block(0, width))
-    y = jnp.zeros(arrays[0].shape, like_y.dtype)
+    y = lax.empty(arrays[0].shape, like_y.dtype)  # every row is written below
     sums = tuple(jnp.zeros(s.shape, s.dtype) for s in like_sums)
     if rest:
         part, sums = block(length - rest, rest)

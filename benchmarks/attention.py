@@ -13,7 +13,7 @@ from jaxops.ops.attention import dot_product_attention
 
 # title, B, T, S, N, K, H, dtype, options, rounds
 CASES = [
-    ("causal", 1, 4096, 4096, 8, 8, 64, "float32", {"is_causal": True}, 5),
+    ("causal", 1, 4096, 4096, 8, 8, 64, "float32", {"is_causal": True}, 15),
     ("causal, window 512", 1, 4096, 4096, 8, 8, 64, "float32", {"is_causal": True, "local_window_size": (512, 0)}, 5),
     ("causal, grouped heads", 1, 2048, 2048, 8, 2, 64, "bfloat16", {"is_causal": True}, 5),
     ("whole", 2, 1000, 1000, 8, 8, 64, "float32", {}, 10),

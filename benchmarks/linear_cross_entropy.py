@@ -12,7 +12,7 @@ from benchmarks import harness
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy
 
 
-def main(tokens: int = 4096, hidden: int = 256, vocab: int = 32_000, rounds: int = 3) -> None:
+def main(tokens: int = 4096, hidden: int = 256, vocab: int = 128_000, rounds: int = 3) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (tokens, hidden))
     weight = jax.random.normal(keys[1], (hidden, vocab)) / hidden**0.5

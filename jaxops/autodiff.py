@@ -290,7 +290,7 @@ def _typed(shape, dtype, like, varying):
 
 
 def refusal(platform: str, call: _Call, avals) -> str | None:
-    """Why no kernel of `platform` serves this phase of an operator, given the abstract values of its arrays, or None."""
+    """Why no kernel of `platform` serves this phase of an operator, given its abstract arrays, or None."""
     inner, _ = _unmapped(call, [(a.shape, a.dtype) for a in avals[: len(call.names)]])
     if call.phase == "tangent":
         return "forward mode and every order above the first run in XLA"

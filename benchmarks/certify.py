@@ -445,7 +445,7 @@ def main() -> int:
         "--check", action="store_true", help="compare with docs/certificates.json instead of writing it"
     )
     parser.add_argument("--jobs", type=int, default=2, help="chips at a time")
-    parser.add_argument("--seconds", type=float, default=120, help="time limit of one cell")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit of one cell")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,6 +1,8 @@
 # Every target sets up what it needs in .venv first. `make help` lists them.
 VENV := .venv
 BIN := $(VENV)/bin
+# The compilers of the chips have an environment of their own: where they are installed, JAX looks for the chips.
+COMPILERS := .venv-compilers
 PYTEST_FLAGS ?= -n 2
 
 .PHONY: help demo test lint types certify certificates bench docs clean
@@ -19,11 +21,11 @@ lint: $(VENV)/installed  ## style and imports
 types: $(VENV)/installed  ## static types
 	$(BIN)/mypy
 
-certify: $(VENV)/compilers  ## compile every kernel for every chip and compare with docs/certificates.json
-	$(BIN)/python -m benchmarks.certify --check
+certify: $(COMPILERS)/installed  ## compile every kernel for every chip and compare with docs/certificates.json
+	$(COMPILERS)/bin/python -m benchmarks.certify --check
 
-certificates: $(VENV)/compilers  ## the same, and write docs/certificates.{md,json}
-	$(BIN)/python -m benchmarks.certify
+certificates: $(COMPILERS)/installed  ## the same, and write docs/certificates.{md,json}
+	$(COMPILERS)/bin/python -m benchmarks.certify
 
 bench: $(VENV)/installed  ## time the operators against JAX's and Flax's own on this machine
 	$(BIN)/python -m benchmarks
@@ -32,13 +34,14 @@ docs: $(VENV)/installed  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean:  ## remove everything that was generated
-	rm -rf $(VENV) build dist site out *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(COMPILERS) build dist site out *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@sh tools/create_venv.sh $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,test,docs]'
 	@touch $@
 
-$(VENV)/compilers: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu-compile,gpu-compile]'
+$(COMPILERS)/installed: pyproject.toml constraints.txt
+	@sh tools/create_venv.sh $(COMPILERS)
+	$(COMPILERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu-compile,gpu-compile]'
 	@touch $@

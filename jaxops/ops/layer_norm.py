@@ -9,7 +9,7 @@ from jax import lax
 from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation
 from jaxops.ops import checks
-from jaxops.ops.row_tiles import map_rows, row_mean
+from jaxops.ops.row_tiles import reduce_rows, row_mean
 from jaxops.reference.layer_norm import layer_norm as reference
 from pallas_kernels import gpu, tpu
 
@@ -21,21 +21,22 @@ def _forward(x, scale, bias, *, eps, scale_offset):
 def _backward(x, scale, bias, *, outputs, residuals, cotangents, eps, scale_offset):
     """With n = (x - mean) / deviation and g = dy · gain: dx = (g - mean(g) - n · mean(g · n)) / deviation."""
     del outputs, residuals
+    (dy,) = cotangents
     wide = jnp.promote_types(x.dtype, jnp.float32)
     gain, ones = scale.astype(wide) + scale_offset, jnp.ones(scale.shape, wide)
 
     def rows(x, dy):
-        dy = dy.astype(wide)
-        centred = x.astype(wide)
-        centred = centred - row_mean(centred, ones)
+        x, dy = x.astype(wide), dy.astype(wide)
+        mean = row_mean(x, ones)
+        centred = x - mean
         inverse = lax.rsqrt(row_mean(centred * centred, ones) + eps)
-        normal = centred * inverse
-        product = dy * normal
-        dx = inverse * (dy * gain - row_mean(dy, gain) - normal * row_mean(product, gain))
-        return dx.astype(x.dtype), (product, dy)
+        product = centred * dy
+        slope = inverse * inverse * row_mean(product, gain)
+        return (mean, inverse, row_mean(dy, gain), slope), ((inverse, product), (jnp.ones_like(inverse), dy))
 
-    dx, (dscale, dbias) = map_rows(rows, x, cotangents[0])
-    return {"x": dx, "scale": dscale.astype(scale.dtype), "bias": dbias.astype(bias.dtype)}
+    (mean, inverse, shift, slope), (dscale, dbias) = reduce_rows(rows, x, dy)
+    dx = inverse * (dy.astype(wide) * gain - shift - (x.astype(wide) - mean) * slope)
+    return {"x": dx.astype(x.dtype), "scale": dscale.astype(scale.dtype), "bias": dbias.astype(bias.dtype)}
 
 
 _OPERATOR = Operator(

@@ -7,7 +7,7 @@ from jax import lax
 from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation
 from jaxops.ops import checks
-from jaxops.ops.row_tiles import map_rows, row_mean
+from jaxops.ops.row_tiles import reduce_rows, row_mean
 from jaxops.reference.rms_norm import rms_norm as reference
 from pallas_kernels import gpu, tpu
 
@@ -19,19 +19,19 @@ def _forward(x, scale, *, eps, scale_offset):
 def _backward(x, scale, *, outputs, residuals, cotangents, eps, scale_offset):
     """With n = x / rms and g = dy · gain: dx = (g - n · mean(g · n)) / rms."""
     del outputs, residuals
+    (dy,) = cotangents
     wide = jnp.promote_types(x.dtype, jnp.float32)
     gain, ones = scale.astype(wide) + scale_offset, jnp.ones(scale.shape, wide)
 
     def rows(x, dy):
-        x_wide, dy = x.astype(wide), dy.astype(wide)
-        inverse = lax.rsqrt(row_mean(x_wide * x_wide, ones) + eps)
-        normal = x_wide * inverse
-        product = dy * normal
-        dx = inverse * (dy * gain - normal * row_mean(product, gain))
-        return dx.astype(x.dtype), (product,)
+        x, dy = x.astype(wide), dy.astype(wide)
+        inverse = lax.rsqrt(row_mean(x * x, ones) + eps)
+        product = x * dy
+        return (inverse, inverse * inverse * row_mean(product, gain)), ((inverse, product),)
 
-    dx, (dscale,) = map_rows(rows, x, cotangents[0])
-    return {"x": dx, "scale": dscale.astype(scale.dtype)}
+    (inverse, slope), (dscale,) = reduce_rows(rows, x, dy)
+    dx = inverse * (dy.astype(wide) * gain - x.astype(wide) * slope)
+    return {"x": dx.astype(x.dtype), "scale": dscale.astype(scale.dtype)}
 
 
 _OPERATOR = Operator(

@@ -1,4 +1,4 @@
-"""Backward passes over rows, done a tile at a time so that what lies between two sums over a row stays in the cache."""
+"""Sums along and across rows, a few rows at a time, so that what lies between two of them stays in the cache."""
 
 import math
 from collections.abc import Callable
@@ -9,25 +9,29 @@ from jax import lax
 
 from jaxops import dispatch
 
-# Of one tile: 256 KiB in float32, what a core's own cache holds. A tile much larger costs a trip to memory for every
-# intermediate, one much smaller costs loop overhead.
-_TILE_ELEMENTS = 1 << 16
+# Of one tile: 64 KiB in float32, so that a tile of two arrays and what is computed from them fit a core's own cache.
+_TILE_ELEMENTS = 1 << 14
 # Every leading axis is cut into up to this many parts that are worked on at the same time. The loop runs inside a part,
 # so an axis sharded over that many devices (or a divisor of it) is never communicated.
 _PARTS = 8
 
-Rows = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+Numbers = tuple[jax.Array, ...]
+Weighted = tuple[tuple[jax.Array, jax.Array], ...]
+Rows = Callable[..., tuple[Numbers, Weighted]]
 
 
-def map_rows(rows: Rows, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """y, (Σ a over all rows, …) for rows(*arrays) = y, (a, …), where every row is independent of the others.
+def reduce_rows(rows: Rows, *arrays: jax.Array) -> tuple[Numbers, tuple[jax.Array, ...]]:
+    """(n, …), (Σ_r w_r a_rf, …) for rows(*arrays) = (n, …), ((w, a), …), where every row is independent of the others.
+
+    What a gradient over rows needs before it can be written in one elementwise pass: numbers of every row, and sums
+    over all rows. Nothing of the size of the arrays is formed.
 
     Args:
-      rows: maps equally shaped arrays [..., features] to y and summands of that shape; called on blocks of the arrays.
+      rows: maps equally shaped blocks [..., features] to numbers n[..., 1] and pairs w[..., 1], a[..., features].
       arrays: equally shaped, [..., features].
 
     Returns:
-      y[..., features] and each sum[features].
+      each n[..., 1] and each sum[features].
     """
     return dispatch.on_cpu(lambda *xs: _tiled(rows, xs), lambda *xs: _whole(rows, xs), *arrays)
 
@@ -41,8 +45,8 @@ def row_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _whole(rows: Rows, arrays):
-    y, summands = rows(*arrays)
-    return y, tuple(jnp.sum(a, range(a.ndim - 1)) for a in summands)
+    numbers, pairs = rows(*arrays)
+    return numbers, tuple(jnp.sum(w * a, range(a.ndim - 1)) for w, a in pairs)
 
 
 def _tiled(rows: Rows, arrays):
@@ -59,26 +63,29 @@ def _tiled(rows: Rows, arrays):
     inside = range(1, 2 * len(leading), 2)
 
     def block(start, size):
-        y, summands = rows(*(lax.dynamic_slice_in_dim(x, start, size, dim) for x in arrays))
-        return y, tuple(part_sums(a) for a in summands)
+        numbers, pairs = rows(*(lax.dynamic_slice_in_dim(x, start, size, dim) for x in arrays))
+        return numbers, tuple(part_sums(w, a) for w, a in pairs)
 
-    def part_sums(a):
+    def part_sums(w, a):
         # One sum for each part: adding the parts up here would communicate in every step.
         if len(leading) > 1:
-            return jnp.sum(a, inside)
-        return jnp.einsum("pw,pwf->pf", jnp.ones(a.shape[:2], a.dtype), a, precision=lax.Precision.HIGHEST)
+            return jnp.sum(w * a, inside)
+        return jnp.einsum("pwo,pwf->pf", w, a, precision=lax.Precision.HIGHEST)
+
+    def put(whole, numbers, start):
+        return tuple(lax.dynamic_update_slice_in_dim(x, n, start, dim) for x, n in zip(whole, numbers, strict=True))
 
     def step(i, carry):
-        y, sums = carry
-        part, more = block(i * width, width)
-        return lax.dynamic_update_slice_in_dim(y, part, i * width, dim), tuple(map(jnp.add, sums, more))
+        whole, sums = carry
+        numbers, more = block(i * width, width)
+        return put(whole, numbers, i * width), tuple(map(jnp.add, sums, more))
 
-    rest = length % width
-    like_y, like_sums = jax.eval_shape(lambda: block(0, width))
-    y = lax.empty(arrays[0].shape, like_y.dtype)  # every row is written below
+    like_numbers, like_sums = jax.eval_shape(lambda: block(0, width))
+    whole = tuple(jnp.zeros((*split, 1), n.dtype) for n in like_numbers)
     sums = tuple(jnp.zeros(s.shape, s.dtype) for s in like_sums)
+    rest = length % width
     if rest:
-        part, sums = block(length - rest, rest)
-        y = lax.dynamic_update_slice_in_dim(y, part, length - rest, dim)
-    y, sums = lax.fori_loop(0, length // width, step, (y, sums))
-    return y.reshape(*leading, features), tuple(jnp.sum(s, range(s.ndim - 1)) for s in sums)
+        numbers, sums = block(length - rest, rest)
+        whole = put(whole, numbers, length - rest)
+    whole, sums = lax.fori_loop(0, length // width, step, (whole, sums))
+    return tuple(n.reshape(*leading, 1) for n in whole), tuple(jnp.sum(s, range(s.ndim - 1)) for s in sums)

@@ -2,8 +2,10 @@
 
 ratio = median(baseline time) / median(variant time), the baseline being the last variant.
 
-Other programs slow a machine down for seconds at a time, so the variants take turns: every round runs each of them
-once, in an order that rotates, and only ratios within one run mean anything. Before anything is timed, they must agree.
+Other programs slow a machine down for seconds at a time, so the variants take turns: every round times each of them
+once, in an order that rotates, and only ratios within one run mean anything. A timed call follows an untimed one of the
+same variant, as in a training loop: a variant that maps and frees gigabytes would otherwise slow whoever comes next.
+Before anything is timed, the variants must agree.
 
     python -m benchmarks.norms
 """
@@ -66,6 +68,7 @@ def compare(
     for _ in range(rounds):
         for _ in compiled:
             name = next(names)
+            jax.block_until_ready(compiled[name](*args))  # after itself, not in caches and pages its neighbour left
             start = time.perf_counter()
             jax.block_until_ready(compiled[name](*args))
             times[name].append(time.perf_counter() - start)

@@ -57,12 +57,12 @@ class _Call:
     Products are row times column (the last axis of the left side contracts with the first of the right).
     """
 
-    key: jax.Array  # [key tiles, B, K, columns, H]
     bias: jax.Array | None  # [B or 1, K or 1, G or 1, T or 1, S or 1]
     mask: jax.Array | None  # the same
     key_lengths: jax.Array | None  # [B]
     query_segments: jax.Array | None  # [B, 1, 1, 1, T]
     key_segments: jax.Array | None  # [B, 1, S, 1, 1]
+    groups: int  # K
     queries: int  # before padding
     keys: int
     rows: int  # of a tile
@@ -93,12 +93,12 @@ class _Call:
 
         key_segments = segments("key_value_segment_ids", columns)
         return _Call(
-            key=_key_tiles(key, columns),
             bias=grouped("bias"),
             mask=grouped("mask"),
             key_lengths=operands.get("key_value_seq_lengths"),
             query_segments=segments("query_segment_ids", rows),
             key_segments=None if key_segments is None else key_segments.transpose(0, 1, 4, 2, 3),
+            groups=groups,
             queries=queries,
             keys=keys,
             rows=rows,
@@ -108,34 +108,42 @@ class _Call:
             band=Band.of(is_causal, local_window_size),
         )
 
-    @property
-    def groups(self) -> int:
-        return self.key.shape[2]
-
-    def query_tiles(self, x: jax.Array, fill=0) -> jax.Array:
-        """[B, T, N, H] -> [query tiles, B, K, H, G, rows]."""
+    def by_rows(self, x: jax.Array, fill=0) -> jax.Array:
+        """[B, T, N, H], T as it came -> [B, T, K, G, H], T whole tiles."""
         x = x.reshape(*x.shape[:2], self.groups, -1, x.shape[3])
-        return to_tiles(x, 1, self.rows, fill).transpose(0, 1, 3, 5, 4, 2)
+        return pad_to(x, 1, round_up(self.queries, self.rows), fill)
+
+    def query_tile(self, x: jax.Array, i) -> jax.Array:
+        """Tile i of such an array, as [B, K, H, G, rows]."""
+        return lax.dynamic_slice_in_dim(x, i * self.rows, self.rows, 1).transpose(0, 2, 4, 3, 1)
+
+    def by_columns(self, x: jax.Array) -> jax.Array:
+        """[B, S, K, H], S as it came -> S whole tiles."""
+        return pad_to(x, 1, round_up(self.keys, self.columns))
+
+    def key_tile(self, x: jax.Array, j) -> jax.Array:
+        """Tile j of such an array, as [B, K, columns, H]."""
+        return lax.dynamic_slice_in_dim(x, j * self.columns, self.columns, 1).transpose(0, 2, 1, 3)
 
     def from_query_tiles(self, x: jax.Array) -> jax.Array:
-        """The inverse of `query_tiles`."""
+        """[query tiles, B, K, H, G, rows] -> [B, T, N, H]."""
         x = from_tiles(x.transpose(0, 1, 5, 2, 4, 3), 1, self.queries)
         return x.reshape(*x.shape[:2], -1, x.shape[4])
 
-    def over_query_tiles(self, f: Callable, carry: Any, tiles: Any) -> tuple[Any, Any]:
-        """`carry, out = f(i, carry, tile)` for every query tile i; the outs stacked."""
+    def over_query_tiles(self, f: Callable, carry: Any) -> tuple[Any, Any]:
+        """`carry, out = f(i, carry)` for every query tile i; the outs stacked."""
         count = -(-self.queries // self.rows)
         if count == 1:
-            carry, out = f(0, carry, jax.tree.map(lambda x: x[0], tiles))
+            carry, out = f(0, carry)
             return carry, jax.tree.map(lambda x: x[None], out)
-        return lax.scan(lambda carry, at: f(at[0], carry, at[1]), carry, (jnp.arange(count), tiles))
+        return lax.scan(lambda carry, i: f(i, carry), carry, jnp.arange(count))
 
     def over_key_tiles(self, i, f: Callable, carry: Any) -> Any:
         """`carry = f(j, carry, masked=…)` for every key tile j that query tile i sees any of, unmasked if all of it."""
         row, columns = i * self.rows, self.columns
         first, end = self.band.touched(row, self.rows, self.keys)
         whole, whole_end = self.band.whole(row, self.rows, self.keys)
-        if self.key.shape[0] == 1:  # one step, known before any number is
+        if self.keys <= columns:  # one step, known before any number is
             all_seen = isinstance(i, int) and whole == 0 and whole_end == self.keys and self.key_lengths is None
             return f(0, carry, masked=self.always_masked or not all_seen)
         if self.key_lengths is not None:
@@ -176,18 +184,21 @@ class _Call:
         corner = self.corner(x, i, j)
         return lax.dynamic_update_slice(x, lax.dynamic_slice(x, corner, tile.shape) + tile, corner)
 
-    def logits(self, query: jax.Array, i, j, masked: bool) -> tuple[jax.Array, jax.Array | None]:
-        """Tile (i, j) of s, -inf where masked, and its tanh if it is capped."""
-        s = _dot("bksh,bkhgt->bksgt", _at(self.key, j), query) * self.scale
+    def logits(self, query: jax.Array, key: jax.Array, i, j, masked: bool) -> tuple[jax.Array, float, jax.Array | None]:
+        """(s, scale, tanh): the logits of tile (i, j) are s · scale, -inf where masked; their tanh if they are capped.
+
+        The scale is left to whoever reads s, in the same pass as the rest, where nothing is added to the product.
+        """
+        s, scale = _dot("bksh,bkhgt->bksgt", key, query), self.scale
         tanh = None
         if self.soft_cap is not None:
-            tanh = jnp.tanh(s / self.soft_cap)
-            s = self.soft_cap * tanh
+            tanh = jnp.tanh(s * (scale / self.soft_cap))
+            s, scale = self.soft_cap * tanh, 1.0
         if self.bias is not None:
-            s = s + self.tile_of(self.bias, i, j).astype(s.dtype)
+            s, scale = s * scale + self.tile_of(self.bias, i, j).astype(s.dtype), 1.0
         if masked:
             s = jnp.where(self.seen(i, j), s, -jnp.inf)
-        return s, tanh
+        return s, scale, tanh
 
     def seen(self, i, j) -> jax.Array:
         """Which logits of tile (i, j) take part, broadcastable to the tile."""
@@ -205,13 +216,13 @@ class _Call:
         return seen
 
 
-def _key_tiles(x: jax.Array, columns: int) -> jax.Array:
-    """[B, S, K, H] -> [key tiles, B, K, columns, H]."""
-    return jnp.moveaxis(to_tiles(x, 1, columns), 2, 3)
+def _in_memory(x: jax.Array) -> jax.Array:
+    """`x`, in memory in the order of its axes: XLA on CPU would copy a transposed array as it is, then transpose it."""
+    return x * lax.optimization_barrier(jnp.ones((), x.dtype))
 
 
-def _from_key_tiles(x: jax.Array, keys: int) -> jax.Array:
-    return from_tiles(jnp.moveaxis(x, 3, 2), 1, keys)
+def _at(x: jax.Array, j) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, j, keepdims=False, allow_negative_indices=False)
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -242,9 +253,10 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
     )
     sinks, query_lengths = optional.get("sinks"), optional.get("query_seq_lengths")
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    tiles = call.query_tiles(query)
-    values = _key_tiles(value, call.columns).mT
-    statistics = (*tiles.shape[1:3], 1, *tiles.shape[4:])
+    queries = call.by_rows(query)
+    keys = _in_memory(to_tiles(call.by_columns(key), 1, call.columns).swapaxes(2, 3))  # [key tiles, B, K, columns, H]
+    values = _in_memory(to_tiles(call.by_columns(value), 1, call.columns).transpose(0, 1, 3, 4, 2))
+    statistics = (query.shape[0], call.groups, 1, queries.shape[3], call.rows)
     if sinks is None:
         start = jnp.full(statistics, FLOOR, wide), jnp.zeros(statistics, wide)
     else:
@@ -252,14 +264,17 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
         top = jnp.maximum(sink, FLOOR)
         start = jnp.broadcast_to(top, statistics), jnp.broadcast_to(jnp.exp(sink - top), statistics)
 
-    def attend(i, _, query):
+    def attend(i, _):
+        query = call.query_tile(queries, i)
+
         def step(j, carry, masked):
             top, total, acc = carry
-            s, _ = call.logits(query, i, j, masked)
-            new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True))
-            p, decay = jnp.exp(s - new_top), jnp.exp(top - new_top)
+            s, scale, _ = call.logits(query, _at(keys, j), i, j, masked)
+            new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True) * scale)
+            p, decay = jnp.exp(s * scale - new_top), jnp.exp(top - new_top)
             total = decay * total + jnp.sum(p, axis=2, keepdims=True)
-            return new_top, total, decay * acc + _dot("bkhs,bksgt->bkhgt", _at(values, j), p.astype(value.dtype))
+            part = _dot("bkhs,bksgt->bkhgt", _at(values, j), p.astype(value.dtype))
+            return new_top, total, decay * acc + part
 
         top, total, acc = call.over_key_tiles(i, step, (*start, jnp.zeros(query.shape, wide)))
         empty = total == 0
@@ -267,7 +282,7 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
         lse = jnp.where(empty, jnp.inf, top + jnp.log(total))
         return None, ((acc / total).astype(query.dtype), lse)
 
-    _, (out, lse) = call.over_query_tiles(attend, None, tiles)
+    _, (out, lse) = call.over_query_tiles(attend, None)
     out, lse = call.from_query_tiles(out), call.from_query_tiles(lse)[..., 0].transpose(0, 2, 1)
     if query_lengths is not None:
         seen = _query_seen(call.queries, query_lengths)
@@ -297,7 +312,7 @@ def _backward(
     )
     bias, sinks, query_lengths = (optional.get(name) for name in ("bias", "sinks", "query_seq_lengths"))
     (out, lse), dout = outputs, cotangents[0]
-    keys, values = call.key.mT, _key_tiles(value, call.columns)
+    keys, values = call.by_columns(key), call.by_columns(value)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     lse = lse.transpose(0, 2, 1)  # [B, T, N]
     if query_lengths is not None:
@@ -305,40 +320,38 @@ def _backward(
         dout, lse = jnp.where(seen[..., None], dout, 0), jnp.where(seen, lse, jnp.inf)
     delta = jnp.sum(dout.astype(wide) * out.astype(wide), axis=-1)
 
-    def attend(i, carry, tiles):
-        query, dout, lse, delta = tiles
+    by_rows = [call.by_rows(x) for x in (query, dout, delta[..., None])] + [call.by_rows(lse[..., None], jnp.inf)]
+
+    def attend(i, carry):
+        query, dout, delta, lse = (call.query_tile(x, i) for x in by_rows)
         query_rows, dout_rows = (x.transpose(0, 1, 3, 4, 2) for x in (query, dout))
 
         def step(j, carry, masked):
             dquery, (dkey, dvalue, dbias) = carry
-            s, tanh = call.logits(query, i, j, masked)
-            p = jnp.exp(s - lse)
+            key, value = call.key_tile(keys, j), call.key_tile(values, j)
+            s, factor, tanh = call.logits(query, key, i, j, masked)
+            p = jnp.exp(s * factor - lse)
             dvalue = _add_at(dvalue, j, _dot("bksgt,bkgth->bksh", p.astype(dout.dtype), dout_rows))
-            ds = p * (_dot("bksh,bkhgt->bksgt", _at(values, j), dout) - delta)
+            ds = p * (_dot("bksh,bkhgt->bksgt", value, dout) - delta)
             if dbias is not None:
                 dbias = call.add_tile(dbias, ds, i, j)
             if tanh is not None:
                 ds = ds * (1 - tanh * tanh)
             ds = (ds * scale).astype(key.dtype)
             dkey = _add_at(dkey, j, _dot("bksgt,bkgth->bksh", ds, query_rows))
-            return dquery + _dot("bkhs,bksgt->bkhgt", _at(keys, j), ds), (dkey, dvalue, dbias)
+            return dquery + _dot("bkhs,bksgt->bkhgt", key.mT, ds), (dkey, dvalue, dbias)
 
         dquery, carry = call.over_key_tiles(i, step, (jnp.zeros(query.shape, wide), carry))
         return carry, dquery.astype(query.dtype)
 
-    tiles = (
-        call.query_tiles(query),
-        call.query_tiles(dout),
-        call.query_tiles(lse[..., None], jnp.inf),
-        call.query_tiles(delta[..., None]),
-    )
-    zeros = jnp.zeros(call.key.shape, wide)
-    start = zeros, zeros, None if call.bias is None else jnp.zeros(call.bias.shape, wide)
-    (dkey, dvalue, dbias), dquery = call.over_query_tiles(attend, start, tiles)
+    tiled = (-(-call.keys // call.columns), query.shape[0], call.groups, call.columns, query.shape[3])
+    dkey, dvalue = jnp.zeros(tiled, wide), jnp.zeros(tiled, wide)
+    dbias = None if call.bias is None else jnp.zeros(call.bias.shape, wide)
+    (dkey, dvalue, dbias), dquery = call.over_query_tiles(attend, (dkey, dvalue, dbias))
     gradients = {
         "query": call.from_query_tiles(dquery),
-        "key": _from_key_tiles(dkey, call.keys).astype(key.dtype),
-        "value": _from_key_tiles(dvalue, call.keys).astype(value.dtype),
+        "key": from_tiles(dkey.swapaxes(2, 3), 1, call.keys).astype(key.dtype),
+        "value": from_tiles(dvalue.swapaxes(2, 3), 1, call.keys).astype(value.dtype),
     }
     if bias is not None:
         dbias = dbias.reshape(*bias.shape[:2], *dbias.shape[3:])[:, :, : bias.shape[2], : bias.shape[3]]
@@ -348,12 +361,9 @@ def _backward(
     return gradients
 
 
-def _at(x: jax.Array, j) -> jax.Array:
-    return lax.dynamic_index_in_dim(x, j, keepdims=False)
-
-
 def _add_at(x: jax.Array, j, update: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(x, _at(x, j) + update, j, 0)
+    at = lax.dynamic_slice_in_dim(x, j, 1, 0, allow_negative_indices=False)
+    return lax.dynamic_update_slice_in_dim(x, at + update[None], j, 0, allow_negative_indices=False)
 
 
 _OPERATOR = Operator(
@@ -523,7 +533,7 @@ def _integers(name: str, x: ArrayLike | None, shape: tuple[int, ...], of: str) -
 
 
 def _fold_scale(query: jax.Array, scale: Any, size: int) -> tuple[jax.Array, float]:
-    """(query, scale) with the same product, the scale a Python number ≥ 0: a kernel may scale after the maximum."""
+    """(query, scale) with the same product, the scale a Python number > 0: the maximum may be taken before it."""
     if scale is None:
         return query, 1 / math.sqrt(size) if size else 1.0
     if isinstance(scale, jax.Array) and scale.ndim == 0 and jnp.issubdtype(scale.dtype, jnp.floating):
@@ -532,6 +542,8 @@ def _fold_scale(query: jax.Array, scale: Any, size: int) -> tuple[jax.Array, flo
             return (query.astype(wide) * scale).astype(query.dtype), 1.0
         scale = float(scale)
     scale = checks.finite(_NAME, "scale", scale)
+    if scale == 0:
+        return query * 0, 1.0
     return (-query, -scale) if scale < 0 else (query, scale)
 
 

@@ -229,6 +229,22 @@ def test_traced_scale_and_array_scale():
     assert error(jax.jit(lambda scale: dot_product_attention(**o, scale=scale))(0.37), want) < 1e-6
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.4])
+def test_scales_that_turn_the_order_of_the_logits(scale):
+    o = {name: jnp.asarray(x, jnp.float32) for name, x in operands_of((1, 150, 300, 2, 1, 16)).items()}
+
+    def gradients(f):
+        options = dict(scale=scale, is_causal=True)
+        return jax.value_and_grad(lambda *xs: jnp.sum(jnp.sin(f(*xs, **options))), (0, 1, 2))(*o.values())
+
+    for got, want in zip(
+        jax.tree.leaves(gradients(dot_product_attention)),
+        jax.tree.leaves(gradients(jax.nn.dot_product_attention)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_memory_grows_with_the_length_not_its_square():
     x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
 

@@ -125,18 +125,22 @@ class _Call:
         """Tile j of such an array, as [B, K, columns, H]."""
         return lax.dynamic_slice_in_dim(x, j * self.columns, self.columns, 1).transpose(0, 2, 1, 3)
 
-    def from_query_tiles(self, x: jax.Array) -> jax.Array:
-        """[query tiles, B, K, H, G, rows] -> [B, T, N, H]."""
-        x = from_tiles(x.transpose(0, 1, 5, 2, 4, 3), 1, self.queries)
-        return x.reshape(*x.shape[:2], -1, x.shape[4])
+    def put_query_tile(self, x: jax.Array, tile: jax.Array, i) -> jax.Array:
+        """`x`, an array of `empty_rows`, with tile i replaced by `tile` [B, K, H, G, rows]."""
+        return lax.dynamic_update_slice_in_dim(x, tile.transpose(0, 4, 1, 3, 2).astype(x.dtype), i * self.rows, 1)
 
-    def over_query_tiles(self, f: Callable, carry: Any) -> tuple[Any, Any]:
-        """`carry, out = f(i, carry)` for every query tile i; the outs stacked."""
-        count = -(-self.queries // self.rows)
-        if count == 1:
-            carry, out = f(0, carry)
-            return carry, jax.tree.map(lambda x: x[None], out)
-        return lax.scan(lambda carry, i: f(i, carry), carry, jnp.arange(count))
+    def empty_rows(self, batch: int, heads: int, size: int, dtype) -> jax.Array:
+        """[B, T, K, G, H], T whole tiles; every tile has yet to be put."""
+        shape = (batch, round_up(self.queries, self.rows), self.groups, heads // self.groups, size)
+        return lax.empty(shape, dtype)
+
+    def from_rows(self, x: jax.Array) -> jax.Array:
+        """[B, T, K, G, H], T whole tiles -> [B, T, N, H], T as it came."""
+        return x[:, : self.queries].reshape(x.shape[0], self.queries, -1, x.shape[4])
+
+    def over_query_tiles(self, f: Callable, carry: Any) -> Any:
+        """`carry = f(i, carry)` for every query tile i."""
+        return _loop(0, -(-self.queries // self.rows), f, carry)
 
     def over_key_tiles(self, i, f: Callable, carry: Any) -> Any:
         """`carry = f(j, carry, masked=…)` for every key tile j that query tile i sees any of, unmasked if all of it."""
@@ -264,7 +268,8 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
         top = jnp.maximum(sink, FLOOR)
         start = jnp.broadcast_to(top, statistics), jnp.broadcast_to(jnp.exp(sink - top), statistics)
 
-    def attend(i, _):
+    def attend(i, carry):
+        out, all_lse = carry
         query = call.query_tile(queries, i)
 
         def step(j, carry, masked):
@@ -280,10 +285,12 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
         empty = total == 0
         total = jnp.where(empty, 1, total)
         lse = jnp.where(empty, jnp.inf, top + jnp.log(total))
-        return None, ((acc / total).astype(query.dtype), lse)
+        return call.put_query_tile(out, acc / total, i), call.put_query_tile(all_lse, lse, i)
 
-    _, (out, lse) = call.over_query_tiles(attend, None)
-    out, lse = call.from_query_tiles(out), call.from_query_tiles(lse)[..., 0].transpose(0, 2, 1)
+    batch, _, heads, size = query.shape
+    start_rows = call.empty_rows(batch, heads, size, query.dtype), call.empty_rows(batch, heads, 1, wide)
+    out, lse = call.over_query_tiles(attend, start_rows)
+    out, lse = call.from_rows(out), call.from_rows(lse)[..., 0].transpose(0, 2, 1)
     if query_lengths is not None:
         seen = _query_seen(call.queries, query_lengths)
         out = jnp.where(seen[:, :, None, None], out, 0)
@@ -323,6 +330,7 @@ def _backward(
     by_rows = [call.by_rows(x) for x in (query, dout, delta[..., None])] + [call.by_rows(lse[..., None], jnp.inf)]
 
     def attend(i, carry):
+        all_dquery, carry = carry
         query, dout, delta, lse = (call.query_tile(x, i) for x in by_rows)
         query_rows, dout_rows = (x.transpose(0, 1, 3, 4, 2) for x in (query, dout))
 
@@ -342,14 +350,15 @@ def _backward(
             return dquery + _dot("bkhs,bksgt->bkhgt", key.mT, ds), (dkey, dvalue, dbias)
 
         dquery, carry = call.over_key_tiles(i, step, (jnp.zeros(query.shape, wide), carry))
-        return carry, dquery.astype(query.dtype)
+        return call.put_query_tile(all_dquery, dquery, i), carry
 
     tiled = (-(-call.keys // call.columns), query.shape[0], call.groups, call.columns, query.shape[3])
+    empty = call.empty_rows(query.shape[0], query.shape[2], query.shape[3], query.dtype)
     dkey, dvalue = jnp.zeros(tiled, wide), jnp.zeros(tiled, wide)
     dbias = None if call.bias is None else jnp.zeros(call.bias.shape, wide)
-    (dkey, dvalue, dbias), dquery = call.over_query_tiles(attend, (dkey, dvalue, dbias))
+    dquery, (dkey, dvalue, dbias) = call.over_query_tiles(attend, (empty, (dkey, dvalue, dbias)))
     gradients = {
-        "query": call.from_query_tiles(dquery),
+        "query": call.from_rows(dquery),
         "key": from_tiles(dkey.swapaxes(2, 3), 1, call.keys).astype(key.dtype),
         "value": from_tiles(dvalue.swapaxes(2, 3), 1, call.keys).astype(value.dtype),
     }

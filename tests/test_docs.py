@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ import pytest
 import jaxops
 import jaxops.nn
 import jaxops.nn.linen
+from jaxops.workbench.command import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -76,6 +78,17 @@ def test_commands_exist(path):
                 assert importlib.util.find_spec(words[2]), f"{_name(path)}:{line}: no module {words[2]}"
             elif words[:1] == ["python"]:
                 assert (ROOT / words[1]).exists(), f"{_name(path)}:{line}: no file {words[1]}"
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if "\njaxops " in p.read_text()], ids=_name)
+def test_the_command_runs_and_prints_what_follows_it(path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    blocks = _blocks(path)
+    for (language, text, line), following in zip(blocks, [*blocks[1:], ("", "", 0)], strict=True):
+        for command in text.splitlines() if language == "console" and text.startswith("jaxops ") else ():
+            assert main(shlex.split(command)[1:]) == 0
+            printed = [row.rstrip() for row in capsys.readouterr().out.strip().splitlines()]
+            assert printed == following[1].strip().splitlines(), f"{_name(path)}:{line}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=_name)

@@ -1,0 +1,114 @@
+"""A call of an operator, written in words: which function, which operands of which shape and dtype, which options."""
+
+import ast
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxops
+
+
+class Problem(Exception):
+    """What was asked cannot be done, in one line for whoever asked."""
+
+
+def operators() -> dict[str, Callable]:
+    """The operators of this library by name."""
+    return {
+        name: value
+        for name, value in vars(jaxops).items()
+        if inspect.isfunction(value) and value.__module__.startswith("jaxops.ops.")
+    }
+
+
+def nearest(what: str, name: str, known: Iterable[str]) -> Problem:
+    """The problem that `name` is none of the `known`, with the likeliest one."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return Problem(f"{what} must be one of {', '.join(known)}, got {name!r}{hint}")
+
+
+def function(name: str) -> Callable:
+    """The operator `name`, or the function that "module:name" says. Raises `Problem` where there is none."""
+    if ":" not in name:
+        known = operators()
+        if name not in known:
+            raise nearest("the operator", name, known)
+        return known[name]
+    module_name, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise Problem(f"module {module_name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise nearest(f"a name in {module_name}", path, [n for n in vars(found) if not n.startswith("_")])
+        found = getattr(found, part)
+    if not callable(found):
+        raise Problem(f"{name} must be a function, got {type(found).__name__}")
+    return found
+
+
+def operand(text: str, dtype: str) -> tuple[str, jax.ShapeDtypeStruct]:
+    """("x", its shape and dtype) of "x=8192x4096" (in `dtype`) or "labels=8192:int32". Raises `Problem` otherwise."""
+    name, equals, rest = text.partition("=")
+    sizes, _, own = rest.partition(":")
+    try:
+        shape = tuple(int(size) for size in sizes.split("x")) if sizes else ()
+    except ValueError:
+        shape = (-1,)
+    if not (name.isidentifier() and equals) or any(size < 0 for size in shape):
+        raise Problem(f"an operand must be name=sizes or name=sizes:dtype, as in x=8192x4096, got {text!r}")
+    return name, jax.ShapeDtypeStruct(shape, _dtype(name, own or dtype))
+
+
+def _dtype(name: str, dtype: str) -> np.dtype:
+    try:
+        return jnp.dtype(dtype)
+    except TypeError as error:
+        raise Problem(f"the dtype of {name} must be one that JAX knows, as bfloat16 or int32, got {dtype!r}") from error
+
+
+def option(text: str) -> tuple[str, Any]:
+    """("is_causal", True) of "is_causal=True": a Python literal, else the text itself."""
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise Problem(f"an option must be name=value, as in is_causal=True, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def call(
+    name: str, operands: Sequence[str], options: Sequence[str], dtype: str, gradients: bool
+) -> tuple[Callable, dict[str, jax.ShapeDtypeStruct]]:
+    """(f, operands) such that f(**operands) is the call; with `gradients`, also those of all floating operands.
+
+    Raises `Problem` where the words do not make sense, or the function has no such argument.
+    """
+    f = function(name)
+    arrays = dict(operand(text, dtype) for text in operands)
+    static = dict(option(text) for text in options)
+    try:
+        inspect.signature(f).bind(**arrays, **static)
+    except TypeError as error:
+        raise Problem(f"{name}: {error}; its arguments are {inspect.signature(f)}") from error
+
+    def forward(**arrays: Any) -> Any:
+        return f(**arrays, **static)
+
+    def forward_and_backward(**arrays: Any) -> Any:
+        chosen = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        fixed = {name: x for name, x in arrays.items() if name not in chosen}
+        output, pull_back = jax.vjp(lambda chosen: forward(**chosen, **fixed), chosen)
+        return output, pull_back(jax.tree.map(jnp.ones_like, output))
+
+    return (forward_and_backward if gradients else forward), arrays

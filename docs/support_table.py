@@ -3,46 +3,21 @@
 python docs/support_table.py    writes it into README.md, between the two marks
 """
 
-import json
 import pathlib
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from jaxops.workbench import certificates
+
+README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support table: begin (python docs/support_table.py) -->", "<!-- support table: end -->"
 
 
-def render(cells: dict[str, dict]) -> str:
-    """Operator × dtype, chips across. `cells` maps "operator/direction/chip/dtype/shape" to a certificate."""
-    found: dict[tuple[str, str], dict[str, list[tuple[str, str]]]] = {}
-    chips: list[str] = []
-    for key, cell in cells.items():
-        operator, direction, chip, dtype, _ = key.split("/")
-        chips += [] if chip in chips else [chip]
-        found.setdefault((operator, dtype), {}).setdefault(chip, []).append((direction, cell["status"]))
+def render(cells: certificates.Cells) -> str:
+    """Operator × dtype, chips across."""
+    rows = certificates.summary(cells)
+    chips = list(next(iter(rows.values())))
     header = ["operator", "dtype", *chips, "cpu"]
-    rows = [
-        [f"`{operator}`", dtype, *(_mark(by_chip.get(chip, [])) for chip in chips), "XLA"]
-        for (operator, dtype), by_chip in sorted(
-            found.items(), key=lambda item: (item[0][0], _DTYPES.index(item[0][1]))
-        )
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
-
-
-_DTYPES = ("bfloat16", "float32")
-
-
-def _mark(cells: list[tuple[str, str]]) -> str:
-    """What the certificates of one operator, dtype and chip say together."""
-    if any(status == "failed" for _, status in cells):
-        return "fails"
-    compiled = {
-        direction: {s == "compiled" for d, s in cells if d == direction} for direction in ("forward", "backward")
-    }
-    if compiled == {"forward": {True}, "backward": {True}}:
-        return "kernel"
-    if not any(True in statuses for statuses in compiled.values()):
-        return "XLA"
-    return "kernel, some shapes in XLA"
+    lines = [[f"`{operator}`", dtype, *by_chip.values(), "XLA"] for (operator, dtype), by_chip in rows.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
 def block(readme: str) -> str:
@@ -51,10 +26,8 @@ def block(readme: str) -> str:
 
 
 def main() -> None:
-    certificates = json.loads((ROOT / "docs" / "certificates.json").read_text())
-    path = ROOT / "README.md"
-    before, rest = path.read_text().split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{render(certificates['cells'])}\n{END}{rest.split(END)[1]}")
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{render(certificates.read()[1])}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,47 @@ import sys
 
 import pytest
 
+from jaxops.workbench import certificates
+from jaxops.workbench.call import operators
 from jaxops.workbench.command import main
 
 NORM = ["explain", "rms_norm", "x=64x256", "scale=256"]
 CROSS_ENTROPY = ["explain", "linear_cross_entropy", "x=64x256", "weight=256x1024", "labels=64:int32"]
+
+
+def test_list_says_what_the_certificates_say(capsys):
+    assert main(["list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    rows = {(row["operator"], row["dtype"]): row for row in listed["operators"]}
+    assert {operator for operator, _ in rows} == set(operators())
+    assert rows["rms_norm", "bfloat16"]["v5e"] == rows["rms_norm", "float32"]["h100"] == "kernel"
+    assert rows["dot_product_attention", "float32"]["h100"] == rows["softmax", "bfloat16"]["v6e"] == "XLA"
+    assert "libtpu" in listed["compilers"]
+
+
+def test_list_as_a_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "linear_cross_entropy" in out and "tpu7x" in out and "libtpu" in out
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "mark"),
+    [
+        (["compiled"], ["compiled"], "kernel"),
+        (["compiled", "refused"], ["compiled", "compiled"], "kernel, some shapes in XLA"),
+        (["refused"], ["refused"], "XLA"),
+        (["compiled"], ["failed"], "fails"),
+    ],
+)
+def test_the_summary_of_certificates(forward, backward, mark):
+    cells = {
+        f"op/{direction}/v5e/float32/{i}": {"status": status}
+        for direction, statuses in (("forward", forward), ("backward", backward))
+        for i, status in enumerate(statuses)
+    }
+    assert certificates.summary(cells) == {("op", "float32"): {"v5e": mark}}
 
 
 def test_explain_says_what_runs_on_every_chip_asked_for(capsys):

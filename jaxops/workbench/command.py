@@ -9,7 +9,8 @@ from typing import Any
 
 from jaxops.dispatch import IMPLEMENTATIONS
 from jaxops.inspection import Explanation, explain
-from jaxops.workbench.call import Problem, call, nearest
+from jaxops.workbench import certificates
+from jaxops.workbench.call import Problem, call, nearest, operators
 from pallas_kernels import chips
 
 _EXPLAIN = """examples:
@@ -35,6 +36,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("jaxops", description="Ask an operator what it does on a chip you do not have.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser(
+        "list",
+        help="the operators, and what runs as a kernel on which chip",
+        description="The operators, and what runs as a kernel on which chip by the library's certificates.",
+        epilog="examples:\n  jaxops list\n  jaxops list --json\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--json", action="store_true", help="for machines")
+    command.set_defaults(run=_list)
+    command = commands.add_parser(
         "explain",
         help="which implementation would run on a chip, and why not the others",
         description="Which implementation a call would run on a chip, and why not the others. Nothing is computed.",
@@ -53,6 +63,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="for machines")
     command.set_defaults(run=_explain)
     return parser
+
+
+def _list(options: argparse.Namespace) -> int:
+    versions, cells = certificates.read()
+    certified = certificates.summary(cells)
+    names = list(next(iter(certified.values())))
+    rows = [
+        {"operator": operator, "dtype": dtype, **certified.get((operator, dtype), dict.fromkeys(names, "XLA"))}
+        for operator in sorted(operators())
+        for dtype in certificates.DTYPES
+    ]
+    if options.json:
+        print(json.dumps({"compilers": versions, "operators": [{**row, "cpu": "XLA"} for row in rows]}, indent=2))
+        return 0
+    table = _table("operators", ("operator", "dtype", *names, "cpu"))
+    for row in rows:
+        table.add_row(*row.values(), "XLA")
+    _show(table)
+    print("kernel: the chip's own compiler made it, with " + ", ".join(f"{k} {v}" for k, v in versions.items()))
+    return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -84,15 +114,7 @@ def _as_json(target: str, explanation: Explanation) -> dict[str, Any]:
 
 
 def _print(title: str, targets: Sequence[str], found: Sequence[Explanation]) -> None:
-    try:
-        import rich.box
-        import rich.console
-        import rich.table
-    except ImportError as error:
-        raise Problem("tables need rich: pip install 'jaxops[cli]', or ask for --json") from error
-    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE)
-    for name in ("chip", "operator", "phase", "runs", "why", "saved MB", "temp MB"):
-        table.add_column(name, justify="right" if name.endswith("MB") else "left")
+    table = _table(title, ("chip", "operator", "phase", "runs", "why", "saved MB", "temp MB"))
     for target, explanation in zip(targets, found, strict=True):
         temp = "" if explanation.temp_bytes is None else f"{explanation.temp_bytes / 1e6:.1f}"
         for line in explanation.lines:
@@ -102,4 +124,23 @@ def _print(title: str, targets: Sequence[str], found: Sequence[Explanation]) -> 
             temp = ""  # of the whole program, once
         if not explanation.lines:
             table.add_row(target, "", "", "", "no operator of this library is called", "", temp)
+    _show(table)
+
+
+def _table(title: str, columns: Sequence[str]) -> Any:
+    try:
+        import rich.box
+        import rich.console
+        import rich.table
+    except ImportError as error:
+        raise Problem("tables need rich: pip install 'jaxops[cli]', or ask for --json") from error
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE)
+    for name in columns:
+        table.add_column(name, justify="right" if name.endswith("MB") else "left")
+    return table
+
+
+def _show(table: Any) -> None:
+    import rich.console
+
     rich.console.Console().print(table)

@@ -371,8 +371,7 @@ def _backward(
 
 
 def _add_at(x: jax.Array, j, update: jax.Array) -> jax.Array:
-    at = lax.dynamic_slice_in_dim(x, j, 1, 0, allow_negative_indices=False)
-    return lax.dynamic_update_slice_in_dim(x, at + update[None], j, 0, allow_negative_indices=False)
+    return lax.dynamic_update_index_in_dim(x, _at(x, j) + update, j, 0, allow_negative_indices=False)
 
 
 _OPERATOR = Operator(

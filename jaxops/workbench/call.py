@@ -1,5 +1,6 @@
 """A call of an operator, written in words: which function, which operands of which shape and dtype, which options."""
 
+import argparse
 import ast
 import difflib
 import importlib
@@ -112,3 +113,23 @@ def call(
         return output, pull_back(jax.tree.map(jnp.ones_like, output))
 
     return (forward_and_backward if gradients else forward), arrays
+
+
+def add_call_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of every command that is about one call: operator, operands, --set, --dtype, --gradients."""
+    command.add_argument("operator", help="an operator of the library, or module:function")
+    command.add_argument(
+        "operands", nargs="+", metavar="name=sizes[:dtype]", help="as x=8192x4096 or labels=8192:int32"
+    )
+    command.add_argument("--set", action="append", default=[], metavar="name=value", help="an option of the operator")
+    command.add_argument("--dtype", default="bfloat16", help="of every operand without its own (default: %(default)s)")
+    command.add_argument("--gradients", action="store_true", help="forward and backward, for all floating operands")
+
+
+def targets(text: str, known: Sequence[str]) -> list[str]:
+    """The chips in "v5e,h100". Raises `Problem` with the nearest known name for an unknown one."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise nearest("--target", name, known)
+    return names

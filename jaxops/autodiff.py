@@ -15,6 +15,7 @@ every derivative.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -51,6 +52,8 @@ class Operator:
     reference(**operands, **static) -> outputs, in plain differentiable JAX. `differentiable` names the operands that
     take a gradient. `tpu` and `gpu` are kernel modules (unsupported, forward, backward) or the sentence why there is
     none. `partition` maps the PartitionSpec of the first operand to those of the outputs, under explicit sharding.
+    cost(**operands, **static) -> the flops of the matrix products of (forward, backward), from the operands' shapes;
+    without it those of the reference are counted.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Operator:
     tpu: ModuleType | str
     gpu: ModuleType | str
     partition: Callable[[PartitionSpec], tuple[PartitionSpec, ...]] = lambda spec: (spec,)
+    cost: Callable[..., tuple[int, int]] | None = None
 
     def __call__(
         self, operands: Mapping[str, Any], *, implementation: dispatch.Implementation = None, **static: Any
@@ -289,13 +293,18 @@ def _typed(shape, dtype, like, varying):
     )
 
 
+def unmapped_operands(call: _Call, avals) -> tuple[dict[str, jax.ShapeDtypeStruct], int]:
+    """The operands of a call as its rules see them, inside every vmap, and how many such calls the vmaps make."""
+    inner, sizes = _unmapped(call, [(a.shape, a.dtype) for a in avals[: len(call.names)]])
+    return {n: jax.ShapeDtypeStruct(*s) for n, s in zip(call.names, inner, strict=True)}, math.prod(sizes)
+
+
 def refusal(platform: str, call: _Call, avals) -> str | None:
     """Why no kernel of `platform` serves this phase of an operator, given its abstract arrays, or None."""
-    inner, _ = _unmapped(call, [(a.shape, a.dtype) for a in avals[: len(call.names)]])
     if call.phase == "tangent":
         return "forward mode and every order above the first run in XLA"
     return dispatch.too_many_vmaps(platform, len(call.axes)) or call.operator.refusal(
-        platform, {n: jax.ShapeDtypeStruct(*s) for n, s in zip(call.names, inner, strict=True)}, dict(call.static)
+        platform, unmapped_operands(call, avals)[0], dict(call.static)
     )
 
 

@@ -50,6 +50,17 @@ class Band:
         end = keys if self.right is None else _clip(row + 1 + self.right, keys)
         return first, end
 
+    def pairs(self, queries: int, keys: int) -> int:
+        """Σ_i |{j: query i sees key j}| over `queries` queries and `keys` keys, Python integers."""
+
+        def below(end):  # Σ_i min(max(i + end, 0), keys): how many keys are before i + end
+            whole = min(max(keys - end, 0), queries)  # rows from here on have all of them
+            first = min(max(-end, 0), whole)  # rows before this have none
+            return (first + end + whole - 1 + end) * (whole - first) // 2 + keys * (queries - whole)
+
+        ended = keys * queries if self.right is None else below(self.right + 1)
+        return ended - (0 if self.left is None else below(-self.left))
+
     def transposed(self) -> "Band":
         """The same band seen from the keys: key j is seen by the queries j - right … j + left."""
         return Band(self.right, self.left)

@@ -33,6 +33,7 @@ from pallas_kernels.padding import from_tiles, pad_to, round_up, to_tiles
 _NAME = "dot_product_attention"
 # Sides of a tile of logits, and how many logits the tiles of all heads may have together: what stays in a CPU's cache.
 _LEAST_SIDE, _MOST_SIDE, _MOST_LOGITS = 128, 512, 1 << 20
+_FEW_QUERIES = 8  # that share a key: up to here copying the keys for a matrix product costs more than it saves
 
 
 def _tile_sizes(queries: int, keys: int, heads: int) -> tuple[int, int]:
@@ -62,6 +63,7 @@ class _Call:
     key_lengths: jax.Array | None  # [B]
     query_segments: jax.Array | None  # [B, 1, 1, 1, T]
     key_segments: jax.Array | None  # [B, 1, S, 1, 1]
+    heads: int  # N
     groups: int  # K
     queries: int  # before padding
     keys: int
@@ -98,6 +100,7 @@ class _Call:
             key_lengths=operands.get("key_value_seq_lengths"),
             query_segments=segments("query_segment_ids", rows),
             key_segments=None if key_segments is None else key_segments.transpose(0, 1, 4, 2, 3),
+            heads=heads,
             groups=groups,
             queries=queries,
             keys=keys,
@@ -188,12 +191,25 @@ class _Call:
         corner = self.corner(x, i, j)
         return lax.dynamic_update_slice(x, lax.dynamic_slice(x, corner, tile.shape) + tile, corner)
 
+    @property
+    def few(self) -> bool:
+        """Whether one tile is the whole call and a key meets few queries: then the keys are best read where they lie."""
+        whole = self.keys <= self.columns and self.queries <= self.rows
+        return whole and self.queries * self.heads // self.groups <= _FEW_QUERIES
+
+    def product(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        """The einsum "bkxc,bkcgt->bkxgt", whatever its letters are."""
+        if not self.few:
+            return _dot(equation, a, b)
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        return jnp.sum(a.astype(wide)[..., None, None] * b.astype(wide)[:, :, None], axis=3)
+
     def logits(self, query: jax.Array, key: jax.Array, i, j, masked: bool) -> tuple[jax.Array, float, jax.Array | None]:
         """(s, scale, tanh): the logits of tile (i, j) are s · scale, -inf where masked; their tanh if they are capped.
 
         The scale is left to whoever reads s, in the same pass as the rest, where nothing is added to the product.
         """
-        s, scale = _dot("bksh,bkhgt->bksgt", key, query), self.scale
+        s, scale = self.product("bksh,bkhgt->bksgt", key, query), self.scale
         tanh = None
         if self.soft_cap is not None:
             tanh = jnp.tanh(s * (scale / self.soft_cap))
@@ -258,8 +274,10 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
     sinks, query_lengths = optional.get("sinks"), optional.get("query_seq_lengths")
     wide = jnp.promote_types(query.dtype, jnp.float32)
     queries = call.by_rows(query)
-    keys = _in_memory(to_tiles(call.by_columns(key), 1, call.columns).swapaxes(2, 3))  # [key tiles, B, K, columns, H]
-    values = _in_memory(to_tiles(call.by_columns(value), 1, call.columns).transpose(0, 1, 3, 4, 2))
+    keys = to_tiles(call.by_columns(key), 1, call.columns).swapaxes(2, 3)  # [key tiles, B, K, columns, H]
+    values = to_tiles(call.by_columns(value), 1, call.columns).transpose(0, 1, 3, 4, 2)
+    if not call.few:
+        keys, values = _in_memory(keys), _in_memory(values)
     statistics = (query.shape[0], call.groups, 1, queries.shape[3], call.rows)
     if sinks is None:
         start = jnp.full(statistics, FLOOR, wide), jnp.zeros(statistics, wide)
@@ -278,7 +296,7 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
             new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True) * scale)
             p, decay = jnp.exp(s * scale - new_top), jnp.exp(top - new_top)
             total = decay * total + jnp.sum(p, axis=2, keepdims=True)
-            part = _dot("bkhs,bksgt->bkhgt", _at(values, j), p.astype(value.dtype))
+            part = call.product("bkhs,bksgt->bkhgt", _at(values, j), p.astype(value.dtype))
             return new_top, total, decay * acc + part
 
         top, total, acc = call.over_key_tiles(i, step, (*start, jnp.zeros(query.shape, wide)))
@@ -374,6 +392,13 @@ def _add_at(x: jax.Array, j, update: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(x, _at(x, j) + update, j, 0, allow_negative_indices=False)
 
 
+def _cost(query, key, *, is_causal, local_window_size, **_):
+    """Two products forward, five backward, over the pairs in the band; masks and lengths are not known."""
+    batch, queries, heads, size = query.shape
+    product = 2 * batch * heads * size * Band.of(is_causal, local_window_size).pairs(queries, key.shape[1])
+    return 2 * product, 5 * product
+
+
 _OPERATOR = Operator(
     name=_NAME,
     differentiable=("query", "key", "value", "bias", "sinks"),
@@ -382,6 +407,7 @@ _OPERATOR = Operator(
     tpu=tpu.attention,
     gpu=gpu.attention,
     partition=lambda query: (query, PartitionSpec(query[0], query[2], query[1])),  # out [B, T, N, H], lse [B, N, T]
+    cost=_cost,
 )
 
 

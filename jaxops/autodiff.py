@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -60,8 +60,8 @@ class Operator:
     differentiable: tuple[str, ...]
     reference: Callable[..., tuple]
     xla: Rules
-    tpu: ModuleType | str
-    gpu: ModuleType | str
+    tpu: ModuleType | SimpleNamespace | str
+    gpu: ModuleType | SimpleNamespace | str
     partition: Callable[[PartitionSpec], tuple[PartitionSpec, ...]] = lambda spec: (spec,)
     cost: Callable[..., tuple[int, int]] | None = None
 

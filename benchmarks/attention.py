@@ -8,8 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks.harness import compare, report, with_gradients
 from jaxops.ops.attention import dot_product_attention
+from jaxops.workbench.timing import compare, report, with_gradients
 
 # title, B, T, S, N, K, H, dtype, options, rounds
 CASES = [

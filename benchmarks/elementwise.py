@@ -9,12 +9,12 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from benchmarks import harness
 from jaxops.ops.activations import gelu, silu
 from jaxops.ops.gated_linear_unit import gated_linear_unit
 from jaxops.ops.matmul import matmul
 from jaxops.ops.rope import rope
 from jaxops.ops.softmax import softmax
+from jaxops.workbench import timing
 
 
 def plain_rope(x, positions):
@@ -34,29 +34,29 @@ def main(rows: int = 4096, columns: int = 4096) -> None:
         ("silu", silu, jax.nn.silu),
         ("softmax", softmax, jax.nn.softmax),
     ):
-        variants = {"jaxops": harness.with_gradients(ours), "jax.nn": harness.with_gradients(theirs)}
-        harness.report(f"{name} [{rows}, {columns}] float32, fwd+bwd", harness.compare(variants, (x, dy)))
+        variants = {"jaxops": timing.with_gradients(ours), "jax.nn": timing.with_gradients(theirs)}
+        timing.report(f"{name} [{rows}, {columns}] float32, fwd+bwd", timing.compare(variants, (x, dy)))
 
     heads = x.reshape(rows, columns // 128, 128)
     positions = jnp.arange(rows)
     variants = {
-        "jaxops": harness.with_gradients(lambda x: rope(x, positions)),
-        "jnp": harness.with_gradients(lambda x: plain_rope(x, positions)),
+        "jaxops": timing.with_gradients(lambda x: rope(x, positions)),
+        "jnp": timing.with_gradients(lambda x: plain_rope(x, positions)),
     }
-    rows_of_rope = harness.compare(variants, (heads, dy.reshape(heads.shape)))
-    harness.report(f"rope {list(heads.shape)} float32, fwd+bwd", rows_of_rope)
+    rows_of_rope = timing.compare(variants, (heads, dy.reshape(heads.shape)))
+    timing.report(f"rope {list(heads.shape)} float32, fwd+bwd", rows_of_rope)
 
     for dtype, tolerance in ((jnp.float32, 1e-3), (jnp.bfloat16, 2e-2)):
         a = jax.random.normal(keys[2], (rows // 8, 512), dtype)
         gate, up = ((jax.random.normal(key, (512, columns // 4)) / 512**0.5).astype(dtype) for key in keys[3:5])
         title = f"[{rows // 8}, 512] × [512, {columns // 4}] {jnp.dtype(dtype).name}, forward"
         variants = {"jaxops": matmul, "jnp": jnp.matmul}
-        harness.report(f"matmul {title}", harness.compare(variants, (a, gate), tolerance=tolerance))
+        timing.report(f"matmul {title}", timing.compare(variants, (a, gate), tolerance=tolerance))
         variants = {
             "jaxops": gated_linear_unit,
             "jax.nn": lambda x, gate, up: jax.nn.silu(x @ gate) * (x @ up),
         }
-        harness.report(f"gated_linear_unit {title}", harness.compare(variants, (a, gate, up), tolerance=tolerance))
+        timing.report(f"gated_linear_unit {title}", timing.compare(variants, (a, gate, up), tolerance=tolerance))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from benchmarks import harness
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy
+from jaxops.workbench import timing
 
 
 def main(tokens: int = 4096, hidden: int = 256, vocab: int = 128_000, rounds: int = 3) -> None:
@@ -25,8 +25,8 @@ def main(tokens: int = 4096, hidden: int = 256, vocab: int = 128_000, rounds: in
         return linear_cross_entropy(x, weight, labels)
 
     variants = {name: jax.value_and_grad(f, (0, 1)) for name, f in {"jaxops": ours, "log_softmax": plain}.items()}
-    rows = harness.compare(variants, (x, weight), rounds=rounds)
-    harness.report(f"linear_cross_entropy, tokens {tokens}, hidden {hidden}, vocab {vocab}, float32, fwd+bwd", rows)
+    rows = timing.compare(variants, (x, weight), rounds=rounds)
+    timing.report(f"linear_cross_entropy, tokens {tokens}, hidden {hidden}, vocab {vocab}, float32, fwd+bwd", rows)
 
 
 if __name__ == "__main__":

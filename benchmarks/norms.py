@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks import harness
 from jaxops.ops.layer_norm import layer_norm
 from jaxops.ops.rms_norm import rms_norm
+from jaxops.workbench import timing
 
 
 def flax_layer_norm(x, scale, bias):
@@ -29,7 +29,7 @@ def our_rms_norm(x, scale, bias):
 
 
 def backward_only(function, argnums):
-    both = harness.with_gradients(function, argnums)
+    both = timing.with_gradients(function, argnums)
     return lambda *args: both(*args)[1]  # what the gradients do not need of the forward is not computed
 
 
@@ -45,9 +45,9 @@ def main(rows: int = 8192, features: int = 2048) -> None:
             tolerance = 1e-3 if dtype == jnp.float32 else 2e-2
             shape = f"{name} [{rows}, {features}] {jnp.dtype(dtype).name}"
             forward = {"jaxops": ours, "flax": theirs}
-            harness.report(f"{shape}, forward", harness.compare(forward, (x, scale, bias), tolerance=tolerance))
+            timing.report(f"{shape}, forward", timing.compare(forward, (x, scale, bias), tolerance=tolerance))
             backward = {name: backward_only(f, argnums) for name, f in forward.items()}
-            harness.report(f"{shape}, backward", harness.compare(backward, (x, scale, bias, dy), tolerance=tolerance))
+            timing.report(f"{shape}, backward", timing.compare(backward, (x, scale, bias, dy), tolerance=tolerance))
 
 
 if __name__ == "__main__":

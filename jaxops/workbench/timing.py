@@ -1,13 +1,9 @@
-"""One way to compare implementations of an operator on the machine at hand.
-
-ratio = median(baseline time) / median(variant time), the baseline being the last variant.
+"""One way to compare implementations on the machine at hand.
 
 Other programs slow a machine down for seconds at a time, so the variants take turns: every round times each of them
 once, in an order that rotates, and only ratios within one run mean anything. A timed call follows an untimed one of the
 same variant, as in a training loop: a variant that maps and frees gigabytes would otherwise slow whoever comes next.
 Before anything is timed, the variants must agree.
-
-    python -m benchmarks.norms
 """
 
 import dataclasses
@@ -15,21 +11,69 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
+class Spread:
+    """The seconds of one variant, one figure a round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def minimum(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def maximum(self) -> float:
+        return max(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """(lower, upper): half of the rounds lie between them."""
+        lower, upper = np.quantile(self.seconds, (0.25, 0.75))
+        return float(lower), float(upper)
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
-    """What was measured for one variant. Times in seconds; temp_bytes: what XLA allocates beside inputs and outputs."""
+    """What was measured for one variant. temp_bytes: what XLA allocates beside inputs and outputs."""
 
     name: str
-    median: float
-    minimum: float
-    maximum: float
+    spread: Spread
     temp_bytes: int
-    ratio: float  # how many times faster than the baseline
+    ratio: float  # median of the baseline / median of this one: how many times faster than the baseline
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, advance: Callable[[str], None] = lambda _: None
+) -> dict[str, Spread]:
+    """Times every call once a round, in a rotating order, each right after an untimed call of itself.
+
+    A call is over when the JAX arrays it returns are there. `advance(name)` is called after each timed call. Raises
+    `ValueError` for no call or no round.
+    """
+    if not calls or rounds < 1:
+        raise ValueError(f"timing needs at least one variant and one round, got {len(calls)} and {rounds}")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = itertools.cycle(calls)
+    for _ in range(rounds):
+        for _ in calls:
+            name = next(names)
+            jax.block_until_ready(calls[name]())  # after itself, not in caches and pages its neighbour left
+            start = time.perf_counter()
+            jax.block_until_ready(calls[name]())
+            times[name].append(time.perf_counter() - start)
+            advance(name)
+        next(names)  # rotate: nobody always runs after the same neighbour
+    return {name: Spread(tuple(seconds)) for name, seconds in times.items()}
 
 
 def compare(
@@ -62,29 +106,18 @@ def compare(
     expected = _leaves(compiled[baseline](*args))
     for name, function in compiled.items():
         _check_agreement(name, _leaves(function(*args)), baseline, expected, tolerance)
-
-    times: dict[str, list[float]] = {name: [] for name in compiled}
-    names = itertools.cycle(compiled)
-    for _ in range(rounds):
-        for _ in compiled:
-            name = next(names)
-            jax.block_until_ready(compiled[name](*args))  # after itself, not in caches and pages its neighbour left
-            start = time.perf_counter()
-            jax.block_until_ready(compiled[name](*args))
-            times[name].append(time.perf_counter() - start)
-        next(names)  # rotate: nobody always runs after the same neighbour
-    reference = statistics.median(times[baseline])
+    spreads = take_turns(
+        {name: lambda function=function: function(*args) for name, function in compiled.items()}, rounds
+    )
+    reference = spreads[baseline].median
     return [
-        Row(
-            name,
-            statistics.median(seconds),
-            min(seconds),
-            max(seconds),
-            compiled[name].memory_analysis().temp_size_in_bytes,
-            reference / statistics.median(seconds),
-        )
-        for name, seconds in times.items()
+        Row(name, spread, temp_bytes(compiled[name]), reference / spread.median) for name, spread in spreads.items()
     ]
+
+
+def temp_bytes(compiled: Any) -> int:
+    """What XLA allocates for a compiled program beside inputs and outputs; 0 where the backend does not say."""
+    return getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
 
 
 def with_gradients(function: Callable, argnums: Sequence[int] = (0,)) -> Callable:
@@ -111,7 +144,7 @@ def report(title: str, rows: Sequence[Row]) -> None:
     body = [
         (
             row.name,
-            *(f"{1e3 * seconds:.2f}" for seconds in (row.median, row.minimum, row.maximum)),
+            *(f"{1e3 * seconds:.2f}" for seconds in (row.spread.median, row.spread.minimum, row.spread.maximum)),
             f"{row.temp_bytes / 1e6:.1f}",
             f"{row.ratio:.2f}",
         )

@@ -1,0 +1,347 @@
+"""What others offer for our operators: each peer takes our operands and options by our names and returns our first
+output.
+
+An option a peer has no counterpart for is not in its signature. What jax and optax users compose from several
+functions is composed here as they would. torch's take and give torch tensors and run on the CPU.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxops.workbench.call import Problem
+
+INSTALL = {
+    "jax": "jax",
+    "flax": "flax",
+    "optax": "optax",
+    "tokamax": "tokamax",
+    "torch": "'jaxops[torch]'",
+}  # library → what pip installs
+
+
+def installed(library: str) -> bool:
+    """Whether `library` can be imported here, without importing it."""
+    return importlib.util.find_spec(library) is not None
+
+
+def find(library: str, operator: str, operands: Mapping[str, Any]) -> Callable | str:
+    """The counterpart of `operator` in `library`, or why there is none that takes these operands and options.
+
+    Raises `Problem` where the library is not installed.
+    """
+    if not installed(library):
+        raise Problem(f"--against {library}: {library} is not installed: pip install {INSTALL[library]}")
+    function = PEERS[library].get(operator)
+    if function is None:
+        return f"{library} has no {operator}"
+    try:
+        inspect.signature(function).bind(**operands)
+    except TypeError as error:
+        return f"{library}: {error}"
+    return function
+
+
+# ---- jax: jax.nn, and what is composed from jax.numpy ---------------------------------------------------------------
+
+
+def jax_dot_product_attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+):
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+    )
+
+
+def jax_rms_norm(x, scale=None, *, eps=1e-6, scale_offset=0.0):
+    wide = x.astype(jnp.float32)
+    y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (y if scale is None else y * (scale.astype(jnp.float32) + scale_offset)).astype(x.dtype)
+
+
+def jax_layer_norm(x, scale=None, bias=None, *, eps=1e-6, scale_offset=0.0):
+    y = jax.nn.standardize(x.astype(jnp.float32), epsilon=eps)
+    if scale is not None:
+        y = y * (scale.astype(jnp.float32) + scale_offset)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def jax_softmax(x, axis=-1, where=None):
+    return jax.nn.softmax(x, axis, where)
+
+
+def jax_gelu(x, approximate=True):
+    return jax.nn.gelu(x, approximate)
+
+
+def jax_silu(x):
+    return jax.nn.silu(x)
+
+
+def jax_relu(x):
+    return jax.nn.relu(x)
+
+
+def jax_squared_relu(x):
+    return jnp.square(jax.nn.relu(x))
+
+
+def jax_matmul(x, w, *, bias=None, precision=None):
+    y = jnp.matmul(x, w, precision=precision)
+    return y if bias is None else y + bias
+
+
+def jax_gated_linear_unit(x, w_gate, w_up):
+    return jax.nn.silu(x @ w_gate) * (x @ w_up)
+
+
+def jax_rope(x, positions, *, base=10000.0):
+    half = x.shape[-1] // 2
+    angle = positions[..., None, None] / base ** (jnp.arange(half, dtype=jnp.float32) / half)
+    first, second, cos, sin = x[..., :half], x[..., half:], jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def jax_linear_cross_entropy(
+    x, weight, labels, *, bias=None, label_smoothing=0.0, z_loss=0.0, logits_soft_cap=None, reduction="mean"
+):
+    z = (x @ weight).astype(jnp.float32)
+    if bias is not None:
+        z = z + bias.astype(jnp.float32)
+    if logits_soft_cap is not None:
+        z = logits_soft_cap * jnp.tanh(z / logits_soft_cap)
+    log_p = jax.nn.log_softmax(z)
+    loss = -(1 - label_smoothing) * jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    if label_smoothing:
+        loss = loss - label_smoothing * jnp.mean(log_p, -1)
+    if z_loss:
+        loss = loss + z_loss * jax.nn.logsumexp(z, -1) ** 2
+    return _reduced(loss, reduction)
+
+
+# ---- flax and optax -------------------------------------------------------------------------------------------------
+
+
+def flax_dot_product_attention(query, key, value, bias=None, mask=None, *, is_causal=False):
+    import flax.linen as nn
+
+    if is_causal:
+        causal = jnp.tril(jnp.ones((query.shape[-3], key.shape[-3]), bool))
+        mask = causal if mask is None else mask & causal
+    return nn.dot_product_attention(query, key, value, bias, mask)
+
+
+def flax_rms_norm(x, scale=None, *, eps=1e-6):
+    import flax.linen as nn
+
+    module = nn.RMSNorm(epsilon=eps, dtype=x.dtype, use_scale=scale is not None)
+    return module.apply({"params": {} if scale is None else {"scale": scale}}, x)
+
+
+def flax_layer_norm(x, scale=None, bias=None, *, eps=1e-6):
+    import flax.linen as nn
+
+    parameters = {name: p for name, p in (("scale", scale), ("bias", bias)) if p is not None}
+    module = nn.LayerNorm(epsilon=eps, dtype=x.dtype, use_scale=scale is not None, use_bias=bias is not None)
+    return module.apply({"params": parameters}, x)
+
+
+def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"):
+    import optax
+
+    z = (x @ weight).astype(jnp.float32)
+    if bias is not None:
+        z = z + bias.astype(jnp.float32)
+    return _reduced(optax.softmax_cross_entropy_with_integer_labels(z, labels), reduction)
+
+
+# ---- tokamax --------------------------------------------------------------------------------------------------------
+
+
+def tokamax_dot_product_attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    logits_soft_cap=None,
+):
+    import tokamax
+
+    return tokamax.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+    )
+
+
+def tokamax_rms_norm(x, scale=None, *, eps=1e-6, scale_offset=0.0):
+    import tokamax
+
+    return tokamax.layer_norm(x, scale, None, epsilon=eps, scale_offset=scale_offset, subtract_mean=False)
+
+
+def tokamax_layer_norm(x, scale=None, bias=None, *, eps=1e-6, scale_offset=0.0):
+    import tokamax
+
+    return tokamax.layer_norm(x, scale, bias, epsilon=eps, scale_offset=scale_offset)
+
+
+def tokamax_gated_linear_unit(x, w_gate, w_up):
+    import tokamax
+
+    return tokamax.gated_linear_unit(x, (w_gate, w_up), activation=jax.nn.silu)
+
+
+def tokamax_linear_cross_entropy(x, weight, labels, *, reduction="mean"):
+    import tokamax
+
+    return tokamax.linear_softmax_cross_entropy_loss(x, labels, weight, reduction=reduction)
+
+
+# ---- torch ----------------------------------------------------------------------------------------------------------
+
+
+def torch_dot_product_attention(query, key, value, *, scale=None, is_causal=False):
+    from torch.nn.functional import scaled_dot_product_attention
+
+    query, key, value = (x.transpose(-3, -2) for x in (query, key, value))
+    grouped = query.shape[-3] != key.shape[-3]
+    return scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    ).transpose(-3, -2)
+
+
+def torch_rms_norm(x, scale=None, *, eps=1e-6):
+    from torch.nn.functional import rms_norm
+
+    return rms_norm(x, x.shape[-1:], scale, eps)
+
+
+def torch_layer_norm(x, scale=None, bias=None, *, eps=1e-6):
+    from torch.nn.functional import layer_norm
+
+    return layer_norm(x, x.shape[-1:], scale, bias, eps)
+
+
+def torch_softmax(x, axis=-1):
+    return x.softmax(axis)
+
+
+def torch_gelu(x, approximate=True):
+    from torch.nn.functional import gelu
+
+    return gelu(x, approximate="tanh" if approximate else "none")
+
+
+def torch_silu(x):
+    from torch.nn.functional import silu
+
+    return silu(x)
+
+
+def torch_relu(x):
+    return x.relu()
+
+
+def torch_matmul(x, w, *, bias=None):
+    y = x @ w
+    return y if bias is None else y + bias
+
+
+def torch_gated_linear_unit(x, w_gate, w_up):
+    return torch_silu(x @ w_gate) * (x @ w_up)
+
+
+def torch_linear_cross_entropy(x, weight, labels, *, bias=None, label_smoothing=0.0, reduction="mean"):
+    from torch.nn.functional import cross_entropy
+
+    z = torch_matmul(x, weight, bias=bias).float().flatten(0, -2)
+    loss = cross_entropy(z, labels.long().flatten(), label_smoothing=label_smoothing, reduction=reduction)
+    return loss.reshape(labels.shape) if reduction == "none" else loss
+
+
+def _reduced(loss, reduction: str):
+    return {"mean": jnp.mean, "sum": jnp.sum, "none": lambda loss: loss}[reduction](loss)
+
+
+PEERS: dict[str, dict[str, Callable]] = {
+    "jax": {
+        "dot_product_attention": jax_dot_product_attention,
+        "gated_linear_unit": jax_gated_linear_unit,
+        "gelu": jax_gelu,
+        "layer_norm": jax_layer_norm,
+        "linear_cross_entropy": jax_linear_cross_entropy,
+        "matmul": jax_matmul,
+        "relu": jax_relu,
+        "rms_norm": jax_rms_norm,
+        "rope": jax_rope,
+        "silu": jax_silu,
+        "softmax": jax_softmax,
+        "squared_relu": jax_squared_relu,
+    },
+    "flax": {
+        "dot_product_attention": flax_dot_product_attention,
+        "layer_norm": flax_layer_norm,
+        "rms_norm": flax_rms_norm,
+    },
+    "optax": {"linear_cross_entropy": optax_linear_cross_entropy},
+    "tokamax": {
+        "dot_product_attention": tokamax_dot_product_attention,
+        "gated_linear_unit": tokamax_gated_linear_unit,
+        "layer_norm": tokamax_layer_norm,
+        "linear_cross_entropy": tokamax_linear_cross_entropy,
+        "rms_norm": tokamax_rms_norm,
+    },
+    "torch": {
+        "dot_product_attention": torch_dot_product_attention,
+        "gated_linear_unit": torch_gated_linear_unit,
+        "gelu": torch_gelu,
+        "layer_norm": torch_layer_norm,
+        "linear_cross_entropy": torch_linear_cross_entropy,
+        "matmul": torch_matmul,
+        "relu": torch_relu,
+        "rms_norm": torch_rms_norm,
+        "silu": torch_silu,
+        "softmax": torch_softmax,
+    },
+}

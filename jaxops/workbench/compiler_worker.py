@@ -261,14 +261,14 @@ def _buffers(traced: Any, chip: chips.Chip, kernel: str | None) -> list[dict[str
         blocks = grid.block_mappings
         names = equation.params["jaxpr"].debug_info.safe_arg_names(len(equation.params["jaxpr"].invars))
         names = names[grid.num_index_operands + grid.num_dynamic_grid_bounds :]
-        for name, (ref, mode) in zip(
-            names, [*windows, *((scratch, None) for scratch in grid.scratch_avals)], strict=True
-        ):
-            if str(ref.memory_space).split(".")[-1].lower() not in ("vmem", "default", "none"):
+        copies = 1 if all(steps == 1 for steps in grid.grid) else 2
+        refs = [
+            (block.transformed_block_aval, getattr(block.pipeline_mode, "buffer_count", copies)) for block in blocks
+        ]
+        refs += [(scratch, 1) for scratch in grid.scratch_avals]
+        for name, (ref, count) in zip(names, refs, strict=True):
+            if str(ref.memory_space).lower() not in ("vmem", "default", "none"):
                 continue
-            scratch = (ref, mode) not in windows
-            count = 1 if scratch or math.prod(x for x in grid.grid if isinstance(x, int)) == 1 else 2
-            count = getattr(mode, "buffer_count", None) or count
             aval = ref.inner_aval
             label = f"{name} {aval.str_short(short_dtypes=True)}" + (f" ×{count}" if count > 1 else "")
             found.append({"name": label, "bytes": math.prod(aval.shape) * aval.dtype.itemsize * count})

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import partial_eval
 
-from jaxops import autodiff
+from jaxops import autodiff, dispatch
 from pallas_kernels import chips
 
 
@@ -34,45 +35,67 @@ class Cost:
 def of(function: Callable[..., Any], *args: Any, **operands: Any) -> Cost:
     """The cost of `function(*args, **operands)`; arrays may be `jax.ShapeDtypeStruct`s. Nothing is computed.
 
+    What no output needs does not count.
+
     Raises whatever `function` raises for bad input.
     """
-    program = jax.jit(function).trace(*args, **operands).jaxpr
-    flops, called, exact = _count(program.jaxpr)
-    inputs = [*program.jaxpr.constvars, *program.jaxpr.invars]
-    return Cost(flops, max(_bytes([*inputs, *program.jaxpr.outvars]), called), exact)
+    whole = jax.jit(function).trace(*args, **operands).jaxpr.jaxpr
+    program, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))
+    flops, called, exact = _count(program)
+    return Cost(flops, max(_bytes([*program.constvars, *program.invars, *program.outvars]), called), exact)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """What a device can do at most: FLOP/s of matrix products of one dtype (None: not known), bytes/s of its memory.
+
+    `source` says who says so.
+    """
+
+    flops: float | None
+    bandwidth: float
+    source: str
+
+    def bound(self, cost: Cost) -> tuple[float, Literal["compute", "memory"]]:
+        """The roofline: the seconds that no program of this cost can beat, and what sets them.
+
+        Raises `ValueError` if it has products and their peak is not known.
+        """
+        if cost.flops and self.flops is None:
+            raise ValueError(f"no peak is known for products of this dtype ({self.source})")
+        compute, memory = cost.flops / (self.flops or 1), cost.bytes / self.bandwidth
+        return (compute, "compute") if compute > memory else (memory, "memory")
+
+
+def published(chip: chips.Chip, dtype: Any) -> Peak:
+    """The peak of `chip` by its maker, for products of `dtype`.
+
+    Eight bits go at twice the rate of sixteen (not on v4). float32 is what JAX does by default: one bfloat16 pass on
+    TPU, TF32 at half the rate on GPU. For other dtypes, as float64, the peak of products is not known.
+    """
+    by_size = {1: 1 if chip.name == "v4" else 2, 2: 1, 4: 0.5 if chip.platform == "gpu" else 1}
+    rate = by_size.get(jnp.dtype(dtype).itemsize)
+    return Peak(None if rate is None else chip.flops * rate, chip.bandwidth, f"{chip.name}, published")
 
 
 def bound(cost: Cost, chip: chips.Chip, dtype: Any) -> tuple[float, Literal["compute", "memory"]]:
-    """The roofline: (the seconds no program can beat, what sets them), for products of `dtype` on `chip`.
-
-    Raises `ValueError` for a dtype without a published peak, as float64.
-    """
-    rate = peak_flops(chip, dtype)
-    if rate is None:
-        raise ValueError(f"no peak is known for products of {jnp.dtype(dtype)} on {chip.name}")
-    compute, memory = cost.flops / rate, cost.bytes / chip.bandwidth
-    return (compute, "compute") if compute > memory else (memory, "memory")
-
-
-def peak_flops(chip: chips.Chip, dtype: Any) -> float | None:
-    """The peak FLOP/s of products of `dtype`, or None where none is published.
-
-    Eight bits go at twice the rate of sixteen (not on v4). float32 is what JAX does by default: one bfloat16 pass on
-    TPU, TF32 at half the rate on GPU.
-    """
-    size = jnp.dtype(dtype).itemsize
-    if size == 1:
-        return chip.flops * (1 if chip.name == "v4" else 2)
-    if size == 2:
-        return chip.flops
-    if size == 4:
-        return chip.flops / (2 if chip.platform == "gpu" else 1)
-    return None
+    """The roofline of `cost` on `chip`: (seconds, what sets them). Raises `ValueError` as `Peak.bound` does."""
+    return published(chip, dtype).bound(cost)
 
 
 def _bytes(variables: Any) -> int:
     arrays = {v: v.aval for v in variables if not isinstance(v, core.Literal) and hasattr(v.aval, "dtype")}
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays.values())
+
+
+def _moved(equation: Any) -> int:
+    """The bytes of one call of an operator: what it writes, and what its rule reads of all that it is given."""
+    call = equation.params["call"]
+    with dispatch.alone():
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+        rule = jax.make_jaxpr(call.run("xla", None))(*shapes).jaxpr
+    _, read = partial_eval.dce_jaxpr(rule, [True] * len(rule.outvars))
+    return _bytes([*(v for v, used in zip(equation.invars, read, strict=True) if used), *equation.outvars])
 
 
 def _count(jaxpr: Any) -> tuple[int, int, bool]:
@@ -83,7 +106,7 @@ def _count(jaxpr: Any) -> tuple[int, int, bool]:
         if equation.primitive is autodiff.operator_p:
             more, known = _operator(equation)
             flops, exact = flops + more, exact and known
-            moved += _bytes([*equation.invars, *equation.outvars])
+            moved += _moved(equation)
             continue
         if name in _PRODUCTS:
             flops += _PRODUCTS[name](equation)

@@ -7,6 +7,7 @@ Before anything is timed, the variants must agree.
 """
 
 import dataclasses
+import functools
 import itertools
 import statistics
 import time
@@ -14,7 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from jaxops.workbench import cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +110,30 @@ def compare(
     expected = _leaves(compiled[baseline](*args))
     for name, function in compiled.items():
         _check_agreement(name, _leaves(function(*args)), baseline, expected, tolerance)
-    spreads = take_turns(
-        {name: lambda function=function: function(*args) for name, function in compiled.items()}, rounds
-    )
+    spreads = take_turns({name: functools.partial(function, *args) for name, function in compiled.items()}, rounds)
     reference = spreads[baseline].median
     return [
         Row(name, spread, temp_bytes(compiled[name]), reference / spread.median) for name, spread in spreads.items()
     ]
+
+
+def measured_peak(dtype: Any, rounds: int = 5) -> cost.Peak:
+    """What this device reaches now: the best of some products of 1024³ in `dtype` and of some triads a + 2 · b.
+
+    Sums are float32, and so are products of a dtype of less than 16 bits or no fraction. The triad's three arrays of
+    64 MiB fit no cache. Other programs on the machine lower both figures.
+    """
+    side, length = 1024, 1 << 24
+    plain = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
+    a = jnp.full((side, side), 0.5, dtype if plain else jnp.float32)
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    x = jnp.ones(length, jnp.float32)
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=wide)).lower(a, a).compile()
+    triad = jax.jit(lambda a, b: a + 2 * b).lower(x, x).compile()
+    best = take_turns({"product": lambda: product(a, a), "triad": lambda: triad(x, x)}, rounds)
+    return cost.Peak(
+        2 * side**3 / best["product"].minimum, 12 * length / best["triad"].minimum, "measured here: a product, a triad"
+    )
 
 
 def temp_bytes(compiled: Any) -> int:

@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxops.workbench import explain, listing
+from jaxops.workbench import explain, listing, new
 from jaxops.workbench.call import Problem
 
-COMMANDS = (listing, explain)  # modules with `register(commands)`, in the order in which --help shows them
+COMMANDS = (listing, explain, new)  # modules with `register(commands)`, in the order in which --help shows them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in COMMANDS:
         module.register(commands)
     options = parser.parse_args(arguments)
+    if "" not in sys.path:  # a console script's own folder is there instead: modules are found where the user stands
+        sys.path.insert(0, "")
     try:
         return options.run(options)
     except Problem as problem:

@@ -18,8 +18,10 @@ The kernels are written so that the interpreter runs the very text that the comp
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import chips
+from pallas_kernels import chips, tuned
 from pallas_kernels.masks import Band
 from pallas_kernels.padding import pad_to, round_up
 
@@ -63,6 +65,90 @@ class Tiles:
         if dim == 128:
             return Tiles(keys=64 if extras else 128, keys_dq=64, queries_dkv=64)
         return Tiles(keys=128, keys_dq=64, queries_dkv=64) if extras else Tiles(keys=256, keys_dq=128, queries_dkv=128)
+
+    def smem_bytes(self, phase: str, dim: int, itemsize: int) -> int:
+        """Shared memory of a block of `phase`, the most of its kernels: what stays, what streams, then statistics,
+        barriers and alignment."""
+        row = 2 * dim * itemsize  # of query and dout, or of key and value
+        if phase == "forward":
+            return BLOCK * row // 2 + self.stages * self.keys * row + 4096
+        widest = max(self.keys_dq, self.queries_dkv)
+        return BLOCK * row + self.stages_backward * widest * (row + 8) + 4096
+
+    def allowed(self, phase: str, dim: int, itemsize: int, extras: bool) -> bool:
+        """Whether copies and products take these sizes, and everything fits shared memory; registers are not counted.
+
+        Extras are padded to multiples of 256, which their tiles have to divide.
+        """
+        sizes = (self.keys,) if phase == "forward" else (self.keys_dq, self.queries_dkv)
+        stages = self.stages if phase == "forward" else self.stages_backward
+        if any(not 64 <= size <= 256 or size % 64 or (extras and 256 % size) for size in sizes) or stages < 1:
+            return False
+        if phase == "backward" and self.queries_dkv > BLOCK:  # lse and delta are padded to whole blocks
+            return False
+        return self.smem_bytes(phase, dim, itemsize) <= chips.current("gpu").smem_bytes
+
+
+def _extras(bias=None, mask=None, query_segment_ids=None, logits_soft_cap=None, **others) -> bool:
+    """Whether a score carries more than the product: a soft cap, segments, a bias or a mask."""
+    del others
+    return any(x is not None for x in (bias, mask, query_segment_ids, logits_soft_cap))
+
+
+def _shape_class(query, key, *, is_causal: bool, local_window_size=None, **call) -> dict[str, int | str]:
+    """What the best tiles depend on."""
+    band = Band.of(is_causal, local_window_size)
+    kind = "open" if band.open else "causal" if band == Band(None, 0) else "banded"
+    return {
+        "kind": f"{kind} extras" if _extras(**call) else kind,
+        "head_dim": str(round_up(query.shape[-1], 64)),
+        "group": query.shape[2] // key.shape[2],
+        "queries": query.shape[1],
+        "keys": key.shape[1],
+    }
+
+
+def tiles(phase: str, query, key, value, **call) -> Tiles:
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; `call` as for `unsupported`."""
+    del value
+    dim, itemsize, extras = round_up(query.shape[-1], 64), query.dtype.itemsize, _extras(**call)
+    return tuned.choose(
+        f"gpu.attention.{phase}",
+        chips.current("gpu"),
+        _shape_class(query, key, **call),
+        jnp.dtype(query.dtype).name,
+        Tiles,
+        lambda tiles: tiles.allowed(phase, dim, itemsize, extras),
+        Tiles.default(dim, extras),
+    )
+
+
+_tiles = tiles  # where an argument has this name
+
+
+def candidates(phase: str, query, key, value, **call) -> Iterator[Tiles]:
+    """Tiles worth trying that the chip's shared memory allows: the default first, then blocks of 128.
+
+    Some will not fit the registers: only the compiler knows.
+    """
+    del key, value
+    dim, itemsize, extras = round_up(query.shape[-1], 64), query.dtype.itemsize, _extras(**call)
+    default = Tiles.default(dim, extras)
+    if phase == "forward":
+        changes = [{"keys": keys, "stages": stages} for keys in (128, 64, 192, 256) for stages in (2, 3, 4)]
+    else:
+        changes = [
+            {"keys_dq": keys, "queries_dkv": queries, "stages_backward": stages}
+            for keys, queries, stages in itertools.product((128, 64, 192), (128, 64), (2, 1, 3))
+        ]
+    found = dict.fromkeys([default, *(dataclasses.replace(default, **change) for change in changes)])
+    yield from (tiles for tiles in found if tiles.allowed(phase, dim, itemsize, extras))
+
+
+def memory(phase: str, tiles: Tiles, query, key, value, **call) -> int:
+    """Bytes of shared memory that a block of `phase` is estimated to take."""
+    del key, value, call
+    return tiles.smem_bytes(phase, round_up(query.shape[-1], 64), query.dtype.itemsize)
 
 
 def unsupported(
@@ -128,7 +214,6 @@ class _Problem:
     ) -> "_Problem":  # fmt: skip
         T, S, dim = query.shape[1], key.shape[1], query.shape[-1]
         padded = round_up(dim, 64)
-        extras = any(x is not None for x in (bias, mask, query_segment_ids, logits_soft_cap))
         operands = {name: pad_to(x, 3, padded) for name, x in {"query": query, "key": key, "value": value}.items()}
         if query_seq_lengths is not None:
             operands["query_lengths"] = jnp.clip(query_seq_lengths.astype(jnp.int32), 0, T)
@@ -155,7 +240,7 @@ class _Problem:
             band,
             logits_soft_cap,
             dim,
-            tiles or Tiles.default(padded, extras),
+            tiles,
         )
 
     @property
@@ -510,7 +595,9 @@ def forward(
 
     `optional`: bias, mask, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, sinks.
     """
-    problem = _Problem.of(query, key, value, scale, is_causal, local_window_size, logits_soft_cap, tiles, **optional)
+    band = {"is_causal": is_causal, "local_window_size": local_window_size}
+    t = tiles or _tiles("forward", query, key, value, logits_soft_cap=logits_soft_cap, **band, **optional)
+    problem = _Problem.of(query, key, value, scale, is_causal, local_window_size, logits_soft_cap, t, **optional)
     out, lse = _forward(problem)
     return (out[..., : problem.dim], lse[..., : query.shape[1]]), ()
 
@@ -784,7 +871,9 @@ def backward(
     """
     del residuals
     (out, lse), dout = outputs, cotangents[0]
-    problem = _Problem.of(query, key, value, scale, is_causal, local_window_size, logits_soft_cap, tiles, **optional)
+    band = {"is_causal": is_causal, "local_window_size": local_window_size}
+    t = tiles or _tiles("backward", query, key, value, logits_soft_cap=logits_soft_cap, **band, **optional)
+    problem = _Problem.of(query, key, value, scale, is_causal, local_window_size, logits_soft_cap, t, **optional)
     bias, sinks, lengths = (optional.get(name) for name in ("bias", "sinks", "query_seq_lengths"))
     _B, T, S, _N, _K, H = problem.shape
     delta = jnp.einsum("btnh,btnh->bnt", out, dout, preferred_element_type=jnp.float32)

@@ -3,18 +3,35 @@
 RMS norm of Zhang and Sennrich, arXiv:1910.07467. The kernels are those of `row_norm`.
 """
 
+from collections.abc import Iterator
+
 from jax import Array
 
 from pallas_kernels.gpu import row_norm
 from pallas_kernels.gpu.row_norm import Tiles
 
-__all__ = ["Tiles", "backward", "forward", "unsupported"]
+__all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
 
 
 def unsupported(x, scale, *, eps: float, scale_offset: float) -> str | None:
     """Why these kernels do not take x[..., features], scale[features]; None if they do."""
     del eps, scale_offset
     return row_norm.unsupported(x, {"scale": scale})
+
+
+def tiles(phase: str, x, scale, *, eps: float, scale_offset: float) -> Tiles:
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
+    return row_norm.tiles(phase, x, {"scale": scale})
+
+
+def candidates(phase: str, x, scale, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
+    """Tiles worth trying that registers and shared memory allow, the default first."""
+    return row_norm.candidates(phase, x, {"scale": scale})
+
+
+def memory(phase: str, tiles: Tiles, x, scale, *, eps: float, scale_offset: float) -> int:
+    """Bytes of shared memory that a block of `phase` is estimated to take."""
+    return row_norm.memory(phase, tiles, x, {"scale": scale})
 
 
 def forward(x, scale, *, eps: float, scale_offset: float, tiles: Tiles | None = None) -> tuple[tuple[Array], tuple[()]]:

@@ -14,7 +14,9 @@ after its last row, and XLA adds the few hundred partial sums.
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import chips
+from pallas_kernels import chips, tuned
 from pallas_kernels.padding import pad_to, round_up
 
 THREADS = 128  # of one warpgroup
@@ -113,13 +115,71 @@ class Tiles:
             (GROUPS, 1, 1),
         ):
             tiles = Tiles(share * chip.cores, GROUPS, split, stages, stores)
-            size = Row(features, split).size
-            # Two rows pass through the registers besides the sums; half of the 128 stay free if more pieces can be had.
-            registers = size // THREADS * (2 + sums)
             smem = tiles.smem_bytes(features, itemsize, parameter_bytes, backward=backward)
+            # Half of a thread's 128 registers stay free if more pieces can be had.
+            registers = tiles.registers(features, sums)
             if registers <= (64 if split < GROUPS else 128) and smem * share <= chip.smem_bytes:
                 return tiles
         return None
+
+    def registers(self, features: int, sums: int) -> int:
+        """Registers of a thread: two rows pass through them besides the sums."""
+        return Row(features, self.split).size // THREADS * (2 + sums)
+
+    def allowed(self, features: int, itemsize: int, parameter_bytes: int, *, backward: bool, centered: bool) -> bool:
+        """Whether the sizes divide as they have to, and registers and shared memory suffice."""
+        chip = chips.current("gpu")
+        if min(dataclasses.astuple(self)) < 1 or self.groups > 8 or self.groups % self.split:
+            return False
+        sums = (2 if centered else 1) if backward else 0
+        share = pl.cdiv(self.blocks, chip.cores)  # blocks of a multiprocessor that all fit it at once
+        smem = self.smem_bytes(features, itemsize, parameter_bytes, backward=backward)
+        return self.registers(features, sums) * self.groups <= 128 * GROUPS and smem * share <= chip.smem_bytes
+
+
+def _sizes(phase: str, x, parameters: dict) -> tuple[tuple[int, int, int], dict[str, bool]]:
+    """What `Tiles.default` and `Tiles.allowed` take: backward, only the scale is read."""
+    backward = phase == "backward"
+    width = sum([p.dtype.itemsize for p in parameters.values()][: 1 if backward else 2])
+    return (x.shape[-1], x.dtype.itemsize, width), {"backward": backward, "centered": len(parameters) == 2}
+
+
+def tiles(phase: str, x, parameters: dict) -> Tiles:
+    """The tuned tiles of the nearest x[..., features] that this one allows, else the default."""
+    sizes, kind = _sizes(phase, x, parameters)
+    default = Tiles.default(*sizes, **kind)
+    assert default is not None, "`unsupported` refuses what no tiles fit"
+    return tuned.choose(
+        f"gpu.{'layer_norm' if kind['centered'] else 'rms_norm'}.{phase}",
+        chips.current("gpu"),
+        {"rows": x.size // x.shape[-1], "features": x.shape[-1]},
+        jnp.dtype(x.dtype).name,
+        Tiles,
+        lambda tiles: tiles.allowed(*sizes, **kind),
+        default,
+    )
+
+
+_tiles = tiles  # where an argument has this name
+
+
+def candidates(phase: str, x, parameters: dict) -> Iterator[Tiles]:
+    """The default, then one, two or four warpgroups to a row, with more or fewer rows on their way."""
+    sizes, kind = _sizes(phase, x, parameters)
+    cores = chips.current("gpu").cores
+    default = Tiles.default(*sizes, **kind)
+    depths = ((2, 1), (2, 2), (3, 2), (4, 2))
+    found = [
+        Tiles(share * cores, groups, split, *depth)
+        for groups, split, share, depth in itertools.product((GROUPS, 2, 8), (1, 2, 4), (1, 2), depths)
+    ]
+    yield from (t for t in dict.fromkeys([default, *found]) if t is not None and t.allowed(*sizes, **kind))
+
+
+def memory(phase: str, tiles: Tiles, x, parameters: dict) -> int:
+    """Bytes of shared memory that a block of `phase` is estimated to take."""
+    sizes, kind = _sizes(phase, x, parameters)
+    return tiles.smem_bytes(*sizes, backward=kind["backward"])
 
 
 def unsupported(x, parameters: dict) -> str | None:
@@ -131,13 +191,12 @@ def unsupported(x, parameters: dict) -> str | None:
     for name, operand in {"x": x, **parameters}.items():
         if operand.dtype not in DTYPES:
             return f"{name} must be float32, bfloat16 or float16, got {operand.dtype}"
-    features, itemsize, centered = x.shape[-1], x.dtype.itemsize, len(parameters) == 2
-    for backward in (False, True):
-        sizes = [p.dtype.itemsize for p in parameters.values()][: 1 if backward else 2]
-        if Tiles.default(features, itemsize, sum(sizes), backward=backward, centered=centered) is None:
+    for phase in ("forward", "backward"):
+        sizes, kind = _sizes(phase, x, parameters)
+        if Tiles.default(*sizes, **kind) is None:
             return (
                 f"a row, its results and its parameters must fit {chip.smem_bytes} bytes of shared memory and the "
-                f"registers, got {features} features of {x.dtype}"
+                f"registers, got {x.shape[-1]} features of {x.dtype}"
             )
     return None
 
@@ -278,13 +337,15 @@ def _unrows(row: Row, array, shape):
     return array.reshape(-1, row.split * row.piece)[:, : row.features].reshape(shape)
 
 
+def _named(scale, bias) -> dict:
+    return {"scale": scale} if bias is None else {"scale": scale, "bias": bias}
+
+
 def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | None):
     """y like x[..., features]; with a bias it is layer norm, with None RMS norm."""
     centered = bias is not None
     parameters = [scale, bias] if centered else [scale]
-    width = sum(p.dtype.itemsize for p in parameters)
-    t = tiles or Tiles.default(x.shape[-1], x.dtype.itemsize, width, backward=False, centered=centered)
-    assert t is not None, "`unsupported` refuses what no tiles fit"
+    t = tiles or _tiles("forward", x, _named(scale, bias))
     row = Row(x.shape[-1], t.split)
     source = _rows(row, x)
     rows = len(source)
@@ -334,8 +395,7 @@ def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | N
 def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tiles | None):
     """(dx, dscale, dbias), each like its operand; with no bias, that of RMS norm and None for dbias."""
     centered = bias is not None
-    t = tiles or Tiles.default(x.shape[-1], x.dtype.itemsize, scale.dtype.itemsize, backward=True, centered=centered)
-    assert t is not None, "`unsupported` refuses what no tiles fit"
+    t = tiles or _tiles("backward", x, _named(scale, bias))
     row = Row(x.shape[-1], t.split)
     source, cotangent = _rows(row, x), _rows(row, dy.astype(x.dtype))
     rows, sums = len(source), 2 if centered else 1

@@ -21,7 +21,9 @@ before, so that the matrix unit and the vector units overlap. The softmax is in 
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips
+from pallas_kernels import chips, tuned
 from pallas_kernels.masks import Band
 from pallas_kernels.padding import pad_to, round_up
 
@@ -43,6 +45,7 @@ FLOOR = (
 )  # the running max starts here, not at -inf: a row that sees nothing gets exp2(-inf - FLOOR) = 0, never NaN
 MASKED = -math.inf
 MAX_HEAD = 256
+MOST_CANDIDATES = 48
 
 
 # ---------------------------------------------------------------------------------------------- tiles
@@ -71,8 +74,7 @@ class Tiles:
         and windows want finer blocks, a bias tile [span, queries] fewer queries. Keys are cut into spans only when
         VMEM demands it.
         """
-        chip = chips.current("tpu")
-        wide = chip.mxu == 256
+        wide = chips.current("tpu").mxu == 256
         largest = 2048 if wide and not backward else 1024
         if problem.itemsize == 4 or problem.tiled or not problem.diagonal:
             largest = 512
@@ -82,18 +84,42 @@ class Tiles:
             sub = 256 if queries % 256 == 0 else 128
             strip = sub if wide or not backward else 128
             reach = round_up(problem.query_length, queries) if problem.diagonal else problem.key_length
-            blocks = -(-reach // keys)
-            tiles = Tiles(queries, keys, keys * blocks, sub, strip, lag=int(wide and backward))
-            while problem.vmem(tiles, backward) > chip.vmem_bytes * 3 // 4 and blocks > 1:
-                blocks = -(-blocks // 2)
-                tiles = dataclasses.replace(tiles, span=keys * blocks)
+            tiles = Tiles(queries, keys, round_up(reach, keys), sub, strip, lag=int(wide and backward))
+            tiles = tiles.cut(problem, backward)
             # A short span reloads the queries too often: give up queries first.
-            fits = problem.vmem(tiles, backward) <= chip.vmem_bytes * 3 // 4
+            fits = problem.vmem(tiles, backward) <= _room()
             if fits and (tiles.span >= min(4096, problem.key_length) or largest <= 256):
                 return tiles
             if largest <= 128:
                 return tiles if fits else None
             largest //= 2
+
+    def cut(self, problem: "Problem", backward: bool) -> "Tiles":
+        """These tiles with the span halved as long as they do not fit VMEM and it is more than a block."""
+        tiles, blocks = self, self.span // self.keys
+        while problem.vmem(tiles, backward) > _room() and blocks > 1:
+            blocks = -(-blocks // 2)
+            tiles = dataclasses.replace(tiles, span=self.keys * blocks)
+        return tiles
+
+    def allowed(self, problem: "Problem", backward: bool) -> bool:
+        """Whether the sizes divide as they have to, and everything fits VMEM."""
+        sizes = (self.queries, self.keys, self.span, self.sub, self.strip, self.part)
+        if any(size < 128 or size % 128 for size in sizes) or self.lag < 0:
+            return False
+        if self.queries % self.sub or self.queries % self.strip or self.span % self.keys:
+            return False
+        if problem.diagonal:
+            # Whole blocks of keys lie before every block of queries, and its own last keys in the span.
+            alone = self.span >= problem.key_length
+            if self.queries % self.keys or (alone and self.span % self.queries):
+                return False
+        return problem.vmem(self, backward) <= _room()
+
+
+def _room() -> int:
+    """VMEM that a kernel may plan with; the rest is the compiler's."""
+    return chips.current("tpu").vmem_bytes * 3 // 4
 
 
 def _block(size: int, largest: int) -> int:
@@ -106,6 +132,67 @@ def _divisor(queries: int) -> int:
     return max(n for n in range(128, min(queries, 1024) + 1, 128) if queries % n == 0)
 
 
+def _tiles(problem: "Problem", *, backward: bool) -> Tiles:
+    """The tuned tiles of the nearest problem, if there are any that this one allows, else the default."""
+    default = Tiles.default(problem, backward=backward)
+    assert default is not None, "`unsupported` refuses what no tiles fit"
+    return tuned.choose(
+        f"tpu.attention.{'backward' if backward else 'forward'}",
+        chips.current("tpu"),
+        problem.shape_class(),
+        problem.dtype,
+        Tiles,
+        lambda tiles: tiles.allowed(problem, backward),
+        default,
+    )
+
+
+def _candidates(problem: "Problem", *, backward: bool) -> Iterator[Tiles]:
+    """The default, blocks of 128, then the others, those that differ least from the default first."""
+    default = Tiles.default(problem, backward=backward)
+    if default is None:
+        return
+    longest = round_up(problem.query_length, 128)
+    shortest = round_up(problem.key_length, 128)
+    found: dict[Tiles, None] = {}
+    for queries, keys in itertools.product((128, 256, 512, 1024, 2048), (128, 256, 512, 1024)):
+        if queries > max(longest, 128) or keys > shortest or (problem.diagonal and queries % keys):
+            continue
+        reach = round_up(problem.query_length, queries) if problem.diagonal else problem.key_length
+        for sub, part, lag in itertools.product((128, 256), (256, 512), (0, 1) if backward else (0,)):
+            if sub > queries or part > max(keys, 256):
+                continue
+            strips = {sub, 128} if problem.diagonal and backward else {sub}
+            for strip in strips:
+                tiles = Tiles(queries, keys, round_up(reach, keys), sub, strip, part, lag).cut(problem, backward)
+                if tiles.allowed(problem, backward):
+                    found[tiles] = None
+    small = [t for t in found if (t.queries, t.keys, t.sub, t.part, t.lag) == (128, 128, 128, 256, 0)]
+
+    def far(tiles: Tiles) -> float:
+        """Doublings from the default, each field for itself."""
+        pairs = zip(dataclasses.astuple(tiles), dataclasses.astuple(default), strict=True)
+        return sum(abs(math.log2((a or 0.5) / (b or 0.5))) for a, b in pairs)
+
+    order = [default, *small, *sorted(found, key=far)]
+    yield from itertools.islice(dict.fromkeys(order), MOST_CANDIDATES)
+
+
+def tiles(phase: str, **call) -> Tiles:
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; `call` as for `unsupported`."""
+    return _tiles(_problem(**call), backward=phase == "backward")
+
+
+def candidates(phase: str, **call) -> Iterator[Tiles]:
+    """Tiles worth trying that the problem and the chip's VMEM allow: the default first, then blocks of 128."""
+    return _candidates(_problem(**call), backward=phase == "backward")
+
+
+def memory(phase: str, tiles: Tiles, **call) -> int:
+    """Bytes of VMEM that the kernel of `phase` is estimated to take."""
+    return _problem(**call).vmem(tiles, phase == "backward")
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What is known of a call before any number is seen."""
@@ -114,7 +201,7 @@ class Problem:
     key_length: int  # of the keys that any query can see
     head_dim: int  # padded
     group: int  # query heads per key head
-    itemsize: int
+    dtype: str
     band: Band
     lengths: bool  # query and key lengths come with the data
     additive: tuple[str, ...]  # "tile", "keys" or "queries" for each of bias, mask present
@@ -126,6 +213,25 @@ class Problem:
     def diagonal(self) -> bool:
         """Plain causal: the queries of a block start where its last keys start."""
         return self.band == Band(None, 0) and not self.lengths and self.key_length == self.query_length
+
+    @property
+    def itemsize(self) -> int:
+        return jnp.dtype(self.dtype).itemsize
+
+    def shape_class(self) -> dict[str, int | str]:
+        """What the best tiles depend on. A window counts by its reach, and lengths as if they were full."""
+        kind = "causal" if self.diagonal else "open" if self.band.open else "banded"
+        extras = [name for name, there in (("tiled", self.tiled), ("lengths", self.lengths)) if there]
+        sides = {"left": self.band.left, "right": self.band.right} if kind == "banded" else {}
+        reach = {name: max(side, 1) for name, side in sides.items() if side is not None}
+        return {
+            "kind": " ".join([kind, *extras]),
+            "head_dim": str(self.head_dim),
+            "group": self.group,
+            "queries": self.query_length,
+            "keys": self.key_length,
+            **reach,
+        }
 
     @property
     def tiled(self) -> bool:
@@ -422,7 +528,10 @@ def _problem(
     is_causal=False,
     local_window_size=None,
     logits_soft_cap=None,
+    **others,
 ) -> Problem:
+    """`others` (value, segment ids, sinks) have no say in it."""
+    del others
     band = Band.of(is_causal, local_window_size)
     keys = key.shape[1]
     if band.right is not None:  # keys past the last query's reach are never read
@@ -432,7 +541,7 @@ def _problem(
         key_length=keys,
         head_dim=round_up(query.shape[3], 16),
         group=query.shape[2] // key.shape[2],
-        itemsize=jnp.dtype(query.dtype).itemsize,
+        dtype=jnp.dtype(query.dtype).name,
         band=band,
         lengths=query_seq_lengths is not None or key_value_seq_lengths is not None,
         additive=tuple(_kind(x) for x in (bias, mask) if x is not None),
@@ -618,8 +727,7 @@ def forward(
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
     )
-    t = tiles or Tiles.default(p, backward=False)
-    assert t is not None, "`unsupported` refuses what no tiles fit"
+    t = tiles or _tiles(p, backward=False)
     batch, _, heads, dim = query.shape
     operands = _Operands(p, t, lambda b, n, s, i: (b, n, n // p.group, s, i))
     operands.add_queries(query=query)
@@ -713,8 +821,7 @@ def backward(
     )
     if query_seq_lengths is not None:
         lse = jnp.where(_inside(query_seq_lengths, p), lse, jnp.inf)
-    t = tiles or Tiles.default(p, backward=True)
-    assert t is not None, "`unsupported` refuses what no tiles fit"
+    t = tiles or _tiles(p, backward=True)
     batch, _, heads, dim = query.shape
     operands = _Operands(p, t, lambda b, h, s, g, i: (b, h * p.group + g, h, s, i))
     operands.add_queries(query=query, out=out, dout=dout)

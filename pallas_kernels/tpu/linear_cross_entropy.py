@@ -17,6 +17,8 @@ Source: Milakov and Gimelshein 2018 (online softmax); Wijmans et al. 2024 (cut c
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips
+from pallas_kernels import chips, tuned
 from pallas_kernels.padding import pad_to, round_up
 
 f32 = jnp.float32
@@ -51,6 +53,12 @@ class Tiles:
         vmem = chips.current("tpu").vmem_bytes - SLACK
         sizes = _BACKWARD if backward else _FORWARD
         return next((t for t in sizes if _vmem_bytes(t, hidden, itemsize, backward) <= vmem), sizes[-1])
+
+    def allowed(self, x, backward: bool) -> bool:
+        """Whether these are sizes the kernels take, and everything fits VMEM."""
+        if any(size <= 0 or size % (LANES if size <= 512 else 512) for size in (self.tokens, self.vocab)):
+            return False
+        return _vmem_bytes(self, x.shape[-1], x.dtype.itemsize, backward) + SLACK <= chips.current("tpu").vmem_bytes
 
     def fitted(self, tokens: int, vocab: int, *, least: int) -> "Tiles":
         """The same number of blocks, but at least `least` of tokens, cut evenly."""
@@ -81,6 +89,46 @@ def _vmem_bytes(tiles: Tiles, hidden: int, itemsize: int, backward: bool) -> int
         operands, sums = itemsize * h * (2 * t + 2 * v + v + 2 * v), 4 * h * (v + 2 * t)
         return operands + sums + (itemsize + 4) * v * t + 8 * 4 * v * LANES
     return itemsize * h * (2 * t + 2 * v) + 4 * t * v + 8 * 4 * t * LANES
+
+
+def _tiles(x, weight, *, backward: bool) -> Tiles:
+    """The tuned tiles of the nearest problem that fit this one, else the default."""
+    (tokens, hidden), vocab = x.shape, weight.shape[1]
+    return tuned.choose(
+        f"tpu.linear_cross_entropy.{'backward' if backward else 'forward'}",
+        chips.current("tpu"),
+        {"tokens": tokens, "hidden": hidden, "vocab": vocab},
+        jnp.dtype(x.dtype).name,
+        Tiles,
+        lambda tiles: tiles.allowed(x, backward),
+        Tiles.default(hidden, x.dtype.itemsize, backward=backward),
+    )
+
+
+def tiles(phase: str, x, weight, labels, bias=None, **options) -> Tiles:
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
+    return _tiles(x, weight, backward=phase == "backward")
+
+
+def candidates(phase: str, x, weight, labels, bias=None, **options) -> Iterator[Tiles]:
+    """Tiles worth trying that fit the chip's VMEM: the default first, then blocks of 128, then every other size."""
+    backward, (tokens, hidden), vocab = phase == "backward", x.shape, weight.shape[1]
+    sizes = (2048, 1024, 512, 256, 128)
+    found = [Tiles.default(hidden, x.dtype.itemsize, backward=backward), Tiles(LANES, LANES)]
+    found += [Tiles(*both) for both in itertools.product(sizes, (4096, *sizes))]
+    seen = set()
+    for tiles in found:
+        cut = tiles.fitted(tokens, vocab, least=2 if backward else 1)
+        if tiles.allowed(x, backward) and cut not in seen:
+            seen.add(cut)
+            yield tiles
+
+
+def memory(phase: str, tiles: Tiles, x, weight, labels, bias=None, **options) -> int:
+    """Bytes of VMEM that the kernel of `phase` is estimated to take."""
+    backward = phase == "backward"
+    cut = tiles.fitted(x.shape[0], weight.shape[1], least=2 if backward else 1)
+    return _vmem_bytes(cut, x.shape[-1], x.dtype.itemsize, backward) + SLACK
 
 
 def unsupported(
@@ -224,7 +272,7 @@ def _prepare(x, weight, bias, tiles, backward):
     The weight keeps its size whenever it can, being expensive to copy: `_clear_past_the_end` copes with its last block.
     """
     (tokens, hidden), vocab = x.shape, weight.shape[1]
-    tiles = tiles or Tiles.default(hidden, x.dtype.itemsize, backward=backward)
+    tiles = tiles or _tiles(x, weight, backward=backward)
     least = 2 if backward else 1
     tiles = tiles.fitted(tokens, vocab, least=least)
     wide = round_up(hidden, LANES)

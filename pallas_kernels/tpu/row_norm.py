@@ -12,6 +12,8 @@ Source: Ba et al. 2016 (layer normalisation); Zhang and Sennrich 2019 (root mean
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips
+from pallas_kernels import chips, tuned
 from pallas_kernels.padding import pad_to, round_up
 
 f32 = jnp.float32
@@ -50,6 +52,16 @@ class Tiles:
         group = min(64 * 1024 // columns // ROWS * ROWS, most)
         return Tiles(most // group * group, group, columns)
 
+    def allowed(self, x, parameters: int, backward: bool) -> bool:
+        """Whether the sizes divide as they have to, no block lies past the end, and everything fits VMEM."""
+        rows, least = x.size // x.shape[-1], min(self.rows, self.group, self.columns)
+        if least <= 0 or self.rows % self.group or self.group % ROWS or self.columns % LANES:
+            return False
+        if self.rows > max(rows // ROWS * ROWS, ROWS):
+            return False
+        need = _vmem_bytes(self, x.shape[-1], x.dtype.itemsize, parameters, backward)
+        return need + SLACK <= chips.current("tpu").vmem_bytes
+
 
 def _vmem_bytes(tiles: Tiles, features: int, itemsize: int, parameters: int, backward: bool) -> int:
     """VMEM of a kernel: every operand is there twice, the next block arriving while this one is worked on."""
@@ -57,6 +69,41 @@ def _vmem_bytes(tiles: Tiles, features: int, itemsize: int, parameters: int, bac
     blocks = (3 if backward else 2) * tiles.rows * width * itemsize
     vectors = parameters * SUBLANES * width * 4 * (2 if backward else 1)
     return 2 * (blocks + vectors)
+
+
+def tiles(name: str, phase: str, x, *, parameters: int) -> Tiles:
+    """The tuned tiles of the nearest x[..., features] that this one allows, else the default."""
+    rows, features = x.size // x.shape[-1], x.shape[-1]
+    return tuned.choose(
+        f"tpu.{name}.{phase}",
+        chips.current("tpu"),
+        {"rows": rows, "features": features},
+        jnp.dtype(x.dtype).name,
+        Tiles,
+        lambda tiles: tiles.allowed(x, parameters, phase == "backward"),
+        Tiles.default(rows, features, x.dtype.itemsize),
+    )
+
+
+def candidates(phase: str, x, *, parameters: int) -> Iterator[Tiles]:
+    """The default, blocks of 128 rows in slices of 128 features, then larger and smaller blocks and turns."""
+    rows, features, itemsize = x.size // x.shape[-1], x.shape[-1], x.dtype.itemsize
+    width = round_up(features, LANES)
+    default = Tiles.default(rows, features, itemsize)
+    found = [default, Tiles(min(128, max(rows // ROWS, 1) * ROWS), ROWS, LANES)]
+    widths = sorted({min(width, columns) for columns in (512, 1024, 2048, 4096)}, reverse=True)
+    for block, values, columns in itertools.product((2 << 20, 1 << 20, 4 << 20, 1 << 19), (64, 32, 128), widths):
+        group = values * 1024 // columns // ROWS * ROWS
+        if group:
+            most = max(min(block // (width * itemsize), rows) // ROWS, 1) * ROWS
+            group = min(group, most)
+            found.append(Tiles(most // group * group, group, columns))
+    yield from (tiles for tiles in dict.fromkeys(found) if tiles.allowed(x, parameters, phase == "backward"))
+
+
+def memory(phase: str, tiles: Tiles, x, *, parameters: int) -> int:
+    """Bytes of VMEM that the kernel of `phase` is estimated to take."""
+    return _vmem_bytes(tiles, x.shape[-1], x.dtype.itemsize, parameters, phase == "backward") + SLACK
 
 
 def unsupported(x, *, parameters: int) -> str | None:
@@ -177,12 +224,11 @@ def _backward_kernel(x_ref, w_ref, dy_ref, dx_ref, dw_ref, *dbias_ref, rows, blo
         _over_groups(block, rows, tiles, group)
 
 
-def _prepare(x, *parameters, tiles):
-    """x as [rows ≥ 16, features], the parameters as float32 [1, features], the number of rows, the tiles."""
+def _prepare(x, *parameters):
+    """x as [rows ≥ 16, features], the parameters as float32 [1, features], the number of rows."""
     flat = x.reshape(-1, x.shape[-1])
     rows = flat.shape[0]
-    tiles = tiles or Tiles.default(rows, x.shape[-1], x.dtype.itemsize)
-    return pad_to(flat, 0, max(rows, ROWS)), [p.astype(f32)[None] for p in parameters], rows, tiles
+    return pad_to(flat, 0, max(rows, ROWS)), [p.astype(f32)[None] for p in parameters], rows
 
 
 def _call(kernel, semantics, tiles, operands, outputs, *, backward, **kwargs):
@@ -207,7 +253,7 @@ def _call(kernel, semantics, tiles, operands, outputs, *, backward, **kwargs):
 
 def forward(x, w, bias=None, *, eps, center, tiles, name):
     """y[..., features] in x's dtype; w is the scale with its offset added."""
-    flat, parameters, rows, tiles = _prepare(x, *(p for p in (w, bias) if p is not None), tiles=tiles)
+    flat, parameters, rows = _prepare(x, *(p for p in (w, bias) if p is not None))
     block = pl.BlockSpec((tiles.rows, x.shape[-1]), lambda i: (i, 0))
     vector = pl.BlockSpec((1, x.shape[-1]), lambda i: (0, 0))
     (y,) = _call(
@@ -227,7 +273,7 @@ def forward(x, w, bias=None, *, eps, center, tiles, name):
 
 def backward(x, w, dy, *, eps, center, tiles, name):
     """(dx in x's shape and dtype, float32 dw[features], float32 dbias[features] if `center`)."""
-    flat, (w,), rows, tiles = _prepare(x, w, tiles=tiles)
+    flat, (w,), rows = _prepare(x, w)
     dy = pad_to(dy.reshape(-1, x.shape[-1]), 0, flat.shape[0])
     features, sums = x.shape[-1], 2 if center else 1
     blocks = pl.cdiv(flat.shape[0], tiles.rows)

@@ -193,24 +193,31 @@ class _Call:
 
     @property
     def few(self) -> bool:
-        """Whether one tile is the whole call and a key meets few queries: then the keys are best read where they lie."""
+        """Whether one tile is the whole call and a key meets few queries: then keys are best read where they lie."""
         whole = self.keys <= self.columns and self.queries <= self.rows
         return whole and self.queries * self.heads // self.groups <= _FEW_QUERIES
 
-    def product(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        """The einsum "bkxc,bkcgt->bkxgt", whatever its letters are."""
+    def scores(self, key: jax.Array, query: jax.Array) -> jax.Array:
+        """The product of a tile of keys, as it lies in memory if the queries are few, with a tile of queries."""
         if not self.few:
-            return _dot(equation, a, b)
-        wide = jnp.promote_types(a.dtype, jnp.float32)
-        return jnp.sum(a.astype(wide)[..., None, None] * b.astype(wide)[:, :, None], axis=3)
+            return _dot("bksh,bkhgt->bksgt", key, query)
+        key, query = _widened(key)[:, :, :, None, None], _widened(query).transpose(0, 1, 3, 4, 2)
+        return jnp.sum(key * query[:, None], axis=-1).transpose(0, 2, 1, 3, 4)
 
-    def logits(self, query: jax.Array, key: jax.Array, i, j, masked: bool) -> tuple[jax.Array, float, jax.Array | None]:
-        """(s, scale, tanh): the logits of tile (i, j) are s · scale, -inf where masked; their tanh if they are capped.
+    def mixed(self, value: jax.Array, p: jax.Array) -> jax.Array:
+        """The product of a tile of values, given as the keys are, with the weights of a tile: [B, K, H, G, rows]."""
+        if not self.few:
+            return _dot("bkhs,bksgt->bkhgt", value, p)
+        value, p = _widened(value)[:, :, :, None, None], _widened(p).transpose(0, 2, 1, 3, 4)
+        return jnp.sum(value * p[..., None], axis=1).transpose(0, 1, 4, 2, 3)
+
+    def logits(self, s: jax.Array, i, j, masked: bool) -> tuple[jax.Array, float, jax.Array | None]:
+        """(s, scale, tanh): the logits of tile (i, j), of which `s` are the products, are s · scale, -inf where masked;
+        their tanh if they are capped.
 
         The scale is left to whoever reads s, in the same pass as the rest, where nothing is added to the product.
         """
-        s, scale = self.product("bksh,bkhgt->bksgt", key, query), self.scale
-        tanh = None
+        scale, tanh = self.scale, None
         if self.soft_cap is not None:
             tanh = jnp.tanh(s * (scale / self.soft_cap))
             s, scale = self.soft_cap * tanh, 1.0
@@ -245,6 +252,10 @@ def _at(x: jax.Array, j) -> jax.Array:
     return lax.dynamic_index_in_dim(x, j, keepdims=False, allow_negative_indices=False)
 
 
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.promote_types(b.dtype, jnp.float32))
 
@@ -274,10 +285,11 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
     sinks, query_lengths = optional.get("sinks"), optional.get("query_seq_lengths")
     wide = jnp.promote_types(query.dtype, jnp.float32)
     queries = call.by_rows(query)
-    keys = to_tiles(call.by_columns(key), 1, call.columns).swapaxes(2, 3)  # [key tiles, B, K, columns, H]
-    values = to_tiles(call.by_columns(value), 1, call.columns).transpose(0, 1, 3, 4, 2)
-    if not call.few:
-        keys, values = _in_memory(keys), _in_memory(values)
+    if call.few:
+        keys, values = key[None], value[None]
+    else:
+        keys = _in_memory(to_tiles(call.by_columns(key), 1, call.columns).swapaxes(2, 3))  # [tiles, B, K, columns, H]
+        values = _in_memory(to_tiles(call.by_columns(value), 1, call.columns).transpose(0, 1, 3, 4, 2))
     statistics = (query.shape[0], call.groups, 1, queries.shape[3], call.rows)
     if sinks is None:
         start = jnp.full(statistics, FLOOR, wide), jnp.zeros(statistics, wide)
@@ -292,11 +304,11 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
 
         def step(j, carry, masked):
             top, total, acc = carry
-            s, scale, _ = call.logits(query, _at(keys, j), i, j, masked)
+            s, scale, _ = call.logits(call.scores(_at(keys, j), query), i, j, masked)
             new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True) * scale)
             p, decay = jnp.exp(s * scale - new_top), jnp.exp(top - new_top)
             total = decay * total + jnp.sum(p, axis=2, keepdims=True)
-            part = call.product("bkhs,bksgt->bkhgt", _at(values, j), p.astype(value.dtype))
+            part = call.mixed(_at(values, j), p.astype(value.dtype))
             return new_top, total, decay * acc + part
 
         top, total, acc = call.over_key_tiles(i, step, (*start, jnp.zeros(query.shape, wide)))
@@ -355,7 +367,7 @@ def _backward(
         def step(j, carry, masked):
             dquery, (dkey, dvalue, dbias) = carry
             key, value = call.key_tile(keys, j), call.key_tile(values, j)
-            s, factor, tanh = call.logits(query, key, i, j, masked)
+            s, factor, tanh = call.logits(_dot("bksh,bkhgt->bksgt", key, query), i, j, masked)
             p = jnp.exp(s * factor - lse)
             dvalue = _add_at(dvalue, j, _dot("bksgt,bkgth->bksh", p.astype(dout.dtype), dout_rows))
             ds = p * (_dot("bksh,bkhgt->bksgt", value, dout) - delta)

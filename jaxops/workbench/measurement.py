@@ -1,0 +1,514 @@
+"""How fast one call is, beside what others offer and beside what the device can do: measured here, or modelled.
+
+Measured: every variant is first compared with float64 and is not timed if it is wrong. Then the variants take turns
+(`timing`). TFLOP/s and GB/s are those of the least that has to be computed and moved (`jaxops.workbench.cost`): a variant that computes
+twice reaches half. The peak is its maker's for a chip that is known, and measured in the same run elsewhere: on a CPU a
+call whose arrays fit the cache may exceed 100 %.
+
+Modelled, for a chip that is not here: the time is what `jaxops.schedule` reads from the compiler's schedule. What that
+model cannot see is in `BLIND`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxops.inspection import explain
+from jaxops.workbench import comparison, compiler, devices, peers, timing
+from jaxops.workbench.call import Problem, call, operators, option
+from jaxops.workbench.cost import Cost, Peak, published
+from jaxops.workbench.cost import of as cost_of
+from pallas_kernels import chips
+
+BLIND = (
+    "The model reads the compiler's schedule. It does not see memory stalls beyond peak bandwidth, contention between "
+    "cores or chips, clock throttling, the cost of a launch, or work that depends on the numbers. No chip has "
+    "confirmed it. A GPU program has no modelled time: its schedule does not say how often its loops run."
+)
+# Largest ‖peer - oracle‖ / ‖oracle‖ by which a peer still computes the same: of 16-bit types, of others.
+_SAME_16_BIT, _SAME = 3e-2, 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Usual:
+    """A typical call: operands in words with sizes by name, options, and the sizes on a CPU and on an accelerator."""
+
+    operands: tuple[str, ...]
+    options: tuple[str, ...]
+    cpu: Mapping[str, int]
+    accelerator: Mapping[str, int]
+
+
+_ROWS = {"R": 4096, "D": 2048}, {"R": 8192, "D": 4096}
+_PRODUCT = {"M": 1024, "K": 1024, "N": 1024}, {"M": 4096, "K": 4096, "N": 4096}
+_HEADS = {"B": 1, "T": 1024, "N": 8, "H": 64}, {"B": 4, "T": 4096, "N": 8, "H": 128}
+_VOCABULARY = {"T": 1024, "D": 256, "V": 16384}, {"T": 8192, "D": 2048, "V": 65536}
+_ATTENTION = ("query=BxTxNxH", "key=BxTxNxH", "value=BxTxNxH")
+USUAL = {
+    "dot_product_attention": Usual(_ATTENTION, ("is_causal=True",), *_HEADS),
+    "gated_linear_unit": Usual(("x=MxK", "w_gate=KxN", "w_up=KxN"), (), *_PRODUCT),
+    "gelu": Usual(("x=RxD",), (), *_ROWS),
+    "layer_norm": Usual(("x=RxD", "scale=D", "bias=D"), (), *_ROWS),
+    "linear_cross_entropy": Usual(("x=TxD", "weight=DxV", "labels=T:int32"), (), *_VOCABULARY),
+    "matmul": Usual(("x=MxK", "w=KxN"), (), *_PRODUCT),
+    "relu": Usual(("x=RxD",), (), *_ROWS),
+    "rms_norm": Usual(("x=RxD", "scale=D"), (), *_ROWS),
+    "rope": Usual(("x=BxTxNxH", "positions=T:int32"), (), *_HEADS),
+    "silu": Usual(("x=RxD",), (), *_ROWS),
+    "softmax": Usual(("x=RxD",), (), *_ROWS),
+    "squared_relu": Usual(("x=RxD",), (), *_ROWS),
+}
+
+
+def with_sizes(operand: str, sizes: Mapping[str, int]) -> str:
+    """The words of an operand with every size that has a name replaced: "x=Rx64" and R=8 give "x=8x64"."""
+    name, equals, rest = operand.partition("=")
+    shape, colon, dtype = rest.partition(":")
+    return name + equals + "x".join(str(sizes.get(size, size)) for size in shape.split("x")) + colon + dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A call in words, as `jaxops.workbench.call.call` takes them."""
+
+    operator: str
+    operands: tuple[str, ...]
+    options: tuple[str, ...]
+    dtype: str
+    gradients: bool
+
+    def __str__(self) -> str:
+        direction = "forward and backward" if self.gradients else "forward"
+        return f"{' '.join((self.operator, *self.operands, *self.options))}, {self.dtype}, {direction}"
+
+    def call(self) -> tuple[Callable, dict[str, jax.ShapeDtypeStruct]]:
+        """The function of its operands, and their shapes. Raises `Problem` where the words make no sense."""
+        return call(self.operator, self.operands, self.options, self.dtype, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What came of one variant.
+
+    status: "timed", "modelled", "wrong" (the result differs: `reason` says by how much), "failed" (it does not run) or
+      "absent" (there is no such operation, or no time for it). error: relative, of the result nearest to what is
+      allowed; None where nothing was compared.
+    """
+
+    variant: str
+    status: str
+    reason: str = ""
+    spread: timing.Spread | None = None
+    temp_bytes: int | None = None
+    error: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        return self.spread.median if self.spread else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What a time means. `percent` is of the roofline, `times_first` the time over that of the first variant."""
+
+    tflops: float | None = None
+    gbytes: float | None = None
+    percent: float | None = None
+    times_first: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One call on one device: `cost` is the least it has to compute and move, `where` the device or the chip's name.
+
+    peak_memory_bytes: the most the device ever held in this process, where it says so.
+    """
+
+    question: Question
+    where: str
+    modelled: bool
+    cost: Cost
+    peak: Peak
+    rows: tuple[Row, ...]
+    peak_memory_bytes: int | None = None
+
+    @property
+    def bound(self) -> tuple[float, str] | None:
+        """The roofline: (seconds, "compute" or "memory"); None if the peak of its products is not known."""
+        try:
+            return self.peak.bound(self.cost)
+        except ValueError:
+            return None
+
+    def figures(self, row: Row) -> Figures:
+        if row.seconds is None:
+            return Figures()
+        first = next(other.seconds for other in self.rows if other.seconds)
+        return Figures(
+            tflops=self.cost.flops / row.seconds / 1e12 if self.cost.flops else None,
+            gbytes=self.cost.bytes / row.seconds / 1e9,
+            percent=100 * self.bound[0] / row.seconds if self.bound else None,
+            times_first=row.seconds / first,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines: seconds, bytes and flops."""
+        return {
+            **dataclasses.asdict(self.question),
+            "where": self.where,
+            "modelled": self.modelled,
+            "cost": dataclasses.asdict(self.cost),
+            "peak": dataclasses.asdict(self.peak),
+            "bound": dict(zip(("seconds", "by"), self.bound, strict=True)) if self.bound else None,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "rows": [self._row(row) for row in self.rows],
+        }
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        spread = row.spread if row.status == "timed" else None
+        return {
+            "variant": row.variant,
+            "status": row.status,
+            "reason": row.reason,
+            "seconds": row.seconds,
+            "minimum": spread.minimum if spread else None,
+            "maximum": spread.maximum if spread else None,
+            "quartiles": spread.quartiles if spread else None,
+            "rounds": len(spread.seconds) if spread else None,
+            **dataclasses.asdict(self.figures(row)),
+            "temp_bytes": row.temp_bytes,
+            "error": row.error,
+        }
+
+
+# ---- measured -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Variant:
+    """`function` takes the operands of the call; `peer`s need to compute the same only as far as peers do."""
+
+    name: str
+    function: Callable
+    peer: bool = True
+
+
+def measure(
+    question: Question,
+    against: Sequence[str] = (),
+    *,
+    rounds: int = 10,
+    peak: Peak | None = None,
+    advance: Callable[[str], None] = lambda _: None,
+) -> Benchmark:
+    """The call on the device at hand, beside its counterparts in the libraries, or "module:function"s, `against`.
+
+    The variant in question comes first and, if it runs as a kernel, the same call in XLA second.
+
+    peak: of the device; None: `peak_here`. advance: called with a word after every step.
+
+    Raises `Problem`, before anything is computed, for words that make no sense and for a library that is not installed.
+    """
+    function, shapes = question.call()
+    variants, rows = _variants(question, function, shapes, against)
+    chosen = [name for name, x in shapes.items() if jnp.issubdtype(x.dtype, jnp.floating)] if question.gradients else []
+    try:
+        given, plain = comparison.problems(function, random_operands(shapes), chosen)
+        arguments = _arguments(given)
+        work = cost_of(_program(function), *arguments)
+    except (TypeError, ValueError) as error:  # the operator's own word on its input
+        raise Problem(str(error)) from error
+    peak = peak or peak_here(question.dtype)
+    with jax.default_device("cpu"):  # an accelerator has no float64, or a slow one
+        exact = plain.exact()
+    judge = _Judge(question.dtype, plain.unfused(), exact)
+    advance("float64")
+
+    ready: dict[str, Callable[[], Any]] = {}
+    for variant in variants:
+        run, row = _prepare(variant, arguments, judge)
+        rows.append(row)
+        if row.status == "timed":
+            ready[variant.name] = run
+        advance(f"{variant.name} checked")
+    spreads = timing.take_turns(ready, rounds, advance) if ready else {}
+    memory = (devices.at_hand().memory_stats() or {}).get("peak_bytes_in_use")
+    timed = [dataclasses.replace(row, spread=spreads.get(row.variant)) for row in rows]
+    timed.sort(key=lambda row: row.status == "absent")
+    return Benchmark(question, devices.description(), False, work, peak, tuple(timed), memory)
+
+
+def peak_here(dtype: str) -> Peak:
+    """What the device at hand can do: by its maker if it is a chip that is known, else as measured now."""
+    chip = devices.chip()
+    known = chip is not None and chip.name in chips.CHIPS
+    return published(chip, dtype) if chip and known else timing.measured_peak(dtype)
+
+
+def random_operands(shapes: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Numbers for the operands of a call, by their names where these mean something.
+
+    Floating: normal, of variance one over the contracted size in a weight; labels below the vocabulary, positions one
+    after the other, lengths up to the length, segments of growing id, masks that show nine in ten; other integers are 0
+    or 1.
+    """
+    random = np.random.default_rng(seed)
+
+    def numbers(name: str, x: Any) -> np.ndarray:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            weight = name in ("w", "weight", "w_gate", "w_up") and len(x.shape) == 2
+            scale = 1 / max(x.shape[0], 1) ** 0.5 if weight else 1
+            return (scale * random.standard_normal(x.shape, np.float32)).astype(x.dtype)
+        if x.dtype == jnp.bool_:
+            return (random.random(x.shape) < 0.9) | (np.arange(x.shape[-1] if x.shape else 1) == 0)
+        if name == "positions":
+            return np.broadcast_to(np.arange(x.shape[-1]), x.shape).astype(x.dtype)
+        if name.endswith("_segment_ids"):
+            return np.sort(random.integers(0, 4, x.shape), axis=-1).astype(x.dtype)
+        if name.endswith("_seq_lengths"):
+            longest = shapes[name.split("_")[0] if name.startswith("query") else "key"].shape[-3]
+            return random.integers(longest // 2, longest + 1, x.shape).astype(x.dtype)
+        bound = shapes["weight"].shape[-1] if name == "labels" and "weight" in shapes else 2
+        return random.integers(0, bound, x.shape).astype(x.dtype)
+
+    return {name: numbers(name, x) for name, x in shapes.items()}
+
+
+def _variants(
+    question: Question, function: Callable, shapes: Mapping[str, Any], against: Sequence[str]
+) -> tuple[list[_Variant], list[Row]]:
+    """What is to be measured, and a row for each of `against` that has no counterpart."""
+    library_has_it = question.operator in operators()
+    variants, absent = [_Variant("jaxops" if library_has_it else question.operator, function, peer=False)], []
+    chip = devices.chip()
+    chooses = not any(word.startswith("implementation=") for word in question.options)
+    if library_has_it and chooses and chip and chip.name in chips.CHIPS:
+        lines = explain(function, target=chip.name, **shapes).lines
+        if any(line.implementation == "pallas" for line in lines):
+            options = (*question.options, "implementation=xla")
+            in_xla, _ = dataclasses.replace(question, options=options).call()
+            variants.append(_Variant("jaxops, XLA", in_xla, peer=False))
+    for name in against:
+        found = _counterpart(name, question, shapes)
+        if isinstance(found, str):
+            absent.append(Row(name, "absent", found))
+        else:
+            variants.append(_Variant(name, found))
+    return variants, absent
+
+
+def _counterpart(name: str, question: Question, shapes: Mapping[str, Any]) -> Callable | str:
+    """The same call in the library, or of the "module:function", `name`, or why there is none."""
+    options = tuple(word for word in question.options if not word.startswith("implementation="))
+    if ":" in name:
+        return dataclasses.replace(question, operator=name, options=options).call()[0]
+    static = dict(option(word) for word in options)
+    found = peers.find(name, question.operator, {**shapes, **static})
+    if isinstance(found, str):
+        return found
+    if name == "torch" and devices.at_hand().platform != "cpu":
+        return "torch is compared on a CPU only"
+    return functools.partial(found, **static)
+
+
+def _program(function: Callable) -> Callable:
+    """f(chosen, fixed, cotangents): the outputs by name and the gradients of what is `chosen`, in one program."""
+
+    def run(chosen, fixed, cotangents):
+        if not chosen:
+            return comparison.outputs_of(function(**fixed))
+        outputs, pull_back = jax.vjp(lambda chosen: comparison.outputs_of(function(**chosen, **fixed)), chosen)
+        (gradients,) = pull_back(cotangents)
+        return {**outputs, **{f"gradient of {name}": gradient for name, gradient in gradients.items()}}
+
+    return run
+
+
+def _arguments(problem: comparison.Problem) -> tuple[dict, dict, dict]:
+    """What `_program` takes."""
+    chosen = problem.primals()
+    fixed = {name: x for name, x in problem.operands.items() if name not in chosen}
+    shapes = jax.eval_shape(problem.value)
+    cotangents = {name: jnp.asarray(problem.weights[name], y.dtype) for name, y in shapes.items()} if chosen else {}
+    return chosen, fixed, cotangents
+
+
+def _prepare(variant: _Variant, arguments: tuple, judge: "_Judge") -> tuple[Callable[[], Any], Row]:
+    """(the call, ready to be timed; what came of running it once)."""
+    try:
+        if variant.name == "torch":
+            run, temp = _torch_call(variant.function, *arguments), None
+        else:
+            compiled = jax.jit(_program(variant.function)).lower(*arguments).compile()
+            run, temp = functools.partial(compiled, *arguments), timing.temp_bytes(compiled)
+        got = {name: _as_numpy(x) for name, x in run().items()}
+    except Exception as error:  # kernels and peers may fail in any way: that is their row
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        return lambda: None, Row(variant.name, "failed", words if len(words) <= 300 else words[:300] + " …")
+    return run, dataclasses.replace(judge.row(variant, got), temp_bytes=temp)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+    """Compares results with `exact`, in float64; `unfused` is the plain form whose error is the yardstick."""
+
+    dtype: str
+    unfused: Mapping[str, Any]
+    exact: Mapping[str, np.ndarray]
+
+    def row(self, variant: _Variant, got: Mapping[str, Any]) -> Row:
+        if set(got) != set(self.exact):
+            return Row(variant.name, "wrong", f"it gives {', '.join(got)}, not {', '.join(self.exact)}")
+        worst, wrong = 0.0, ""
+        for name, exact in self.exact.items():
+            found, unfused = np.asarray(got[name]), self.unfused[name]
+            if variant.peer:
+                error = comparison.error(found, exact, 2) if found.shape == exact.shape else float("inf")
+                allowed = _SAME_16_BIT if unfused.dtype.itemsize == 2 else _SAME
+                if not error <= allowed:
+                    wrong = wrong or f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+            else:
+                compared = comparison.judge(name, found, [(unfused, exact)], self.dtype)
+                error = compared.error
+                if not compared.holds:
+                    wrong = wrong or str(compared)
+            worst = max(worst, error)
+        return Row(variant.name, "wrong" if wrong else "timed", wrong, error=worst)
+
+
+def _as_numpy(x: Any) -> np.ndarray:
+    """A JAX or torch array; torch's in float64, because NumPy does not know its bfloat16."""
+    return np.asarray(x) if isinstance(x, jax.Array) else x.detach().double().numpy()
+
+
+def _torch_call(function: Callable, chosen: Mapping, fixed: Mapping, cotangents: Mapping) -> Callable[[], Any]:
+    """The same program with torch's own tensors and derivative."""
+    import torch
+
+    def tensor(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return torch.from_numpy(np.array(x))
+        return torch.from_numpy(np.array(x, np.float32)).to(getattr(torch, str(x.dtype)))
+
+    leaves = {name: tensor(x).requires_grad_() for name, x in chosen.items()}
+    others = {name: tensor(x) for name, x in fixed.items()}
+    pulled = {name: tensor(x) for name, x in cotangents.items()}
+
+    def run():
+        out = function(**leaves, **others)
+        if not leaves:
+            return {"output": out}
+        gradients = torch.autograd.grad(out, list(leaves.values()), pulled["output"].to(out.dtype))
+        named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+        return {"output": out.detach(), **named}
+
+    return run
+
+
+# ---- modelled -------------------------------------------------------------------------------------------------------
+
+
+def model(
+    question: Question,
+    targets: Sequence[str],
+    against: Sequence[str] = (),
+    *,
+    seconds: float = 300,
+    workers: int | None = None,
+    advance: Callable[[str], None] = lambda _: None,
+) -> list[Benchmark]:
+    """The call on chips that are not here, by the schedule that their compilers make: one benchmark for each target.
+
+    Variants: what the operator chooses, the same in XLA where a kernel runs, and its counterparts `against`.
+
+    seconds: for one compilation. Raises `Problem` for words that make no sense, an absent library or compiler.
+    """
+    function, shapes = question.call()
+    try:
+        work = cost_of(*_gradients_program(function, shapes)) if question.gradients else cost_of(function, **shapes)
+        jobs = [job for target in targets for job in _jobs(question, target, function, shapes, against)]
+    except (TypeError, ValueError) as error:  # the operator's own word on its input
+        raise Problem(str(error)) from error
+    results = iter(
+        compiler.compile_jobs(
+            [job for _, _, job in jobs if isinstance(job, compiler.Job)],
+            seconds=seconds,
+            workers=workers,
+            advance=advance,
+        )
+    )
+    rows: dict[str, list[Row]] = {target: [] for target in targets}
+    for target, name, job in jobs:
+        rows[target].append(Row(name, "absent", job) if isinstance(job, str) else _modelled(name, next(results)))
+    return [
+        Benchmark(question, name, True, work, published(chips.named(name), question.dtype), tuple(rows[name]))
+        for name in targets
+    ]
+
+
+def _gradients_program(function: Callable, shapes: Mapping[str, Any]) -> tuple[Callable, dict, dict, dict]:
+    """(the gradients as a function, its three arguments): what the compiler service makes of a job with gradients."""
+    chosen = {name: x for name, x in shapes.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    fixed = {name: x for name, x in shapes.items() if name not in chosen}
+    cotangents = jax.eval_shape(lambda operands: comparison.outputs_of(function(**operands)), dict(shapes))
+
+    def gradients(chosen, fixed, cotangents):
+        found = _program(function)(chosen, fixed, cotangents)
+        return {name: x for name, x in found.items() if name not in cotangents}
+
+    return gradients, chosen, fixed, cotangents
+
+
+def _jobs(
+    question: Question, target: str, function: Callable, shapes: Mapping[str, Any], against: Sequence[str]
+) -> list[tuple[str, str, compiler.Job | str]]:
+    """(target, variant, what to compile or why there is nothing)."""
+    options = tuple(word for word in question.options if not word.startswith("implementation="))
+    library_has_it = question.operator in operators()
+
+    def job(function: str, options: tuple[str, ...], implementation: str | None = None) -> compiler.Job:
+        return compiler.Job(
+            chip=target,
+            function=function,
+            operands=question.operands,
+            options=options,
+            dtype=question.dtype,
+            gradients=question.gradients,
+            implementation=implementation,
+            schedule=True,
+        )
+
+    ours = "jaxops" if library_has_it else question.operator
+    found: list[tuple[str, str, compiler.Job | str]] = [(target, ours, job(question.operator, question.options))]
+    if library_has_it and options == question.options:
+        lines = explain(function, target=target, **shapes).lines
+        if any(line.implementation == "pallas" for line in lines):
+            found.append((target, "jaxops, XLA", job(question.operator, options, "xla")))
+    for name in against:
+        if ":" in name:
+            found.append((target, name, job(name, options)))
+            continue
+        peer = peers.find(name, question.operator, {**shapes, **dict(option(word) for word in options)})
+        if name == "torch":
+            peer = "torch makes no program that could be modelled"
+        found.append(
+            (target, name, peer if isinstance(peer, str) else job(f"{peer.__module__}:{peer.__name__}", options))
+        )
+    return found
+
+
+def _modelled(name: str, result: Mapping[str, Any]) -> Row:
+    """What the compiler made of one variant."""
+    if result["status"] != "compiled":
+        return Row(name, "failed", result["reason"])
+    schedule, temp = result["schedule"], result["temp_bytes"]
+    if "error" in schedule:
+        return Row(name, "absent", f"compiled, but its schedule cannot be read: {schedule['error']}", temp_bytes=temp)
+    if schedule["seconds"] is None:
+        return Row(name, "absent", "compiled; a GPU program has no modelled time", temp_bytes=temp)
+    return Row(name, "modelled", spread=timing.Spread((schedule["seconds"],)), temp_bytes=temp)

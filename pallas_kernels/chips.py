@@ -23,7 +23,9 @@ class Chip:
     `mxu` (TPU) the side of the matrix unit; `cores` the cores behind one JAX device; `flops` and `bandwidth` the peak
     bf16 FLOP/s and HBM bytes/s of that device; `capability` (GPU) the CUDA compute capability. To compile
     without the device: `topology` (TPU), the smallest slice; `memory_bytes`, `l2_bytes`, `clock_ghz` and `lanes`, the
-    float32 units of a core (GPU).
+    float32 units of a core (GPU). For the schedule models: `mxus`, the matrix units of a core, and `mxu_rows`, the rows
+    of a product one takes a cycle (TPU; from them and the peak follows the clock); `tensor_fma`, the bf16
+    multiply-additions a cycle of one of the four tensor cores of a GPU core.
     """
 
     name: str
@@ -42,9 +44,14 @@ class Chip:
     l2_bytes: int = 0
     clock_ghz: float = 0.0
     lanes: int = 0
+    mxus: int = 0
+    mxu_rows: int = 0
+    tensor_fma: int = 0
 
 
 def _tpu(name, kind, cores, flops, bandwidth, vmem, mxu, slice_shape, *aliases):
+    mxus, mxu_rows = (4, 1) if mxu == 128 else (2, 2)
+    flops_per_cycle = 2 * cores * mxus * mxu_rows * mxu * mxu
     return Chip(
         name,
         "tpu",
@@ -56,10 +63,13 @@ def _tpu(name, kind, cores, flops, bandwidth, vmem, mxu, slice_shape, *aliases):
         mxu=mxu,
         aliases=aliases,
         topology=f"{name}:{slice_shape}",
+        clock_ghz=flops / flops_per_cycle / 1e9,
+        mxus=mxus,
+        mxu_rows=mxu_rows,
     )
 
 
-def _gpu(name, kind, cores, flops, bandwidth, smem, capability, memory_gb, l2_mib, clock_ghz, lanes):
+def _gpu(name, kind, cores, flops, bandwidth, smem, capability, memory_gb, l2_mib, clock_ghz, lanes, tensor_fma):
     return Chip(
         name,
         "gpu",
@@ -73,6 +83,7 @@ def _gpu(name, kind, cores, flops, bandwidth, smem, capability, memory_gb, l2_mi
         l2_bytes=l2_mib * MIB,
         clock_ghz=clock_ghz,
         lanes=lanes,
+        tensor_fma=tensor_fma,
     )
 
 
@@ -84,9 +95,9 @@ CHIPS = {
         _tpu("v5p", "TPU v5", 2, 459e12, 2765e9, 64, 128, "2x2x1", "TPU v5p"),
         _tpu("v6e", "TPU v6 lite", 1, 918e12, 1640e9, 128, 256, "2x2", "TPU v6e"),
         _tpu("tpu7x", "TPU7x", 1, 1153e12, 3690e9, 64, 256, "2x2x1"),
-        _gpu("a100", "NVIDIA A100-SXM4-80GB", 108, 312e12, 2039e9, 166912, (8, 0), 85, 40, 1.41, 64),
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 132, 989e12, 3352e9, 232448, (9, 0), 85, 50, 1.98, 128),
-        _gpu("b200", "NVIDIA B200", 148, 2250e12, 8000e9, 232448, (10, 0), 191.5, 126, 1.965, 128),
+        _gpu("a100", "NVIDIA A100-SXM4-80GB", 108, 312e12, 2039e9, 166912, (8, 0), 85, 40, 1.41, 64, 256),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 132, 989e12, 3352e9, 232448, (9, 0), 85, 50, 1.98, 128, 512),
+        _gpu("b200", "NVIDIA B200", 148, 2250e12, 8000e9, 232448, (10, 0), 191.5, 126, 1.965, 128, 1024),
     )
 }
 # What a kernel is made for when nobody said which chip: the least memory of the chips the kernels are proved on.

@@ -1,9 +1,9 @@
 """How fast one call is, beside what others offer and beside what the device can do: measured here, or modelled.
 
 Measured: every variant is first compared with float64 and is not timed if it is wrong. Then the variants take turns
-(`timing`). TFLOP/s and GB/s are those of the least that has to be computed and moved (`jaxops.workbench.cost`): a variant that computes
-twice reaches half. The peak is its maker's for a chip that is known, and measured in the same run elsewhere: on a CPU a
-call whose arrays fit the cache may exceed 100 %.
+(`timing`). TFLOP/s and GB/s are those of the least that has to be computed and moved (`jaxops.workbench.cost`): a
+variant that computes twice reaches half. The peak is its maker's for a chip that is known, and measured in the same run
+elsewhere: on a CPU a call whose arrays fit the cache may exceed 100 %.
 
 Modelled, for a chip that is not here: the time is what `jaxops.schedule` reads from the compiler's schedule. What that
 model cannot see is in `BLIND`.
@@ -203,14 +203,13 @@ def measure(
     against: Sequence[str] = (),
     *,
     rounds: int = 10,
-    peak: Peak | None = None,
     advance: Callable[[str], None] = lambda _: None,
 ) -> Benchmark:
     """The call on the device at hand, beside its counterparts in the libraries, or "module:function"s, `against`.
 
     The variant in question comes first and, if it runs as a kernel, the same call in XLA second.
 
-    peak: of the device; None: `peak_here`. advance: called with a word after every step.
+    advance: called with a word after every step.
 
     Raises `Problem`, before anything is computed, for words that make no sense and for a library that is not installed.
     """
@@ -223,7 +222,6 @@ def measure(
         work = cost_of(_program(function), *arguments)
     except (TypeError, ValueError) as error:  # the operator's own word on its input
         raise Problem(str(error)) from error
-    peak = peak or peak_here(question.dtype)
     with jax.default_device("cpu"):  # an accelerator has no float64, or a slow one
         exact = plain.exact()
     judge = _Judge(question.dtype, plain.unfused(), exact)
@@ -236,18 +234,27 @@ def measure(
         if row.status == "timed":
             ready[variant.name] = run
         advance(f"{variant.name} checked")
-    spreads = timing.take_turns(ready, rounds, advance) if ready else {}
+    peak = published_here(question.dtype)
+    spreads = timing.take_turns(ready | ({} if peak else timing.peak_calls(question.dtype)), rounds, advance)
+    peak = peak or timing.peak_of(spreads)
     memory = (devices.at_hand().memory_stats() or {}).get("peak_bytes_in_use")
     timed = [dataclasses.replace(row, spread=spreads.get(row.variant)) for row in rows]
     timed.sort(key=lambda row: row.status == "absent")
     return Benchmark(question, devices.description(), False, work, peak, tuple(timed), memory)
 
 
-def peak_here(dtype: str) -> Peak:
-    """What the device at hand can do: by its maker if it is a chip that is known, else as measured now."""
+def published_here(dtype: str) -> Peak | None:
+    """What the device at hand can do by its maker; None if it is no chip that is known."""
     chip = devices.chip()
-    known = chip is not None and chip.name in chips.CHIPS
-    return published(chip, dtype) if chip and known else timing.measured_peak(dtype)
+    return published(chip, dtype) if chip and chip.name in chips.CHIPS else None
+
+
+def at_one_peak(benchmarks: Sequence[Benchmark]) -> list[Benchmark]:
+    """The same, measured one after the other on one device, with the best peak of them all."""
+    peaks = [one.peak for one in benchmarks]
+    flops = [peak.flops for peak in peaks if peak.flops]
+    best = Peak(max(flops, default=None), max(peak.bandwidth for peak in peaks), peaks[0].source)
+    return [dataclasses.replace(one, peak=best) for one in benchmarks]
 
 
 def random_operands(shapes: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:

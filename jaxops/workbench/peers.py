@@ -29,13 +29,18 @@ def installed(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 
 
+def require(library: str) -> None:
+    """Raises `Problem` where `library` is not installed."""
+    if not installed(library):
+        raise Problem(f"--against {library}: {library} is not installed: pip install {INSTALL[library]}")
+
+
 def find(library: str, operator: str, operands: Mapping[str, Any]) -> Callable | str:
     """The counterpart of `operator` in `library`, or why there is none that takes these operands and options.
 
     Raises `Problem` where the library is not installed.
     """
-    if not installed(library):
-        raise Problem(f"--against {library}: {library} is not installed: pip install {INSTALL[library]}")
+    require(library)
     function = PEERS[library].get(operator)
     if function is None:
         return f"{library} has no {operator}"

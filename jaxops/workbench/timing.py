@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxops.workbench import cost
+from jaxops.workbench.cost import Peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,23 +117,34 @@ def compare(
     ]
 
 
-def measured_peak(dtype: Any, rounds: int = 5) -> cost.Peak:
-    """What this device reaches now: the best of some products of 1024³ in `dtype` and of some triads a + 2 · b.
+_SIDE, _LENGTH = 1024, 1 << 24
 
-    Sums are float32, and so are products of a dtype of less than 16 bits or no fraction. The triad's three arrays of
-    64 MiB fit no cache. Other programs on the machine lower both figures.
+
+def peak_calls(dtype: Any) -> dict[str, Callable[[], Any]]:
+    """What shows what this device can do, to take turns with what is measured: a product of 1024³, a triad a + 2 · b.
+
+    Sums are float32, and so are products of a dtype of less than 16 bits or no fraction. The triad's two arrays of
+    64 MiB fit no cache, and the result takes the place of the first.
     """
-    side, length = 1024, 1 << 24
     plain = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
-    a = jnp.full((side, side), 0.5, dtype if plain else jnp.float32)
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    x = jnp.ones(length, jnp.float32)
-    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=wide)).lower(a, a).compile()
-    triad = jax.jit(lambda a, b: a + 2 * b).lower(x, x).compile()
-    best = take_turns({"product": lambda: product(a, a), "triad": lambda: triad(x, x)}, rounds)
-    return cost.Peak(
-        2 * side**3 / best["product"].minimum, 12 * length / best["triad"].minimum, "measured here: a product, a triad"
-    )
+    matrix = jnp.full((_SIDE, _SIDE), 0.5, dtype if plain else jnp.float32)
+    wide = jnp.promote_types(matrix.dtype, jnp.float32)
+    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=wide)).lower(matrix).compile()
+    a, b = jnp.zeros(_LENGTH, jnp.float32), jnp.zeros(_LENGTH, jnp.float32)
+    add = jax.jit(lambda a, b: a + 2 * b, donate_argnums=0).lower(a, b).compile()
+
+    def triad():
+        nonlocal a
+        a = add(a, b)
+        return a
+
+    return {"peak: product": functools.partial(product, matrix), "peak: triad": triad}
+
+
+def peak_of(spreads: Mapping[str, Spread]) -> Peak:
+    """The best of the rounds of `peak_calls`. Other programs on the machine lower it."""
+    product, triad = (spreads[name].minimum for name in ("peak: product", "peak: triad"))
+    return Peak(2 * _SIDE**3 / product, 12 * _LENGTH / triad, "measured in this run: a product, a triad")
 
 
 def temp_bytes(compiled: Any) -> int:

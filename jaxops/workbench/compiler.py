@@ -25,13 +25,13 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxops.workbench import sources
 from jaxops.workbench.call import Problem
 from jaxops.workbench.programs import gpu_resources, last_words
-from pallas_kernels import chips
+from pallas_kernels import chips, tuned
 
 CHIPS = tuple(name for name in chips.CHIPS if name != "v4")  # no kernel is proved on it
 # Distributions that hold the compilers, and the extra of this project that installs them.
@@ -51,7 +51,6 @@ ENVIRONMENT = {
 # What a worker prints around each job. The compilers print, too: what stands between belongs to that job.
 BEGIN, END = "jaxops compile begins ", "jaxops compile ends "
 _START_SECONDS = 120  # until a worker has imported JAX and loaded its compiler
-_FORMAT = 1  # of a result; a new number forgets what is cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +90,13 @@ def compile_jobs(
     workers: int | None = None,
     advance: Callable[[str], None] = lambda done: None,
     cache: bool = True,
+    user_tiles: bool = True,
 ) -> list[dict[str, Any]]:
     """What the compilers made of `jobs`: one result for each, in their order.
 
     seconds: the time limit of one job. workers: processes at a time; None: one for each core. advance: called after
       each job, with what was done. cache: read and write results under `$XDG_CACHE_HOME/jaxops` (default `~/.cache`).
+    user_tiles: kernels take the tiles that this user tuned, as they would when run here; without, those of the library.
 
     A result has `status`:
       "compiled"   the compiler made a program of it;
@@ -108,7 +109,8 @@ def compile_jobs(
     A compiled one also has `runs` (the library's operators in it: [{"operator", "phase", "implementation", "reason"}]),
     `kernels`, `temp_bytes`, `argument_bytes`, `output_bytes`, `flops` and `bytes_accessed` as XLA counts them (None
     where it does not), `vmem_bytes` (TPU) or `smem_bytes`, `registers`, `spill_bytes` (GPU; the most of any kernel),
-    `compile_seconds`, `collectives` (see `programs.collectives`) and, if asked for, `schedule`.
+    `compile_seconds`, `collectives` (on a mesh; see `collectives.collectives`) and, if asked for, `schedule`:
+    {"kernels": modelled figures of each, "seconds": of the program or None}, or {"error": why it could not be read}.
 
     Raises `Problem` for an unknown chip, and where a compiler is not installed.
     """
@@ -117,7 +119,8 @@ def compile_jobs(
             raise Problem(f"a chip to compile for must be one of {', '.join(CHIPS)}, got {job.chip!r}")
     if sentence := missing({chips.named(job.chip).platform for job in jobs}):
         raise Problem(sentence)
-    return _Service(jobs, seconds, advance, _Cache.open() if cache else None).run(workers or _cores())
+    service = _Service(jobs, seconds, advance, _Cache.open() if cache else None, user_tiles)
+    return service.run(workers or _cores())
 
 
 def missing(platforms: set[str]) -> str | None:
@@ -147,10 +150,11 @@ def versions(platforms: set[str]) -> dict[str, str]:
     return {name: version for name in names if (version := _version(name))}
 
 
-def fingerprint(job: Job) -> str:
+def fingerprint(job: Job, user_tiles: bool = True) -> str:
     """A digest of all that the result of `job` is made from: its words, the sources behind it, the compilers.
 
-    The environment counts as far as JAX and XLA read it (`JAX_…`, `XLA_…`, `LIBTPU_…`).
+    The environment counts as far as JAX and XLA read it (`JAX_…`, `XLA_…`, `LIBTPU_…`), and so do the tiles that the
+    user tuned for the chip.
     """
     chip = chips.named(job.chip)
     environment = {
@@ -158,10 +162,15 @@ def fingerprint(job: Job) -> str:
         for name, value in sorted(os.environ.items())
         if name.startswith(("JAX_", "XLA_", "LIBTPU_")) and name not in ENVIRONMENT
     }
-    made_from = [_FORMAT, dataclasses.asdict(job), versions({chip.platform}), environment]
+    here = pathlib.Path(__file__).parent
+    made_by = [sources.digest(here / f"{name}.py") for name in ("call", "collectives", "compiler_worker", "programs")]
+    made_from = [dataclasses.asdict(job), made_by, versions({chip.platform}), environment]
     made_from.append(sources.fingerprint(job.function, chip))
     if job.schedule:
         made_from.append(sources.fingerprint(f"jaxops.schedule.{chip.platform}:read", chip))
+    tuned_here = tuned.user_file(chip.name)
+    if user_tiles and tuned_here.is_file():
+        made_from.append(sources.digest(tuned_here))
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:40]
 
 
@@ -226,8 +235,15 @@ _Kind = tuple[str, bool]  # what a worker is started for: the chip, and whether 
 class _Service:
     """The jobs of one `compile_jobs`, handed to workers."""
 
-    def __init__(self, jobs: Sequence[Job], seconds: float, advance: Callable[[str], None], cache: _Cache | None):
-        self.jobs, self.seconds, self.advance, self.cache = jobs, seconds, advance, cache
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        seconds: float,
+        advance: Callable[[str], None],
+        cache: _Cache | None,
+        user_tiles: bool,
+    ):
+        self.jobs, self.seconds, self.advance, self.cache, self.user_tiles = jobs, seconds, advance, cache, user_tiles
         self.results: list[dict[str, Any] | None] = [None] * len(jobs)
         self.keys: list[str | None] = [None] * len(jobs)
         self.waiting: dict[_Kind, deque[int]] = {}
@@ -238,7 +254,7 @@ class _Service:
 
     def run(self, workers: int) -> list[dict[str, Any]]:
         for index, job in enumerate(self.jobs):
-            key = self.keys[index] = fingerprint(job) if self.cache else None
+            key = self.keys[index] = fingerprint(job, self.user_tiles) if self.cache else None
             cached = self.cache.get(key) if self.cache and key else None
             if cached is not None:
                 self._done(index, cached)
@@ -288,12 +304,12 @@ class _Service:
                     worker = None
                 kind, index = found
                 if worker is None:
-                    worker = _Worker(*kind, self.seconds)
+                    worker = _Worker(*kind, self.seconds, self.user_tiles)
                     with self.lock:
                         self.running.add(worker)
                 job = self.jobs[index]
                 result = worker.run(job)
-                if self.cache and (key := self.keys[index]) and result["status"] not in ("aborted", "hung"):
+                if self.cache and (key := self.keys[index]) and _lasts(result):
                     self.cache.put(key, result)
                 self._done(index, result)
         finally:
@@ -306,6 +322,11 @@ class _Service:
         worker.stop()
 
 
+def _lasts(result: dict[str, Any]) -> bool:
+    """Whether the next time would end so, too."""
+    return result["status"] not in ("aborted", "hung") and "bad_question" not in result
+
+
 def worker_command(chip: str, seconds: float, dump: str) -> list[str]:
     """The command of the process that compiles for `chip`, a job a line on its input (see `compiler_worker`)."""
     return [sys.executable, "-m", "jaxops.workbench.compiler_worker", chip, str(seconds), dump]
@@ -314,10 +335,16 @@ def worker_command(chip: str, seconds: float, dump: str) -> list[str]:
 class _Worker:
     """A process that compiles for one chip, seen from outside."""
 
-    def __init__(self, chip: str, schedule: bool, seconds: float):
+    def __init__(self, chip: str, schedule: bool, seconds: float, user_tiles: bool):
         self.platform, self.seconds = chips.named(chip).platform, seconds
-        self.folder = tempfile.TemporaryDirectory(prefix="jaxops-") if schedule else None
-        dump = self.folder.name if self.folder else ""
+        self.folder = tempfile.TemporaryDirectory(prefix="jaxops-")
+        dump = ""
+        if schedule:
+            dump = os.path.join(self.folder.name, "dump")
+            os.mkdir(dump)
+        environment = _environment(self.platform, dump)
+        if not user_tiles:
+            environment["XDG_CACHE_HOME"] = self.folder.name
         self.process = subprocess.Popen(
             worker_command(chip, seconds, dump),
             stdin=subprocess.PIPE,
@@ -325,7 +352,7 @@ class _Worker:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=_environment(self.platform, dump),
+            env=environment,
             start_new_session=True,  # so that what the compiler started is ended with it
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
@@ -360,7 +387,7 @@ class _Worker:
             if line.startswith(BEGIN):
                 printed, until = [], time.monotonic() + self.seconds
             elif line.startswith(END) and (result := _result(line[len(END) :])):
-                if result["status"] == "compiled" and self.platform == "gpu":
+                if result["status"] == "compiled" and self.platform == "gpu" and "registers" not in result:
                     result |= gpu_resources("".join(printed), result["kernels"])
                 return result
             else:
@@ -372,11 +399,10 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        if self.folder:
-            self.folder.cleanup()
+        self.folder.cleanup()
 
 
-def _environment(platform: str, dump: str) -> Mapping[str, str]:
+def _environment(platform: str, dump: str) -> dict[str, str]:
     """Of a worker: it imports what this process can import."""
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     if dump:

@@ -28,6 +28,7 @@ from jaxops import autodiff, dispatch
 from jaxops.inspection import operator_calls
 from jaxops.workbench import programs
 from jaxops.workbench.call import Problem, call
+from jaxops.workbench.collectives import collectives
 from jaxops.workbench.compiler import BEGIN, END, Job
 from pallas_kernels import chips
 
@@ -115,11 +116,13 @@ def _program(job: Job, device: Any, mesh: Mesh | None) -> tuple[Callable, tuple[
     options = job.options + ((f"implementation={job.implementation}",) if job.implementation else ())
     function, structs = call(job.function, words, options, job.dtype, False)
     operands = {}
-    for (name, struct), sharding in zip(structs.items(), shardings, strict=True):
+    for text, (name, struct), sharding in zip(job.operands, structs.items(), shardings, strict=True):
         try:
             sharding.shard_shape(struct.shape)
         except ValueError as error:
-            raise Problem(f"{name} cannot be sharded so: {programs.plain_words(str(error))}") from error
+            raise Problem(
+                f"every sharded axis of an operand must be a multiple of its mesh axes, got {text}"
+            ) from error
         operands[name] = jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)
     if not job.gradients:
         return lambda operands: function(**operands), (operands,)
@@ -203,12 +206,17 @@ def compile_one(job: Job, chip: chips.Chip, dump: pathlib.Path | None) -> dict[s
         "flops": cost.get("flops"),
         "bytes_accessed": cost.get("bytes accessed"),
         "compile_seconds": round(seconds, 3),
-        "collectives": [],
+        "collectives": collectives(text, mesh.shape) if mesh else [],
     }
     if chip.platform == "tpu":
         found["vmem_bytes"] = programs.vmem_bytes(text)
     if dump is not None:
         found["schedule"] = _schedule(dump, chip, traced)
+        if chip.platform == "gpu":  # while it dumps, Mosaic does not print its resources
+            kernels_read = found["schedule"].get("kernels", ())
+            ours = [one for one in kernels_read if one["name"].endswith("_mosaic_gpu_kernel")]
+            for name in ("smem_bytes", "registers", "spill_store_bytes"):
+                found[name.replace("_store", "")] = max((one[name] for one in ours), default=0)
     return found
 
 
@@ -218,6 +226,7 @@ def _schedule(dump: pathlib.Path, chip: chips.Chip, traced: Any) -> dict[str, An
     from jaxops.schedule import gpu, tpu
 
     try:
+        kernels: list[Any]
         if chip.platform == "tpu":
             kernels = tpu.read(dump, chip, tpu.known_scalars(traced))
         else:

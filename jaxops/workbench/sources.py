@@ -25,10 +25,8 @@ def fingerprint(function: str, chip: chips.Chip) -> str:
     that is used counts. Comments and blank lines do not count. What a program reads by other ways, a data file say, is
     not seen; only the tuned tiles of this library are.
     """
-    digest = hashlib.sha256()
-    for path in files(function, chip):
-        digest.update(f"{path.name} {_digest(path, path.stat().st_mtime_ns)}\n".encode())
-    return digest.hexdigest()[:32]
+    parts = [f"{path.name} {digest(path)}\n" for path in files(function, chip)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
 
 
 def files(function: str, chip: chips.Chip) -> list[pathlib.Path]:
@@ -46,9 +44,13 @@ def files(function: str, chip: chips.Chip) -> list[pathlib.Path]:
     return paths + [path for path in tuned if path.exists()]
 
 
+def digest(path: pathlib.Path) -> str:
+    """Of the tokens of a Python file, comments left out; of the bytes of any other."""
+    return _digest(path, path.stat().st_mtime_ns)
+
+
 @functools.cache
 def _digest(path: pathlib.Path, _changed: int) -> str:
-    """Of the tokens of a Python file, of the bytes of any other."""
     content = path.read_bytes()
     if path.suffix == ".py":
         tokens = tokenize.tokenize(io.BytesIO(content).readline)

@@ -1,0 +1,93 @@
+"""A usual and an awkward call of each operator, in words: what is certified, and what a command takes by itself."""
+
+import dataclasses
+
+from jaxops.workbench.call import Problem, nearest
+
+DTYPES = ("bfloat16", "float32")
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of an operator.
+
+    shape: "main", a size it is used at, or "awkward", one that divides no tile. operands, options: in the words of
+    `call.call`. kernel: whether it is certified to run as a kernel; False where the operator has none and XLA serves.
+    """
+
+    operator: str
+    shape: str
+    operands: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    kernel: bool = True
+
+    def __str__(self) -> str:
+        """As "x[8192, 4096], scale[4096], eps=1e-6"."""
+        names = [word.partition(":")[0].partition("=") for word in self.operands]
+        described = [f"{name}[{', '.join(sizes.split('x')) if sizes else ''}]" for name, _, sizes in names]
+        return ", ".join([*described, *self.options])
+
+
+def _two(operator: str, main: str, awkward: str, options: str = "", *, kernel: bool = True) -> tuple[Case, Case]:
+    """The main case and the awkward one, which has the options."""
+    return (
+        Case(operator, "main", tuple(main.split()), kernel=kernel),
+        Case(operator, "awkward", tuple(awkward.split()), tuple(options.split()), kernel=kernel),
+    )
+
+
+CASES = (
+    *_two("rms_norm", "x=8192x4096 scale=4096", "x=3x37x1000 scale=1000", "scale_offset=1.0"),
+    *_two("layer_norm", "x=8192x4096 scale=4096 bias=4096", "x=3x37x1000 scale=1000 bias=1000"),
+    Case(
+        "dot_product_attention",
+        "main",
+        ("query=4x4096x8x128", "key=4x4096x8x128", "value=4x4096x8x128"),
+        ("is_causal=True",),
+    ),
+    Case(
+        "dot_product_attention",
+        "awkward",
+        (
+            *("query=2x1000x6x64", "key=2x1000x2x64", "value=2x1000x2x64"),
+            *("query_seq_lengths=2:int32", "key_value_seq_lengths=2:int32"),
+        ),
+        ("is_causal=True", "local_window_size=(255,0)"),
+    ),
+    *_two(
+        "linear_cross_entropy",
+        "x=8192x2048 weight=2048x65536 labels=8192:int32",
+        "x=1000x512 weight=512x50257 labels=1000:int32",
+        "label_smoothing=0.1 z_loss=0.0001 logits_soft_cap=30.0",
+    ),
+    *_two("softmax", "x=8192x4096", "x=3x37x1000 where=3x37x1000:bool", "axis=1", kernel=False),
+    *_two("gelu", "x=8192x4096", "x=3x37x1000", "approximate=False", kernel=False),
+    *_two("silu", "x=8192x4096", "x=3x37x1000", kernel=False),
+    *_two("relu", "x=8192x4096", "x=3x37x1000", kernel=False),
+    *_two("squared_relu", "x=8192x4096", "x=3x37x1000", kernel=False),
+    *_two(
+        "gated_linear_unit",
+        "x=8192x4096 w_gate=4096x11008 w_up=4096x11008",
+        "x=3x37x1000 w_gate=1000x257 w_up=1000x257",
+        kernel=False,
+    ),
+    *_two(
+        "rope",
+        "x=4x4096x8x128 positions=4096:int32",
+        "x=3x37x5x66 positions=3x37",
+        "base=500000.0 scaling=2.0",
+        kernel=False,
+    ),
+    *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257", kernel=False),
+)
+
+
+def usual(operator: str) -> Case:
+    """The main case of an operator of the library. Raises `Problem` for an unknown one."""
+    for case in CASES:
+        if case.operator == operator and case.shape == "main":
+            return case
+    if ":" in operator:
+        raise Problem(f"{operator} needs operands, as in x=8192x4096: no usual ones are known")
+    raise nearest("the operator", operator, {case.operator for case in CASES})

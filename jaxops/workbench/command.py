@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxops.workbench import bench, explain, listing, new
+from jaxops.workbench import bench, compile, explain, listing, new
 from jaxops.workbench.call import Problem
 
-COMMANDS = (listing, explain, bench, new)  # modules with `register(commands)`, in the order in which --help shows them
+COMMANDS = (listing, explain, compile, bench, new)  # modules with `register(commands)`, in the order in which --help shows them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

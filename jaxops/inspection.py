@@ -10,6 +10,7 @@ import jax
 from jax.extend import core
 
 from jaxops import autodiff, dispatch
+from jaxops.workbench import cost
 from pallas_kernels import chips
 
 
@@ -28,21 +29,21 @@ def target(name: str, *, interpret: bool = False) -> Iterator[chips.Chip]:
         yield chip
 
 
-def _interpreter(chip: chips.Chip) -> Any:
-    if chip.platform == "tpu":
-        from jax.experimental.pallas import tpu as pltpu
+def _interpreter(chip: chips.Chip) -> contextlib.AbstractContextManager[None]:
+    from jaxops import interpreter  # the interpreters are a slow import
 
-        return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+    return interpreter.tpu() if chip.platform == "tpu" else interpreter.gpu()
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One operator call of a program: which phase, how often, what would run and why not the others.
+    """One operator call of a program: which phase, how often, what would run, why not the others, and what it takes.
 
-    `saved_bytes` is what a forward call keeps for its backward beyond its operands.
+    `saved_bytes` is what a forward call keeps for its backward beyond its operands; `tiles` how its kernel is cut, and
+    `chip_bytes` what that is estimated to take of the chip's own memory (VMEM of a TPU core, shared memory of a GPU
+    block), None where XLA runs or the kernel does not say. `flops` of matrix products and `bytes` to and from device
+    memory are what the call needs at least (`jaxops.workbench.cost`), and `bound_seconds` the time below which the chip
+    cannot do that, set by `bound`, "compute" or "memory"; None where no peak is published, as for a CPU.
     """
 
     operator: str
@@ -53,6 +54,12 @@ class Line:
     implementation: str
     reason: str
     saved_bytes: int
+    tiles: str | None
+    chip_bytes: int | None
+    flops: int
+    bytes: int
+    bound_seconds: float | None
+    bound: str | None
 
     def __str__(self) -> str:
         why = f"  ({self.reason})" if self.reason else ""
@@ -125,6 +132,10 @@ def _line(equation: Any, chip: chips.Chip | None) -> Line:
     else:
         reason = autodiff.refusal(chip.platform, call, avals)
     choice = dispatch.choose(call.order, reason)
+    tiles, chip_bytes = (None, None) if choice.implementation != "pallas" else _cut(call, avals, chip)
+    needed = cost.of_call(equation)
+    peak = None if chip is None else cost.published(chip, avals[0].dtype)
+    bound_seconds, bound = (None, None) if peak is None or peak.flops is None else peak.bound(needed)
     saved = equation.outvars[1:] if call.phase == "forward" else ()
     operands = zip(call.names, avals, strict=False)  # past the operands come what was saved, and tangents or cotangents
     return Line(
@@ -136,7 +147,26 @@ def _line(equation: Any, chip: chips.Chip | None) -> Line:
         implementation=choice.implementation or "none",
         reason=choice.reason,
         saved_bytes=sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in saved),
+        tiles=tiles,
+        chip_bytes=chip_bytes,
+        flops=needed.flops,
+        bytes=needed.bytes,
+        bound_seconds=bound_seconds,
+        bound=bound,
     )
+
+
+def _cut(call: Any, avals: Any, chip: Any) -> tuple[str | None, int | None]:
+    """The tiles that the kernel of a call takes, and the bytes of the chip's own memory that it plans with."""
+    kernel = getattr(call.operator, chip.platform)
+    if not hasattr(kernel, "tiles"):
+        return None, None
+    operands, _ = autodiff.unmapped_operands(call, avals)
+    tiles = kernel.tiles(call.phase, **operands, **dict(call.static))
+    chip_bytes = (
+        kernel.memory(call.phase, tiles, **operands, **dict(call.static)) if hasattr(kernel, "memory") else None
+    )
+    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(tiles).items()), chip_bytes
 
 
 def operator_calls(jaxpr: Any) -> Iterator[Any]:

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxops.interpreter import gpu as interpreter
 from pallas_kernels import chips
 from pallas_kernels.gpu import attention
 from pallas_kernels.gpu.attention import Tiles
 from tests.compare import no_worse
-from tests.kernels.gpu_interpreter import interpreter
 
 SMALL = Tiles(keys=64, keys_dq=64, queries_dkv=64)  # many steps: every slot and barrier phase is used again
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")

@@ -1,32 +1,54 @@
-"""The GPU interpreter as the kernel tests use it: races raise, memory starts as NaN, wgmma is checked like any access.
+"""Pallas' interpreters as kernels are proved in them: races raise, memory starts as NaN, no state is left behind.
 
-The interpreter of JAX 0.12 lacks two things, which `interpreter()` supplies while it is open: wgmma with a left operand
-in registers, and race checks of what wgmma reads from shared memory: a product is an event of the asynchronous proxy,
-as a copy is, so a missing fence or a tile freed too early is a race.
+`tpu` is JAX's own interpreter. The GPU interpreter of JAX 0.12 lacks two things, which `gpu` supplies while it is open:
+wgmma with a left operand in registers, and race checks of what wgmma reads from shared memory: a product is an event of
+the asynchronous proxy, as a copy is, so a missing fence or a tile freed too early is a race.
 """
 
 import contextlib
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax._src import callback
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
 from jax._src.state.types import AbstractRef
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
 
 @contextlib.contextmanager
-def interpreter(**parameters):
-    """Kernels traced in this context are interpreted. The interpreter's state is fresh, also after an exception."""
-    original = jaxpr_interpret.JaxprInterpreter._interpret_wgmma_ref_p
-    jaxpr_interpret.JaxprInterpreter._interpret_wgmma_ref_p = _interpret_wgmma
-    gpu_callbacks.reset_gpu_interpret_mode_state()
+def tpu(**parameters: Any) -> Iterator[None]:
+    """TPU kernels traced in this context are interpreted, with race detection. Its state is fresh, also after an error.
+
+    parameters: of `pltpu.InterpretParams`.
+    """
+    interpret_pallas_call.reset_tpu_interpret_mode_state()
     try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, **parameters)):
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**{"detect_races": True, **parameters})):
             yield
     finally:
-        jaxpr_interpret.JaxprInterpreter._interpret_wgmma_ref_p = original
+        interpret_pallas_call.reset_tpu_interpret_mode_state()
+
+
+@contextlib.contextmanager
+def gpu(**parameters: Any) -> Iterator[None]:
+    """Mosaic GPU kernels traced in this context are interpreted, with race detection, also of what wgmma reads.
+
+    parameters: of `plgpu.InterpretGPUParams`. The interpreter's state is fresh, also after an error.
+    """
+    theirs: Any = jaxpr_interpret.JaxprInterpreter
+    original = theirs._interpret_wgmma_ref_p
+    theirs._interpret_wgmma_ref_p = _interpret_wgmma
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**{"detect_races": True, **parameters})):
+            yield
+    finally:
+        theirs._interpret_wgmma_ref_p = original
         gpu_callbacks.reset_gpu_interpret_mode_state()
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxops import autodiff
 from jaxops.inspection import explain
 from jaxops.workbench import comparison, compiler, devices, peers, timing
 from jaxops.workbench.call import Problem, call, operators, option
@@ -215,16 +216,12 @@ def measure(
     """
     function, shapes = question.call()
     variants, rows = _variants(question, function, shapes, against)
-    chosen = [name for name, x in shapes.items() if jnp.issubdtype(x.dtype, jnp.floating)] if question.gradients else []
     try:
-        given, plain = comparison.problems(function, random_operands(shapes), chosen)
-        arguments = _arguments(given)
+        arguments = _arguments(function, random_operands(shapes), question.gradients)
         work = cost_of(_program(function), *arguments)
     except (TypeError, ValueError) as error:  # the operator's own word on its input
         raise Problem(str(error)) from error
-    with jax.default_device("cpu"):  # an accelerator has no float64, or a slow one
-        exact = plain.exact()
-    judge = _Judge(question.dtype, plain.unfused(), exact)
+    judge = _Judge.of(function, arguments)
     advance("float64")
 
     ready: dict[str, Callable[[], Any]] = {}
@@ -336,13 +333,15 @@ def _program(function: Callable) -> Callable:
     return run
 
 
-def _arguments(problem: comparison.Problem) -> tuple[dict, dict, dict]:
-    """What `_program` takes."""
-    chosen = problem.primals()
-    fixed = {name: x for name, x in problem.operands.items() if name not in chosen}
-    shapes = jax.eval_shape(problem.value)
-    cotangents = {name: jnp.asarray(problem.weights[name], y.dtype) for name, y in shapes.items()} if chosen else {}
-    return chosen, fixed, cotangents
+def _arguments(function: Callable, operands: Mapping[str, Any], gradients: bool) -> tuple[dict, dict, dict]:
+    """What `_program` takes: with `gradients` all floating operands are chosen, and cotangents are random."""
+    arrays = {name: jnp.asarray(x) for name, x in operands.items()}
+    chosen = {n: x for n, x in arrays.items() if gradients and jnp.issubdtype(x.dtype, jnp.floating)}
+    fixed = {n: x for n, x in arrays.items() if n not in chosen}
+    outputs = jax.eval_shape(lambda arrays: comparison.outputs_of(function(**arrays)), arrays)
+    random = np.random.default_rng(1)
+    cotangents = {n: jnp.asarray(random.standard_normal(y.shape), y.dtype) for n, y in outputs.items()}
+    return chosen, fixed, cotangents if chosen else {}
 
 
 def _prepare(variant: _Variant, arguments: tuple, judge: "_Judge") -> tuple[Callable[[], Any], Row]:
@@ -362,11 +361,39 @@ def _prepare(variant: _Variant, arguments: tuple, judge: "_Judge") -> tuple[Call
 
 @dataclasses.dataclass(frozen=True)
 class _Judge:
-    """Compares results with `exact`, in float64; `unfused` is the plain form whose error is the yardstick."""
+    """Compares results with `exact`, in float64; `unfused` is the plain form whose error is the yardstick.
 
-    dtype: str
+    `dtype` is the narrowest of the operands, whose rounding is forgiven.
+    """
+
+    dtype: Any
     unfused: Mapping[str, Any]
     exact: Mapping[str, np.ndarray]
+
+    @staticmethod
+    def of(function: Callable, arguments: tuple) -> "_Judge":
+        """By the references of the operators that `function` calls; by itself, in float32 and rounded, without any."""
+
+        def plain(**operands):
+            with autodiff.by_reference():
+                return function(**operands)
+
+        def as_wide_as(dtype: Any) -> Any:
+            return jax.tree.map(
+                lambda x: np.asarray(x, dtype) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x), arguments
+            )
+
+        program = _program(plain)
+        with jax.enable_x64(True), jax.default_device("cpu"):  # an accelerator has no float64, or a slow one
+            exact = jax.device_get(jax.jit(program)(*as_wide_as(np.float64)))
+        if comparison.calls_operators(function, {**arguments[0], **arguments[1]}):
+            unfused = program(*arguments)
+        else:
+            like = jax.eval_shape(program, *arguments)
+            unfused = jax.tree.map(lambda x, y: x.astype(y.dtype), program(*as_wide_as(np.float32)), like)
+        dtypes = [x.dtype for x in jax.tree.leaves(arguments[:2]) if jnp.issubdtype(x.dtype, jnp.floating)]
+        narrowest = max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps), default=jnp.dtype(jnp.float32))
+        return _Judge(narrowest, jax.device_get(unfused), exact)
 
     def row(self, variant: _Variant, got: Mapping[str, Any]) -> Row:
         if set(got) != set(self.exact):

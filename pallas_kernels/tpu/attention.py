@@ -167,15 +167,16 @@ def _candidates(problem: "Problem", *, backward: bool) -> Iterator[Tiles]:
                 tiles = Tiles(queries, keys, round_up(reach, keys), sub, strip, part, lag).cut(problem, backward)
                 if tiles.allowed(problem, backward):
                     found[tiles] = None
-    small = [t for t in found if (t.queries, t.keys, t.sub, t.part, t.lag) == (128, 128, 128, 256, 0)]
+    small = Tiles(*[128] * 6)  # a grid step for each pair of blocks of 128
 
     def far(tiles: Tiles) -> float:
         """Doublings from the default, each field for itself."""
         pairs = zip(dataclasses.astuple(tiles), dataclasses.astuple(default), strict=True)
         return sum(abs(math.log2((a or 0.5) / (b or 0.5))) for a, b in pairs)
 
-    order = [default, *small, *sorted(found, key=far)]
-    yield from itertools.islice(dict.fromkeys(order), MOST_CANDIDATES)
+    order = [default, small, *sorted(found, key=far)]
+    allowed = (tiles for tiles in dict.fromkeys(order) if tiles.allowed(problem, backward))
+    yield from itertools.islice(allowed, MOST_CANDIDATES)
 
 
 def tiles(phase: str, **call) -> Tiles:

@@ -45,6 +45,12 @@ def of(function: Callable[..., Any], *args: Any, **operands: Any) -> Cost:
     return Cost(flops, max(_bytes([*program.constvars, *program.invars, *program.outvars]), called), exact)
 
 
+def of_call(equation: Any) -> Cost:
+    """The cost of one call of an operator, as its equation stands in a traced program: of this phase, every vmap."""
+    flops, exact = _operator(equation)
+    return Cost(flops, _moved(equation), exact)
+
+
 @dataclasses.dataclass(frozen=True)
 class Peak:
     """What a device can do at most: FLOP/s of matrix products of one dtype (None: not known), bytes/s of its memory.

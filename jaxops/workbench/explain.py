@@ -10,8 +10,18 @@ from jaxops.dispatch import IMPLEMENTATIONS
 from jaxops.inspection import Explanation, explain
 from jaxops.workbench import output
 from jaxops.workbench.call import Problem, add_call_arguments, call, targets
+from jaxops.workbench.compiler import Job, compile_jobs
 from pallas_kernels import chips
 
+_DESCRIPTION = """\
+Which implementation a call would run on a chip, why not the others, and what it takes. Nothing is computed.
+
+  chip KiB   VMEM of a core (TPU) or shared memory of a block (GPU) that the kernel plans with
+  saved MB   what the forward pass keeps for the backward beyond its operands
+  GFLOP, MB  matrix products, and bytes to and from device memory, that the call needs at least
+  least ms   the roofline: the time that the chip cannot beat, because of its compute or its memory
+  temp MB    temporary memory of the whole compiled program
+"""
 _EXAMPLES = """examples:
   jaxops explain rms_norm x=8192x4096 scale=4096 --target v6e,h100
   jaxops explain dot_product_attention query=4x4096x8x128 key=4x4096x8x128 value=4x4096x8x128 \\
@@ -26,12 +36,15 @@ def register(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "explain",
         help="which implementation would run on a chip, and why not the others",
-        description="Which implementation a call would run on a chip, and why not the others. Nothing is computed.",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_call_arguments(command)
     command.add_argument("--target", default="", help=f"chips, with commas between: {', '.join(chips.CHIPS)}, cpu")
+    command.add_argument(
+        "--compile", action="store_true", help="also compile it for these chips, for its temporary memory"
+    )
     command.add_argument("--require", choices=IMPLEMENTATIONS, help="exit with 1 if any call runs as something else")
     command.add_argument("--json", action="store_true", help="for machines")
     command.set_defaults(run=run)
@@ -47,31 +60,58 @@ def run(options: argparse.Namespace) -> int:
         ]
     except (TypeError, ValueError) as error:  # the operator's own word on its input
         raise Problem(str(error)) from error
+    temps = {name: one.temp_bytes for name, one in zip(names, found, strict=True) if one.temp_bytes is not None}
+    if options.compile:
+        temps |= _temp_bytes(options, names)
     if options.json:
-        output.as_json([_as_json(name, one) for name, one in zip(names, found, strict=True)])
+        output.as_json([_as_json(name, one, temps.get(name)) for name, one in zip(names, found, strict=True)])
     else:
-        _print(f"{options.operator} {' '.join(options.operands)}", names, found)
+        _print(f"{options.operator} {' '.join(options.operands)}", names, found, temps)
     wrong = [line for one in found for line in one.lines if options.require not in (None, line.implementation)]
     for line in wrong:
         print(f"jaxops: {line} is not {options.require}", file=sys.stderr)
     return 1 if wrong else 0
 
 
-def _as_json(target: str, explanation: Explanation) -> dict[str, Any]:
+def _as_json(target: str, explanation: Explanation, temp: int | None) -> dict[str, Any]:
     calls = [dataclasses.asdict(line) for line in explanation.lines]
-    return {"target": target, "calls": calls, "temp_bytes": explanation.temp_bytes}
+    return {"target": target, "calls": calls, "temp_bytes": temp}
 
 
-def _print(title: str, names: Sequence[str], found: Sequence[Explanation]) -> None:
-    columns = ("chip", "operator", "phase", "runs", "why", "saved MB", "temp MB")
-    table = output.table(title, columns, right=("saved MB", "temp MB"))
+def _temp_bytes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, int]:
+    """The temporary memory of the whole program by target, from the compilers of those chips."""
+    words = (options.operator, tuple(options.operands), tuple(options.set), options.dtype, options.gradients)
+    chosen = [name for name in names if name != "cpu"]
+    with output.progress("compiling", len(chosen), quiet=options.json) as advance:
+        results = compile_jobs([Job(name, *words) for name in chosen], advance=advance)
+    for name, result in zip(chosen, results, strict=True):
+        if result["status"] != "compiled":
+            raise Problem(f"{options.operator} does not compile for {name}: {result['reason']}")
+    return {name: result["temp_bytes"] for name, result in zip(chosen, results, strict=True)}
+
+
+def _print(title: str, names: Sequence[str], found: Sequence[Explanation], temps: dict[str, int]) -> None:
+    numbers = ("chip KiB", "saved MB", "GFLOP", "MB", "least ms by", "temp MB")
+    table = output.table(title, ("chip", "operator", "phase", "runs", *numbers), right=numbers)
+    remarks = []
     for target, explanation in zip(names, found, strict=True):
-        temp = "" if explanation.temp_bytes is None else f"{explanation.temp_bytes / 1e6:.1f}"
+        temp = f"{temps[target] / 1e6:.1f}" if target in temps else ""
         for line in explanation.lines:
             phase = line.phase if line.count == 1 else f"{line.phase} ×{line.count}"
-            saved = f"{line.saved_bytes / 1e6:.1f}" if line.phase == "forward" else ""
-            table.add_row(target, line.operator, phase, line.implementation, line.reason, saved, temp)
+            figures = (
+                "" if line.chip_bytes is None else f"{line.chip_bytes / 1024:.0f}",
+                f"{line.saved_bytes / 1e6:.1f}" if line.phase == "forward" else "",
+                f"{line.flops / 1e9:.1f}",
+                f"{line.bytes / 1e6:.1f}",
+                "" if line.bound_seconds is None else f"{1e3 * line.bound_seconds:.3f} {line.bound}",
+                temp,
+            )
+            table.add_row(target, line.operator, phase, line.implementation, *figures)
             temp = ""  # of the whole program, once
+            if line.tiles or line.reason:
+                why = f"tiles: {line.tiles}" if line.tiles else f"why: {line.reason}"
+                remarks.append(f"{target} {line.operator} {line.phase}, {why}")
         if not explanation.lines:
-            table.add_row(target, "", "", "", "no operator of this library is called", "", temp)
+            table.add_row(target, "no operator of this library is called", *[""] * 7, temp)
     output.show(table)
+    print("\n".join(dict.fromkeys(remarks)))

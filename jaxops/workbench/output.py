@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxops.workbench.call import Problem
+
+_WIDE = 160
 
 
 def _rich() -> Any:
@@ -30,8 +33,11 @@ def table(title: str, columns: Sequence[str], *, right: Sequence[str] = ()) -> A
 
 
 def show(made: Any) -> None:
-    """Prints a table."""
-    _rich().console.Console().print(made)
+    """Prints a table: as wide as the terminal, or as COLUMNS says, or wide enough for every table in a file or pipe."""
+    console = _rich().console.Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDE
+    console.print(made)
 
 
 def as_json(value: Any) -> None:

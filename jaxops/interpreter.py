@@ -52,6 +52,11 @@ def gpu(**parameters: Any) -> Iterator[None]:
         gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
+def has_run(platform: str) -> bool:
+    """Whether a kernel of `platform` ("tpu" or "gpu") was interpreted since its interpreter was opened."""
+    return (interpret_pallas_call.races if platform == "tpu" else gpu_callbacks._races) is not None
+
+
 @gpu_callbacks.fail_on_exception
 def _multiply(
     *,

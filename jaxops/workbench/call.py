@@ -58,8 +58,11 @@ def function(name: str) -> Callable:
 
 
 def operand(text: str, dtype: str) -> tuple[str, jax.ShapeDtypeStruct]:
-    """("x", its shape and dtype) of "x=8192x4096" (in `dtype`) or "labels=8192:int32". Raises `Problem` otherwise."""
-    name, equals, rest = text.partition("=")
+    """("x", its shape and dtype) of "x=8192x4096" (in `dtype`) or "labels=8192:int32". Raises `Problem` otherwise.
+
+    What follows a < is `bound`'s.
+    """
+    name, equals, rest = text.partition("<")[0].partition("=")
     sizes, _, own = rest.partition(":")
     try:
         shape = tuple(int(size) for size in sizes.split("x")) if sizes else ()
@@ -68,6 +71,16 @@ def operand(text: str, dtype: str) -> tuple[str, jax.ShapeDtypeStruct]:
     if not (name.isidentifier() and equals) or any(size < 0 for size in shape):
         raise Problem(f"an operand must be name=sizes or name=sizes:dtype, as in x=8192x4096, got {text!r}")
     return name, jax.ShapeDtypeStruct(shape, _dtype(name, own or dtype))
+
+
+def bound(text: str, default: int = 2) -> int:
+    """50257 of "labels=8192:int32<50257": random integers are below it. Raises `Problem` for what is no number."""
+    words, less, most = text.partition("<")
+    if not less:
+        return default
+    if not most.isdigit() or int(most) < 1 or not jnp.issubdtype(operand(words, "float32")[1].dtype, jnp.integer):
+        raise Problem(f"a bound must follow an integer dtype, as in labels=8192:int32<50257, got {text!r}")
+    return int(most)
 
 
 def _dtype(name: str, dtype: str) -> np.dtype:
@@ -88,13 +101,10 @@ def option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def call(
-    name: str, operands: Sequence[str], options: Sequence[str], dtype: str, gradients: bool
-) -> tuple[Callable, dict[str, jax.ShapeDtypeStruct]]:
-    """(f, operands) such that f(**operands) is the call; with `gradients`, also those of all floating operands.
-
-    Raises `Problem` where the words do not make sense, or the function has no such argument.
-    """
+def parts(
+    name: str, operands: Sequence[str], options: Sequence[str], dtype: str
+) -> tuple[Callable, dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
+    """(function, operands, options) of a call that the function's signature takes. Raises `Problem` as `call` does."""
     f = function(name)
     arrays = dict(operand(text, dtype) for text in operands)
     static = dict(option(text) for text in options)
@@ -102,6 +112,17 @@ def call(
         inspect.signature(f).bind(**arrays, **static)
     except TypeError as error:
         raise Problem(f"{name}: {error}; its arguments are {inspect.signature(f)}") from error
+    return f, arrays, static
+
+
+def call(
+    name: str, operands: Sequence[str], options: Sequence[str], dtype: str, gradients: bool
+) -> tuple[Callable, dict[str, jax.ShapeDtypeStruct]]:
+    """(f, operands) such that f(**operands) is the call; with `gradients`, also those of all floating operands.
+
+    Raises `Problem` where the words do not make sense, or the function has no such argument.
+    """
+    f, arrays, static = parts(name, operands, options, dtype)
 
     def forward(**arrays: Any) -> Any:
         return f(**arrays, **static)

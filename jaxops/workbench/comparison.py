@@ -206,11 +206,7 @@ def first_order(
       its error on a few numbers is a matter of luck, and where all terms of a gradient cancel it may be none.
     within: as in `against_float64`.
     """
-    dtype = dtype or min(
-        (x.dtype for x in problem.operands.values() if jnp.issubdtype(x.dtype, jnp.floating)),
-        key=lambda d: -float(jnp.finfo(d).eps),
-        default=jnp.dtype("float32"),
-    )
+    dtype = dtype or narrowest(problem.operands)
     if within is None:
         got = jax.jit(lambda operands: dataclasses.replace(problem, operands=operands).results())(problem.operands)
     else:
@@ -230,6 +226,12 @@ def first_order(
         judge(name, got[name], [(u[name], e[name]) for u, e in yardsticks], dtype, natural.get(name, 0.0))
         for name in yardsticks[0][1]
     ]
+
+
+def narrowest(operands: Arrays) -> Any:
+    """The floating dtype that rounds most among the operands; float32 where none is floating."""
+    floating = [x.dtype for x in operands.values() if jnp.issubdtype(x.dtype, jnp.floating)]
+    return max(floating, key=lambda dtype: float(jnp.finfo(dtype).eps), default=jnp.dtype("float32"))
 
 
 def transformed(name: str, problem: "Problem", plain: "Problem", dtype: Any) -> Row:
@@ -292,7 +294,7 @@ class Problem:
 
     def exact(self) -> dict[str, np.ndarray]:
         """The results in float64."""
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.default_device("cpu"):  # accelerators have no float64, or not all of it
             wide = {name: _cast(np.asarray(x), "float64") for name, x in self.operands.items()}
             return {name: np.asarray(x) for name, x in dataclasses.replace(self, operands=wide).results().items()}
 

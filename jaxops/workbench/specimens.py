@@ -1,0 +1,300 @@
+"""Calls to try an operator on: usual ones, and by chance ones whose sizes, dtypes, options and masks divide no tile.
+
+A specimen holds Python expressions, not arrays: what is tried and the program that shows a failure are the same text.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxops
+from jaxops.workbench.call import Problem, function
+
+# On both sides of the tiles of every kernel, and 1.
+SIZES = (1, 2, 3, 7, 8, 16, 31, 64, 127, 128, 129, 160, 255, 256, 257, 300, 511, 513, 1000)
+DTYPES = ("float32", "bfloat16")
+# What `jaxops verify` takes where no operands are given, in words; no size divides a tile.
+USUAL: dict[str, tuple[str, str]] = {
+    "dot_product_attention": ("query=2x70x3x32 key=2x130x1x32 value=2x130x1x32", "is_causal=True"),
+    "gated_linear_unit": ("x=30x65 w_gate=65x129 w_up=65x129", ""),
+    "gelu": ("x=30x129", ""),
+    "layer_norm": ("x=40x129 scale=129 bias=129", ""),
+    "linear_cross_entropy": ("x=33x65 weight=65x300 labels=33:int32<300 bias=300", "reduction=none"),
+    "matmul": ("x=30x65 w=65x129 bias=129", ""),
+    "relu": ("x=30x129", ""),
+    "rms_norm": ("x=40x129 scale=129", ""),
+    "rope": ("x=2x40x3x32 positions=40:int32<1000", ""),
+    "silu": ("x=30x129", ""),
+    "softmax": ("x=40x129", ""),
+    "squared_relu": ("x=30x129", ""),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A random array: a NumPy expression of `random` (a `numpy.random.Generator`) and `np`, cast to `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    expression: str
+
+
+def normal(shape: Sequence[int], dtype: str) -> Operand:
+    return Operand(tuple(shape), dtype, f"random.standard_normal({tuple(shape)})")
+
+
+def integers(below: int, shape: Sequence[int], least: int = 0) -> Operand:
+    return Operand(tuple(shape), "int32", f"random.integers({least}, {below}, {tuple(shape)})")
+
+
+def booleans(shape: Sequence[int]) -> Operand:
+    return Operand(tuple(shape), "bool", f"random.random({tuple(shape)}) < 0.7")
+
+
+def of(shape: Sequence[int], dtype: Any, below: int) -> Operand:
+    """Random numbers that suit the dtype: normal, true or false, or at least 0 and less than `below`."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return normal(shape, str(dtype))
+    return booleans(shape) if dtype == jnp.bool_ else dataclasses.replace(integers(below, shape), dtype=str(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Specimen:
+    """One call: "rms_norm" or "module:function", random operands by name, and options as Python expressions."""
+
+    name: str
+    operands: Mapping[str, Operand]
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def arrays(self) -> dict[str, jax.Array]:
+        names = {"random": np.random.default_rng(self.seed), "np": np}
+        return {name: jnp.asarray(eval(x.expression, names), x.dtype) for name, x in self.operands.items()}
+
+    def function(self) -> functools.partial:
+        """The function of the operands alone."""
+        return functools.partial(function(self.name), **self.static())
+
+    def static(self) -> dict[str, Any]:
+        return {name: eval(text, {"jaxops": jaxops}) for name, text in self.options.items()}
+
+    def size(self) -> tuple[int, int]:
+        """How large it is, to compare with others: arrays and options, and numbers in them."""
+        count = sum(int(np.prod(x.shape)) for x in self.operands.values())
+        return len(self.operands) + len(self.options), count
+
+    def __str__(self) -> str:
+        operands = [f"{name}={'x'.join(map(str, x.shape))}:{x.dtype}" for name, x in self.operands.items()]
+        return " ".join([self.name, *operands, *(f"--set {name}={text}" for name, text in self.options.items())])
+
+
+def by_chance(specimen: Specimen, most: int) -> Any:
+    """A hypothesis strategy of specimens of the same operator.
+
+    For an operator of this library its own, with sizes up to `most`. For any other function every number among the
+    sizes given is one dimension, the same wherever it stands, drawn up to what was given; dtypes are drawn together.
+    """
+    strategies = hypothesis().strategies
+    draw_one = _DRAWN.get(specimen.name)
+    if draw_one is None:
+        return strategies.composite(lambda draw: _resized(_Chance(draw, strategies, most), specimen))()
+    return strategies.composite(lambda draw: _library(_Chance(draw, strategies, most), specimen.name, draw_one))()
+
+
+def hypothesis() -> Any:
+    """The library of that name. Raises `Problem` without it."""
+    try:
+        import hypothesis
+        import hypothesis.strategies
+    except ImportError as error:
+        raise Problem("--fuzz needs hypothesis: pip install 'jaxops[verify]'") from error
+    return hypothesis
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chance:
+    """What is drawn, in the words of the strategies below; shrinking goes to the first choice."""
+
+    draw: Callable
+    strategies: Any
+    most: int
+
+    def of(self, *choices: Any) -> Any:
+        return self.draw(self.strategies.sampled_from(choices))
+
+    def size(self, most: int | None = None) -> int:
+        most = min(self.most, self.most if most is None else most)
+        return self.of(*[size for size in SIZES if size < most], most)
+
+    def shape(self, *last: int) -> tuple[int, ...]:
+        """Zero to two leading axes, then `last`."""
+        rank = self.of(0, 1, 2)
+        return (*[self.size(5) for _ in range(rank - 1)], *([self.size()] if rank else []), *last)
+
+    def seed(self) -> int:
+        return self.draw(self.strategies.integers(0, 2**16))
+
+
+def _library(chance: _Chance, name: str, draw_one: Callable) -> Specimen:
+    operands, options = draw_one(chance)
+    there = {name: x for name, x in operands.items() if x is not None}
+    static = {name: x if isinstance(x, str) else repr(x) for name, x in options.items()}
+    return Specimen(name, there, static, chance.seed())
+
+
+def _resized(chance: _Chance, specimen: Specimen) -> Specimen:
+    given = sorted({size for x in specimen.operands.values() for size in x.shape if size > 1}, reverse=True)
+    moved = resized(specimen, {size: chance.of(*[s for s in SIZES if s < size], size) for size in given})
+    floating = {x.dtype for x in moved.operands.values() if jnp.issubdtype(x.dtype, jnp.floating)}
+    dtype = chance.of(*DTYPES)
+    if len(floating) == 1:  # a function asked about with two dtypes keeps them
+        operands = {
+            n: dataclasses.replace(x, dtype=dtype) if x.dtype in floating else x for n, x in moved.operands.items()
+        }
+        moved = dataclasses.replace(moved, operands=operands)
+    return dataclasses.replace(moved, seed=chance.seed())
+
+
+def resized(specimen: Specimen, sizes: Mapping[int, int]) -> Specimen:
+    """`specimen` with other numbers in the shapes, each wherever it stands."""
+
+    def again(x: Operand) -> Operand:
+        shape = tuple(sizes.get(size, size) for size in x.shape)
+        return Operand(shape, x.dtype, x.expression.replace(str(x.shape), str(shape)))
+
+    return dataclasses.replace(specimen, operands={name: again(x) for name, x in specimen.operands.items()})
+
+
+# ---- the operators of this library: (operands, options) by chance ---------------------------------------------------
+
+
+def _attention(c: _Chance) -> tuple[dict, dict]:
+    dtype = c.of(*DTYPES, "float16")
+    batch, groups, per_group, size = c.of(1, 2), c.of(1, 2), c.of(1, 2, 3), c.of(16, 64, 32, 80, 128)
+    queries, keys = c.size(), c.size()
+    heads, logits = groups * per_group, (batch, groups * per_group, queries, keys)
+    over_logits = lambda: tuple(c.of(1, full) for full in logits)
+    lengths = c.of(False, True)
+    segments = c.of(False, True)
+    ids = lambda length: Operand(
+        (batch, length), "int32", f"np.sort(random.integers(0, 3, {(batch, length)}), axis=-1)"
+    )
+    operands = {
+        "query": normal((batch, queries, heads, size), dtype),
+        "key": normal((batch, keys, groups, size), dtype),
+        "value": normal((batch, keys, groups, size), dtype),
+        "bias": normal(over_logits(), c.of(dtype, "float32")) if c.of(False, True) else None,
+        "mask": booleans(over_logits()) if c.of(False, True) else None,
+        "query_seq_lengths": integers(queries + 1, (batch,)) if lengths else None,
+        "key_value_seq_lengths": integers(keys + 1, (batch,)) if lengths else None,
+        "query_segment_ids": ids(queries) if segments else None,
+        "key_value_segment_ids": ids(keys) if segments else None,
+        "sinks": normal((heads,), "float32") if c.of(False, True) else None,
+    }
+    options: dict[str, Any] = {"is_causal": c.of(False, True)}
+    window = c.of(None, (7, None), (40, 17), 5, (None, 100))
+    if window is not None:
+        options["local_window_size"] = window
+    if c.of(False, True):
+        options["logits_soft_cap"] = 3.0
+    if c.of(False, True):
+        options["return_residual"] = True
+    return operands, options
+
+
+def _norm(c: _Chance, *, with_bias: bool) -> tuple[dict, dict]:
+    dtype, features = c.of(*DTYPES, "float16"), c.size()
+    parameters = c.of(dtype, "float32")
+    operands = {
+        "x": normal(c.shape(features), dtype),
+        "scale": normal((features,), parameters) if c.of(True, False) else None,
+        "bias": normal((features,), parameters) if with_bias and c.of(True, False) else None,
+    }
+    return operands, {"eps": c.of(1e-6, 1e-3), "scale_offset": c.of(0.0, 1.0)}
+
+
+def _cross_entropy(c: _Chance) -> tuple[dict, dict]:
+    dtype, hidden, vocab = c.of(*DTYPES, "float16"), c.size(130), c.size()
+    leading = c.shape()
+    operands = {
+        "x": normal((*leading, hidden), dtype),
+        "weight": normal((hidden, vocab), dtype),
+        "labels": integers(vocab, leading),
+        "bias": normal((vocab,), c.of(dtype, "float32")) if c.of(False, True) else None,
+    }
+    options = {
+        "ignore_index": c.of(None, 0),
+        "label_smoothing": c.of(0.0, 0.1),
+        "z_loss": c.of(0.0, 1e-2),
+        "logits_soft_cap": c.of(None, 5.0),
+        "reduction": c.of("'mean'", "'sum'", "'none'"),
+    }
+    return operands, options
+
+
+def _elementwise(c: _Chance) -> tuple[dict, dict]:
+    return {"x": normal(c.shape(c.size()), c.of(*DTYPES, "float16"))}, {}
+
+
+def _gelu(c: _Chance) -> tuple[dict, dict]:
+    return _elementwise(c)[0], {"approximate": c.of(True, False)}
+
+
+def _activation(c: _Chance) -> str:
+    return c.of("jaxops.silu", "jaxops.gelu", "jaxops.relu", "jaxops.squared_relu")
+
+
+def _matmul(c: _Chance) -> tuple[dict, dict]:
+    dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
+    operands = {
+        "x": normal(c.shape(inner), dtype),
+        "w": normal((inner, columns), dtype),
+        "bias": normal((columns,), c.of(dtype, "float32")) if c.of(False, True) else None,
+    }
+    return operands, {"activation": _activation(c)} if c.of(False, True) else {}
+
+
+def _gated(c: _Chance) -> tuple[dict, dict]:
+    dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
+    weights = {name: normal((inner, columns), dtype) for name in ("w_gate", "w_up")}
+    return {"x": normal(c.shape(inner), dtype), **weights}, {"activation": _activation(c)}
+
+
+def _softmax(c: _Chance) -> tuple[dict, dict]:
+    shape = c.shape(c.size())
+    axis = c.of(-1, 0, tuple(range(len(shape))))
+    where = booleans([c.of(size, 1) for size in shape]) if c.of(False, True) else None
+    return {"x": normal(shape, c.of(*DTYPES, "float16")), "where": where}, {"axis": axis}
+
+
+def _rope(c: _Chance) -> tuple[dict, dict]:
+    length, heads, size = c.size(), c.of(1, 3), c.of(2, 16, 64, 130)
+    leading = (c.size(5),) if c.of(False, True) else ()
+    positions = (*leading, length) if c.of(False, True) else (length,)
+    scaling = c.of("None", "2.0", "jaxops.RopeScaling(8.0, 1.0, 4.0, 256)")
+    operands = {
+        "x": normal((*leading, length, heads, size), c.of(*DTYPES, "float16")),
+        "positions": integers(1000, positions),
+    }
+    return operands, {"base": c.of(10000.0, 500000.0), "scaling": scaling}
+
+
+_DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
+    "dot_product_attention": _attention,
+    "gated_linear_unit": _gated,
+    "gelu": _gelu,
+    "layer_norm": functools.partial(_norm, with_bias=True),
+    "linear_cross_entropy": _cross_entropy,
+    "matmul": _matmul,
+    "relu": _elementwise,
+    "rms_norm": functools.partial(_norm, with_bias=False),
+    "rope": _rope,
+    "silu": _elementwise,
+    "softmax": _softmax,
+    "squared_relu": _elementwise,
+}

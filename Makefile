@@ -21,11 +21,11 @@ lint: $(VENV)/installed  ## style and imports
 types: $(VENV)/installed  ## static types
 	$(BIN)/mypy
 
-certify: $(COMPILERS)/installed  ## compile every kernel for every chip and compare with docs/certificates.json
-	$(COMPILERS)/bin/python -m benchmarks.certify --check
+certify: $(COMPILERS)/installed  ## compile what changed for every chip and compare with docs/certificates.json
+	$(COMPILERS)/bin/jaxops certify --check
 
 certificates: $(COMPILERS)/installed  ## the same, and write docs/certificates.{md,json}
-	$(COMPILERS)/bin/python -m benchmarks.certify
+	$(COMPILERS)/bin/jaxops certify
 
 bench: $(VENV)/installed  ## time the operators against JAX's and Flax's own on this machine
 	$(BIN)/python -m benchmarks
@@ -43,5 +43,5 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(COMPILERS)/installed: pyproject.toml constraints.txt
 	@sh tools/create_venv.sh $(COMPILERS)
-	$(COMPILERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu-compile,gpu-compile]'
+	$(COMPILERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,tpu-compile,gpu-compile]'
 	@touch $@

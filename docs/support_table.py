@@ -12,8 +12,10 @@ BEGIN, END = "<!-- support table: begin (python docs/support_table.py) -->", "<!
 
 
 def render(cells: certificates.Cells) -> str:
-    """Operator × dtype, chips across."""
-    rows = certificates.summary(cells)
+    """Operator × dtype, chips across; an operator that is left to XLA on every chip has no row."""
+    summary = certificates.summary(cells)
+    with_kernels = {operator for (operator, _), by_chip in summary.items() if set(by_chip.values()) != {"XLA"}}
+    rows = {(operator, dtype): row for (operator, dtype), row in summary.items() if operator in with_kernels}
     chips = list(next(iter(rows.values())))
     header = ["operator", "dtype", *chips, "cpu"]
     lines = [[f"`{operator}`", dtype, *by_chip.values(), "XLA"] for (operator, dtype), by_chip in rows.items()]

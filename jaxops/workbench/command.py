@@ -4,11 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxops.workbench import bench, certify, compile, doctor, explain, listing, new, tune, verify
+from jaxops.workbench import bench, certify, compile, doctor, explain, listing, new, profile, tune, verify
 from jaxops.workbench.call import Problem
 
 # Modules with `register(commands)`, in the order in which --help shows them.
-COMMANDS = (listing, explain, verify, compile, certify, bench, tune, doctor, new)
+COMMANDS = (listing, explain, verify, compile, certify, bench, tune, profile, doctor, new)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

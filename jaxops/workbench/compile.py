@@ -141,22 +141,25 @@ def what_runs(result: Mapping[str, Any]) -> str:
 
 def reasons(jobs: Sequence[Job], results: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line for each reason that a kernel does not run or nothing was compiled, with the chips it is said of."""
-    said: dict[str, list[str]] = {}
+    said: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}  # → chips, phases
     for job, result in zip(jobs, results, strict=True):
         if result["status"] != "compiled":
-            said.setdefault(f"{result['status']}: {result['reason']}", []).append(job.chip)
+            said.setdefault((result["status"], result["reason"]), ({}, {}))[0][job.chip] = None
             continue
         for run in result["runs"]:
             if run["implementation"] == "xla" and run["reason"]:
-                line = f"XLA serves {run['operator']} ({run['phase']}): {run['reason']}"
-                said.setdefault(line, []).append(job.chip)
-    return [f"{', '.join(dict.fromkeys(names))}: {line}" for line, names in said.items()]
+                names, phases = said.setdefault((f"XLA serves {run['operator']}", run["reason"]), ({}, {}))
+                names[job.chip] = phases[run["phase"]] = None
+    return [
+        f"{', '.join(names)}: {what}{f' ({", ".join(phases)})' if phases else ''}: {reason}"
+        for (what, reason), (names, phases) in said.items()
+    ]
 
 
 def _print(jobs: Sequence[Job], results: Sequence[Mapping[str, Any]]) -> None:
     job = jobs[0]
     words = [job.function, *job.operands, *job.options, job.dtype, *(["gradients"] if job.gradients else [])]
-    numbers = ("kernels", "temp", "arguments", "results", "VMEM/SMEM", "registers", "spills", "GFLOP", "compiled in")
+    numbers = ("kernels", "temp", "arguments", "results", "VMEM/SMEM", "registers", "spills", "compiled in")
     table = output.table(" ".join(words), ("chip", "runs", *numbers), right=numbers)
     for one, result in zip(jobs, results, strict=True):
         table.add_row(one.mesh or one.chip, what_runs(result), *_numbers(result))
@@ -172,7 +175,7 @@ def _print(jobs: Sequence[Job], results: Sequence[Mapping[str, Any]]) -> None:
 
 def _numbers(result: Mapping[str, Any]) -> list[str]:
     if result["status"] != "compiled":
-        return [""] * 9
+        return [""] * 8
     memory = [size(result[name]) for name in ("temp_bytes", "argument_bytes", "output_bytes")]
     if "vmem_bytes" in result:
         default = "default" if result["kernels"] else ""
@@ -181,8 +184,7 @@ def _numbers(result: Mapping[str, Any]) -> list[str]:
         chip = [size(result["smem_bytes"]), str(result["registers"]), size(result["spill_bytes"])]
     else:
         chip = ["", "", ""]
-    flops = "" if result["flops"] is None else f"{result['flops'] / 1e9:.2f}"
-    return [str(result["kernels"]), *memory, *chip, flops, f"{result['compile_seconds']:.1f} s"]
+    return [str(result["kernels"]), *memory, *chip, f"{result['compile_seconds']:.1f} s"]
 
 
 def _print_collectives(job: Job, result: Mapping[str, Any]) -> None:

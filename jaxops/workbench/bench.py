@@ -210,8 +210,13 @@ def least_and_peak(one: Any) -> list[str]:
         least += (
             f": no less than {milliseconds(seconds)} ms, bound by {'the products' if by == 'compute' else 'memory'}"
         )
+    return [f"{least}.", peak_in_words(peak)]
+
+
+def peak_in_words(peak: Any) -> str:
+    """What a device can do at most, and who says so."""
     rate = f"{peak.flops / 1e12:.4g} TFLOP/s and " if peak.flops else ""
-    return [f"{least}.", f"Peak: {rate}{peak.bandwidth / 1e9:.4g} GB/s ({peak.source})."]
+    return f"Peak: {rate}{peak.bandwidth / 1e9:.4g} GB/s ({peak.source})."
 
 
 def _print(one: Any) -> None:

@@ -240,6 +240,14 @@ def measure(
     return Benchmark(question, devices.description(), False, work, peak, tuple(timed), memory)
 
 
+def tried(question: Question) -> Row:
+    """The call, run once on the device at hand and compared with float64: a row without times."""
+    function, shapes = question.call()
+    arguments = _arguments(function, random_operands(shapes), question.gradients)
+    _, row = _prepare(_Variant(question.operator, function, peer=False), arguments, _Judge.of(function, arguments))
+    return row
+
+
 def published_here(dtype: str) -> Peak | None:
     """What the device at hand can do by its maker; None if it is no chip that is known."""
     chip = devices.chip()

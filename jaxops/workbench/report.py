@@ -82,6 +82,14 @@ def _axes(colours: tuple[str, str, str], height: float = 4.6) -> tuple[Any, Any]
     return figure, axes
 
 
+def _logarithmic(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 times every power of ten, as plain numbers."""
+    ticker = _matplotlib().ticker
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
 def _label(axes: Any, ink: str, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", color=ink, fontsize=11)
     axes.set_xlabel(x, color=ink, fontsize=10)
@@ -148,7 +156,9 @@ def roofline(benchmarks: Sequence[Benchmark], colours: tuple[str, str, str] = _S
             )
             seen.add(label)
     axes.set_xscale("log")
+    _logarithmic(axes.xaxis)
     axes.set_yscale("log")
+    _logarithmic(axes.yaxis)
     axes.set_xlim(low, high)
     title = f"{benchmarks[0].question.operator}, {benchmarks[0].question.dtype}: roofline ({_said(benchmarks)})"
     _label(axes, ink, title, "FLOP per byte that has to move", f"TFLOP/s, {_said(benchmarks)}")
@@ -204,9 +214,10 @@ def scaling(
         lower, upper = zip(*(spread.quartiles for spread in spreads), strict=True)
         axes.fill_between(xs, [1e3 * s for s in lower], [1e3 * s for s in upper], color=colour, alpha=0.18, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
+    axes.set_yscale("log")
+    _logarithmic(axes.yaxis)
     said = _said(benchmarks)
     title = f"{benchmarks[0].question.operator}, {benchmarks[0].question.dtype}: time over {scale} ({said})"
     _label(axes, ink, title, scale, f"ms, {said}" + ("" if said == "modelled" else ", median and quartiles"))

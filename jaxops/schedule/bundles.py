@@ -19,7 +19,9 @@ _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(LH|LB|LE|PB|PF|CT)? *: ((?:> ?)*) ?\
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _INSTRUCTION = re.compile(r"(?:(%?\w+) = )?([\w.\-]+)\s*(.*)", re.DOTALL)
-_PREDICATE = re.compile(r"\((!?)%(p\w+)(?:, ([^)]*))?\),?\s*(.*)", re.DOTALL)
+# Before the operands, or behind the address of a load or store.
+_PREDICATE = re.compile(r"(\[smem:.*\]\] )?\((!?)%(p\w+)(?:, ([^)]*))?\),?\s*(.*)", re.DOTALL)
+_NOTE = "\0"
 _ENTRY = re.compile(r"/\* entry bundle: (.*?) \*/", re.DOTALL)
 
 
@@ -40,8 +42,9 @@ class Predicate:
 class Instruction:
     """One scalar instruction; `result` is the register it sets ("" if none), without the %.
 
-    A branch's only operand is the number of the region it jumps to, a call's the name of the callee, an operand of
-    the kernel has its index.
+    A branch's only operand is the number of the region it jumps to, a call's the name of the callee ("" for those of
+    the runtime), an operand of the kernel has its index. A division is "sdivrem.u32 Rem" or "sdivrem.u32 Div", by which
+    of its results is meant.
     """
 
     result: str
@@ -95,40 +98,46 @@ def parse(text: str, name: str) -> Schedule:
 
 
 def _bundle(mark: str, body: str) -> Bundle:
-    callee = re.search(r"inlined_call[^/]*/\* (?:%([\w.\-]+) = )?", body)  # a call says its callee in a comment
     scalar, vector = [], []
-    for statement in _COMMENT.sub("", body).rsplit("}", 1)[0].split(" ;;  "):
+    body = re.sub(r"%(\d+)\b", r"%n\1", body)  # a result that is in no register has only a number
+    for statement in _COMMENT.sub(_note, body).rsplit("}", 1)[0].split(" ;;  "):
         found = _INSTRUCTION.match(statement.strip())
         if found is None:
             continue
         result, opcode, rest = (found[1] or "").lstrip("%"), found[2], found[3].strip()
+        rest, _, note = rest.partition(_NOTE)
         if opcode[0] == "v":
             vector.append(opcode)
             if not result.startswith(("s", "p")):
                 continue
-        if opcode.startswith("inlined_call_operand"):
-            index = re.search(r"index: (\d+), kind", statement)
-            operands: tuple[str, ...] = (index[1] if index else "",)
-            scalar.append(Instruction(result, "inlined_call_operand", None, operands))
-            continue
-        if opcode == "inlined_call":
-            scalar.append(Instruction("", opcode, None, (callee[1] or "" if callee else "",)))
-            continue
-        rest = re.sub(r"^\[thread:\$\d+\]\s*", "", rest)
+        rest = re.sub(r"^\[thread:\$\d+\]\s*", "", rest.strip())
         predicate = None
         if guarded := _PREDICATE.match(rest):
-            predicate = Predicate(guarded[2], guarded[1] == "!", guarded[3])
-            rest = guarded[4]
-        if opcode.startswith("sbr"):
+            predicate = Predicate(guarded[3], guarded[2] == "!", guarded[4])
+            rest = (guarded[1] or "") + guarded[5]
+        if opcode.startswith("inlined_call_operand"):
+            index = re.search(r"index: (\d+), kind", rest)
+            operands: tuple[str, ...] = (index[1],) if index else ()
+        elif opcode == "inlined_call":
+            operands = (note,)
+        elif opcode.startswith("sbr"):
             target = re.search(r"\$region(\d+)", rest)
             operands = (target[1],) if target else ()
         elif opcode == "sst":
             address, _, value = rest.rpartition("]] ")
             operands = (address + "]]", value.strip())
         else:
-            operands = _split(rest)
+            operands = _split(rest.strip())
+        if opcode.startswith("sdivrem"):
+            opcode = f"{opcode} {note}"
         scalar.append(Instruction(result, opcode, predicate, operands))
     return Bundle(mark, tuple(scalar), tuple(vector))
+
+
+def _note(comment: re.Match) -> str:
+    """What of a comment is more than a comment: the callee of a call, and which result of a division is meant."""
+    called = re.match(r"/\* (?:%([\w.\-]+) = \S|k(Rem|Div) \*/)", comment[0])
+    return _NOTE + (called[1] or called[2]) if called else ""
 
 
 def _split(text: str) -> tuple[str, ...]:

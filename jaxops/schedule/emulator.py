@@ -14,7 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import CodeType
 
 from jaxops.schedule.bundles import DELAY_SLOTS, Instruction, Predicate, Schedule
@@ -154,7 +154,15 @@ class _Reader:
 
 def address_of(spaces: dict[str, int], name: str) -> int:
     """Where the allocation or operand `name` begins; a new place the first time it is named."""
-    return spaces.setdefault(name, (len(spaces) + 1) * _SPACE)
+    return spaces.setdefault(name, (16 * len(spaces) + 1) * _SPACE)
+
+
+def _place(address: int) -> tuple[int, int]:
+    """(beginning of its allocation, offset) of an address. Some DMAs have theirs shifted left by 4."""
+    if address // _SPACE % 16 != 1:
+        address >>= 4
+    begin = address // _SPACE * _SPACE
+    return begin, address - begin
 
 
 def _expression(instruction: Instruction, spaces: dict[str, int]) -> _Expression:
@@ -204,12 +212,17 @@ def _expression(instruction: Instruction, spaces: dict[str, int]) -> _Expression
         text = "0"
     elif opcode == "scalar_parameter_address":
         text = str(address_of(spaces, f"parameter {operands[0]}"))
+    elif opcode in ("sdivrem.u32 Rem", "sdivrem.u32 Div"):
+        sign = "%" if opcode.endswith("Rem") else "//"
+        text = f"(unsigned({read.value(operands[0])}) {sign} {read.value(operands[1])})"
+    elif opcode == "spop.drf":  # the result of a division, when it is ready
+        text = read.value(operands[0])
     elif opcode == "sld":
         address = read.address(operands[0])
         text = f"load({address})"
     elif opcode == "sphi":  # which one is chosen depends on where control comes from: see _Program._phis
         text = ", ".join(read.value(operand) for operand in operands)
-    elif opcode == "inlined_call_operand":
+    elif opcode.startswith("inlined_call_operand"):
         text = str(address_of(spaces, f"operand {operands[0]}"))
     else:
         raise _Opaque(opcode)
@@ -261,7 +274,7 @@ def _translate(
         if one.opcode == "sst":
             with contextlib.suppress(_Opaque):  # an address that cannot be read
                 stores[one] = _store(one, spaces)
-        elif one.result[:1] in ("s", "p"):
+        elif one.result:
             try:
                 values[one.result] = _expression(one, spaces)
             except (_Opaque, ValueError, IndexError, KeyError):
@@ -279,12 +292,14 @@ def _store(one: Instruction, spaces: dict[str, int]) -> _Store:
     return _Store(condition, address, value, frozenset(read.registers))
 
 
-def _slice(instructions: Sequence[Instruction], spaces: dict[str, int], trust_memory: bool) -> _Slice:
-    """What branches, DMAs and waits need. With `trust_memory`, SMEM nobody wrote reads 0; else it has no value."""
+def _slice(instructions: Sequence[Instruction], spaces: dict[str, int], known: Collection[int] | None) -> _Slice:
+    """What branches, DMAs and waits need. SMEM's contents before are known at the addresses `known`; None: anywhere."""
     values, stores, opaque = _translate(instructions, spaces)
     places: dict[str, list[Instruction]] = collections.defaultdict(list)  # address → stores to it
     for one, store in stores.items():
         places[store.address].append(one)
+
+    given = {e.address for e in values.values()} if known is None else set(map(str, known))
 
     def lost(store: _Store) -> bool:
         return store.value is None or not opaque.isdisjoint(store.registers)
@@ -299,7 +314,7 @@ def _slice(instructions: Sequence[Instruction], spaces: dict[str, int], trust_me
             and (
                 any(register in opaque or register not in values for register in expression.registers)
                 or expression.address in opaque_places
-                or (expression.address and not trust_memory and expression.address not in places)
+                or (expression.address and expression.address not in given and expression.address not in places)
             )
         }
         opaque |= found
@@ -358,24 +373,15 @@ def _code(lines: Sequence[str], mode: str = "exec") -> CodeType | None:
 class _Program:
     """The slice of a schedule as basic blocks."""
 
-    def __init__(self, schedule: Schedule, trust_memory: bool):
+    def __init__(self, schedule: Schedule, cells: Mapping[str, int] | None):
         self.schedule = schedule
         self.spaces: dict[str, int] = {}
         self.warnings: set[str] = set()
+        self.cells = {address_of(self.spaces, name): value for name, value in (cells or {}).items()}
         instructions = [one for bundle in schedule.bundles for one in bundle.scalar]
-        self.slice = _slice(instructions, self.spaces, trust_memory)
-        self.start_up = 0 if trust_memory else self._first_work()
+        self.slice = _slice(instructions, self.spaces, None if cells is None else self.cells)
+        self.space = {one.result: one.opcode.rpartition(".")[2] for one in instructions if one.result}
         self.blocks = self._blocks()
-
-    def _first_work(self) -> int:
-        """The first bundle that starts a DMA or calls a kernel: branches before it ask what the runtime wrote."""
-        for index, bundle in enumerate(self.schedule.bundles):
-            if any(
-                one.opcode.startswith("dma") or (one.opcode == "inlined_call" and one.operands[0])
-                for one in bundle.scalar
-            ):
-                return index
-        return len(self.schedule.bundles)
 
     def _blocks(self) -> list[_Block]:
         bundles, regions = self.schedule.bundles, self.schedule.regions
@@ -398,19 +404,20 @@ class _Program:
             branch = None
             if end - 1 in branches:
                 index, one, target = branches[end - 1]
-                branch = self._branch(one, index, bisect.bisect_right(starts, target) - 1, back=target <= index)
+                branch = self._branch(one, bisect.bisect_right(starts, target) - 1, back=target <= index)
             body = [line for i in range(start, end) for line in self._bundle_lines(i, i - start)]
             blocks.append(_Block(start, end, self._phis(start, 0), self._phis(start, 1), _code(body), branch))
         return blocks
 
-    def _branch(self, one: Instruction, index: int, target: int, *, back: bool) -> _Branch:
+    def _branch(self, one: Instruction, target: int, *, back: bool) -> _Branch:
         if one.predicate is None:
             return _Branch(target, back, _code(["True"], "eval"))
         if one.predicate.register not in self.slice.values:
-            if back:
-                self.warnings.add("a loop depends on data: one trip is counted")
-            elif index >= self.start_up:
-                self.warnings.add("a branch depends on data: its region is taken to be entered")
+            self.warnings.add(
+                "a loop depends on data: one trip is counted"
+                if back
+                else "a branch depends on data: its region is taken to be entered"
+            )
             return _Branch(target, back, None)
         return _Branch(target, back, _code([_Reader(self.spaces).holds(one.predicate)], "eval"))
 
@@ -455,10 +462,12 @@ class _Program:
             else:
                 source, granules, target, flag = one.operands[:4]
                 origin, _, destination = one.opcode.rpartition(".")[2].partition("_to_")
+                if one.opcode == "dma.general":  # the pointers say between which memories
+                    origin, destination = self.space.get(source[1:], ""), self.space.get(target[1:], "")
                 reads, writes = origin == "hbm", destination == "hbm"
                 line = f"start({offset}, {read.value(flag)}, {read.value(granules)}, {reads}, {writes})"
                 if destination == "smem":
-                    line += f"; fill({read.value(source)}, {read.value(target)})"
+                    line += f"; fill({self._known(source)}, {self._known(target)})"
                 if not (reads or writes):
                     self.warnings.add("a copy that does not touch HBM is taken to last as long as the latency")
         except (_Opaque, ValueError, IndexError):
@@ -469,6 +478,12 @@ class _Program:
             return []
         return [f"if {condition}: {line}"]
 
+    def _known(self, operand: str) -> str:
+        """Python for an operand that may have no value: then 0."""
+        read = _Reader(self.spaces)
+        text = read.value(operand)
+        return text if read.registers <= set(self.slice.values) else "0"
+
 
 # ----------------------------------------------------------------------------------------------------------- emulation
 
@@ -478,22 +493,24 @@ def execute(
     channel: Channel,
     *,
     scalars: Mapping[int, Sequence[int]] | None = None,
+    cells: Mapping[str, int] | None = None,
     costs: Mapping[str, Cost] | None = None,
 ) -> Execution:
     """Runs the scalar unit over `schedule`.
 
     channel: a fresh one; times are in cycles of the core.
     scalars: the SMEM words of the operands whose values are known, by operand index.
-    costs: of the kernels this one calls, for the program that calls them all. Memory that nobody wrote has no value
-      there, and reads 0 in a kernel (a core's own number, for one).
+    cells: what SMEM holds before, by allocation; elsewhere nothing is known. None, for a kernel, which finds little
+      there but the number of its core: everything is 0.
+    costs: of the kernels that this one calls, if it is the program that calls them all.
     """
     scalars = scalars or {}
-    program = _Program(schedule, trust_memory=costs is None)
+    program = _Program(schedule, cells)
     blocks = program.blocks
     operands = {
         address: int(name.removeprefix("operand ")) for name, address in program.spaces.items() if "operand" in name
     }
-    memory: dict[int, int] = {}
+    memory = dict(program.cells)
     for address, index in operands.items():
         memory.update((address + place, _wrap(word)) for place, word in enumerate(scalars.get(index, ())))
     unknown: set[int] = set()
@@ -503,17 +520,18 @@ def execute(
     def load(address: int) -> int:
         value = memory.get(address)
         if value is None:
-            if (owner := operands.get(address // _SPACE * _SPACE)) is not None:
+            if (owner := operands.get(_place(address)[0])) is not None:
                 unknown.add(owner)
             return 0
         return value
 
     def fill(source: int, target: int) -> None:
-        index = operands.get((source >> 4) // _SPACE * _SPACE)  # DMA addresses in HBM come shifted
-        if index is None or index not in scalars:
+        index = operands.get(_place(source)[0])
+        if index is not None and index in scalars:
+            to = sum(_place(target))
+            memory.update((to + place, _wrap(word)) for place, word in enumerate(scalars[index]))
+        elif cells is None:
             unknown.add(-1 if index is None else index)
-            return
-        memory.update((target + place, _wrap(word)) for place, word in enumerate(scalars[index]))
 
     def start(offset: int, flag: int, granules: int, reads: bool, writes: bool) -> None:
         channel.start(now + offset, flag, granules, reads=reads, writes=writes)

@@ -33,8 +33,12 @@ from pallas_kernels.chips import Chip
 
 LATENCY_SECONDS = 0.5e-6  # from the end of a transfer until it has arrived
 PROGRAM = "(program)"  # the name of the program that calls the kernels
+# What the runtime leaves in SMEM for a program, by the end of the compiler's description: it runs on the first core
+# and not for the first time, so that an operand which XLA prefetches from one run for the next is there.
+_RUNTIME = {"core index": 0, "chip ID": 0, "program descriptor state": 1, "spec success addr": 1, "rng seed": 0}
 _SPILL_BYTES = 4096  # one vector register
-_BUNDLES = re.compile(r"^(?:\d+-)?(.+)-(\d+)-final_bundles\.txt$")
+_MAIN = "TLP"  # how the compiler's files call it
+_BUNDLES = re.compile(r"(?:\d+-)?(.+)-\d+-final_bundles\.txt")
 
 
 def environment(dump: pathlib.Path) -> dict[str, str]:
@@ -95,12 +99,15 @@ def read(dump: pathlib.Path, chip: Chip, scalars: Sequence[Scalars] = ()) -> lis
     Raises `ScheduleError` with one sentence if there is no dump or it cannot be read.
     """
     dump = pathlib.Path(dump)
-    files = {}
+    files: dict[str, pathlib.Path] = {}
     for path in sorted(dump.glob("*-final_bundles.txt")):
-        found = _BUNDLES.match(path.name)
-        if found and not found[1].endswith("schedule-analysis") and not found[1].startswith("<"):
-            files[found[1]] = path
-    main = files.pop("TLP", None)
+        found = _BUNDLES.fullmatch(path.name)
+        if found is None or found[1].startswith("<"):  # what the runtime does before and after the program
+            continue
+        if found[1] == _MAIN and _MAIN in files:
+            raise ScheduleError(f"{dump} holds the dumps of several programs: empty it before each compilation")
+        files[found[1]] = path
+    main = files.pop(_MAIN, None)
     if not files and main is None:
         raise ScheduleError(
             f"{dump} holds no schedule: compile with what jaxops.schedule.tpu.environment says set before libtpu loads"
@@ -162,7 +169,7 @@ def _program(main: pathlib.Path, kernels: dict[str, Kernel], callees: dict[str, 
     costs = cost | {hlo: cost[key] for hlo, key in callees.items() if key in cost}
     schedule = parse(main.read_text(errors="replace"), PROGRAM)
     channel = _channel(chip)
-    execution = execute(schedule, channel, costs=costs)
+    execution = execute(schedule, channel, cells=_cells(main), costs=costs)
     calls = dict.fromkeys(kernels, 0)
     for callee, count in execution.calls.items():
         if callees.get(callee, callee) in calls:
@@ -252,13 +259,30 @@ def _slots(path: pathlib.Path, schedule: Schedule, counts: Sequence[int]) -> dic
     return dict(zip(units, zip(used, capacities, strict=True), strict=True))
 
 
+def _allocations(path: pathlib.Path) -> list[tuple[str, str, int, str]]:
+    """(name, memory space, bytes, what it is for) of every allocation the compiler lists for the kernel of `path`."""
+    listing = _beside(path, "pre-finalize-registers-and-allocations.txt")
+    found = re.findall(
+        r"#(allocation\d+) \[[^\n]*space=(\w+), size = (0x[0-9a-f]+)[^\n]*tag = '([^\n]*)'",
+        listing.read_text(errors="replace") if listing else "",
+    )
+    return [(name, space, int(size, 16), purpose) for name, space, size, purpose in found]
+
+
 def _allocated(path: pathlib.Path) -> int:
     """Bytes of VMEM that the kernel allocates, without spill slots."""
-    listing = _beside(path, "pre-finalize-registers-and-allocations.txt")
-    if listing is None:
-        return 0
-    sizes = re.findall(r"#allocation\d+ \[[^\n]*space=vmem, size = (0x[0-9a-f]+)", listing.read_text(errors="replace"))
-    return sum(int(size, 16) for size in sizes if int(size, 16) < 1 << 40)  # larger: placed by XLA, not by the kernel
+    sizes = [size for _, space, size, _ in _allocations(path) if space == "vmem"]
+    return sum(size for size in sizes if size < 1 << 40)  # larger: placed by XLA, not by the kernel
+
+
+def _cells(path: pathlib.Path) -> dict[str, int]:
+    """What SMEM holds when a program starts, by allocation, as far as it is known."""
+    return {
+        name: value
+        for name, space, _, purpose in _allocations(path)
+        for ending, value in _RUNTIME.items()
+        if space == "smem" and purpose.endswith(ending)
+    }
 
 
 def _beside(path: pathlib.Path, ending: str) -> pathlib.Path | None:

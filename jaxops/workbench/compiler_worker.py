@@ -111,6 +111,8 @@ def _program(job: Job, device: Any, mesh: Mesh | None) -> tuple[Callable, tuple[
         word, at, spec = text.partition("@")
         if at and mesh is None:
             raise Problem(f"an operand can be sharded, as in {text!r}, only with --mesh")
+        if at and spec.count(",") > word.count("x", word.find("=")):
+            raise Problem(f"there are more mesh axes after @ than sizes before it in {text}")
         words.append(word)
         shardings.append(NamedSharding(mesh, _spec(spec, mesh)) if mesh else SingleDeviceSharding(device))
     options = job.options + ((f"implementation={job.implementation}",) if job.implementation else ())
@@ -185,7 +187,7 @@ def compile_one(job: Job, chip: chips.Chip, dump: pathlib.Path | None) -> dict[s
     except Problem as problem:
         return {"status": "failed", "reason": str(problem), "bad_question": True}
     except Exception as error:  # whatever a compiler raises is what the result says
-        return _failure(error, traced, chip)
+        return failure(error, traced, chip)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     kernels = text.count(programs.KERNEL_CALL[chip.platform])
     strict = "pallas" in (job.implementation, *(word.partition("implementation=")[2] for word in job.options))
@@ -236,7 +238,7 @@ def _schedule(dump: pathlib.Path, chip: chips.Chip, traced: Any) -> dict[str, An
     return {"kernels": schedule.figures(kernels), "seconds": schedule.program_seconds(kernels)}
 
 
-def _failure(error: Exception, traced: Any, chip: chips.Chip) -> dict[str, Any]:
+def failure(error: Exception, traced: Any, chip: chips.Chip) -> dict[str, Any]:
     message = str(error)
     if reason := programs.refusal(message):
         return {"status": "refused", "reason": programs.plain_words(reason)}
@@ -246,7 +248,7 @@ def _failure(error: Exception, traced: Any, chip: chips.Chip) -> dict[str, Any]:
         return {"status": "failed", "reason": name + programs.plain_words(message)}
     kernel = found.pop("kernel", None)
     if not found["buffers"] and traced is not None:
-        found["buffers"] = _buffers(traced, chip, kernel)
+        found["buffers"] = buffers_of(traced, chip, kernel)
     named = ", ".join(f"{buffer['name']} {programs.size(buffer['bytes'])}" for buffer in found["buffers"][:8])
     reason = (
         f"{f'the kernel {kernel}' if kernel else 'a kernel'} exceeds {found.pop('memory')}: it needs "
@@ -256,7 +258,7 @@ def _failure(error: Exception, traced: Any, chip: chips.Chip) -> dict[str, Any]:
     return {"status": "failed", "reason": reason, **found}
 
 
-def _buffers(traced: Any, chip: chips.Chip, kernel: str | None) -> list[dict[str, Any]]:
+def buffers_of(traced: Any, chip: chips.Chip, kernel: str | None) -> list[dict[str, Any]]:
     """The windows and scratches of a TPU kernel as its `pallas_call` asks for them, largest first.
 
     For when the compiler does not name them. A window is there twice where the grid has several steps. kernel: as the

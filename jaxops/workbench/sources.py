@@ -84,7 +84,6 @@ def _is_standard(path: pathlib.Path) -> bool:
     return not path.is_absolute() or path.is_relative_to(sysconfig.get_path("stdlib"))
 
 
-@functools.cache
 def _tree(path: pathlib.Path) -> ast.Module:
     try:
         return ast.parse(path.read_bytes())
@@ -92,6 +91,7 @@ def _tree(path: pathlib.Path) -> ast.Module:
         return ast.Module([], [])
 
 
+@functools.cache
 def _follow(module: str, names: tuple[str, ...], own: tuple[str, ...]) -> set[str]:
     """The modules that `module.names[0].names[1]…` comes from, through tables of contents."""
     path = _file(module, own)
@@ -108,6 +108,7 @@ def _follow(module: str, names: tuple[str, ...], own: tuple[str, ...]) -> set[st
     return {module}
 
 
+@functools.cache
 def _imported(module: str, own: tuple[str, ...]) -> set[str]:
     """The modules that the code of `module` uses."""
     path = _file(module, own)

@@ -23,6 +23,12 @@ Without --package the operator is a module in the current folder. A new folder b
 benchmark go into tests/ and benchmarks/ beside the outermost package (beside its folder src, where it has one).
 No file is ever overwritten: where one is in the way, nothing is written and the exit code is 2.
 """
+_CONTENTS = {
+    "package": "the package",
+    "operator": "formula, rules, kernels, operator, layer",
+    "test": "its test",
+    "benchmark": "its benchmark",
+}
 _LONGEST = 30  # with longer names, generated lines would be longer than 120
 _PLACEHOLDERS = re.compile(r"new_package\.new_operator|new_operator|NewOperator")
 
@@ -63,14 +69,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"{path!s:{width}}  {_CONTENTS[what]}")
     print(f"\nprove it:  jaxops verify {planned.operator} x=300x129 scale=129 --interpret tpu")
     return 0
-
-
-_CONTENTS = {
-    "package": "the package",
-    "operator": "formula, rules, kernels, operator, layer",
-    "test": "its test",
-    "benchmark": "its benchmark",
-}
 
 
 def plan(name: str, package: str | None = None) -> New:

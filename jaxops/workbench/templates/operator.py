@@ -74,7 +74,7 @@ class Tiles:
 
     @staticmethod
     def default(features: int) -> "Tiles":
-        """64 Ki values a step, what the registers hold: more are spilled, fewer are lost in a step's fixed cost."""
+        """64 Ki values a step, what the registers hold. A guess: `jaxops tune` finds what is best for a chip."""
         return Tiles(max(ROWS, min(256, (1 << 16) // features // ROWS * ROWS)))
 
 

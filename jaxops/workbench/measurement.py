@@ -552,5 +552,10 @@ def _modelled(name: str, result: Mapping[str, Any]) -> Row:
     if "error" in schedule:
         return Row(name, "absent", f"compiled, but its schedule cannot be read: {schedule['error']}", temp_bytes=temp)
     if schedule["seconds"] is None:
-        return Row(name, "absent", "compiled; a GPU program has no modelled time", temp_bytes=temp)
+        kernels = "; ".join(
+            f"{kernel['name']}: {kernel['registers']} registers, {kernel['spill_store_bytes']} bytes spilled, "
+            f"{kernel['smem_bytes']} bytes of shared memory, occupancy {100 * kernel['occupancy']:.0f} %"
+            for kernel in schedule["kernels"]
+        )
+        return Row(name, "absent", f"compiled; a GPU program has no modelled time. {kernels}", temp_bytes=temp)
     return Row(name, "modelled", spread=timing.Spread((schedule["seconds"],)), temp_bytes=temp)

@@ -292,6 +292,20 @@ def test_tiles_that_do_not_divide_are_not_taken(chip):
         assert module.attention.tiles("forward", **call) == default
 
 
+@pytest.mark.parametrize(
+    "length, tiles", [(4096, (1024, 512, 4096)), (8192, (1024, 512, 8192)), (1100, (768, 768, 1536))]
+)
+def test_the_span_follows_the_problem_and_nothing_is_padded_more_than_by_default(length, tiles):
+    with chips.target(V5E):
+        with tuned.asked() as questions:
+            default = tpu.attention.tiles("forward", **attention(4096, 128))
+        (question,) = questions
+        entry = tuned.entry(question, dataclasses.asdict(default) | {"queries": 1024, "keys": 512}, "tpu")
+        tuned.write(tuned.user_file("v5e"), "v5e", {question.key: entry})
+        found = tpu.attention.tiles("forward", **attention(length, 128))
+    assert (found.queries, found.keys, found.span) == tiles
+
+
 def test_what_was_tuned_is_what_is_traced():
     """Also after the same call has been traced with other tiles: they are part of the key of JAX's caches."""
     x, scale = jnp.ones((ROWS, FEATURES), jnp.bfloat16), jnp.ones(FEATURES, jnp.bfloat16)
@@ -430,6 +444,7 @@ def test_on_the_chip_the_measured_best_is_taken(monkeypatch):
     """The chip is this CPU under another name: the program runs, in XLA, and only the clock is played."""
     fake(monkeypatch, best_of(0.5e-3))
     monkeypatch.setattr(devices, "chip", lambda: V5E)
+    monkeypatch.setattr(tune, "FINALISTS", 2)
     slowest = []
 
     def take_turns(calls, rounds):

@@ -26,8 +26,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
-from jaxops.dispatch import choose
+from jaxops import autodiff, dispatch
 from jaxops.inspection import operator_calls
 from jaxops.workbench import call as words
 from jaxops.workbench import compiler, cost, devices, output
@@ -127,7 +128,7 @@ def tune(
     try:
         with chips.target(chip):
             kernels = [one for phase in phases for one in _kernels(programs[phase], shapes, phase, chip, limit)]
-        bounds = {phase: cost.bound(cost.of(programs[phase], dict(shapes)), chip, dtype)[0] for phase in phases}
+        bounds = {phase: cost.bound(_cost(programs[phase], shapes), chip, dtype)[0] for phase in phases}
     except (TypeError, ValueError) as error:  # the operator's own word on its input
         raise Problem(str(error)) from error
     if not kernels:
@@ -177,6 +178,27 @@ def _gradients(function: Callable) -> Callable:
     return gradients
 
 
+def _cost(program: Callable, shapes: Mapping[str, Any]) -> cost.Cost:
+    """The cost of the program without forward calls of which the backward reads nothing: they are not compiled."""
+    total = cost.of(program, dict(shapes))
+    calls = [
+        (equation.params["call"], [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars])
+        for equation in operator_calls(jax.jit(program).trace(dict(shapes)).jaxpr.jaxpr)
+    ]
+    for called, arrays in calls:
+        if called.phase != "backward":
+            continue
+        with dispatch.alone():
+            rule = jax.make_jaxpr(called.run("xla", None))(*arrays).jaxpr
+        _, read = partial_eval.dce_jaxpr(rule, [True] * len(rule.outvars))
+        count = len(called.names)
+        if not any(read[count:-1]):
+            forward = functools.partial(autodiff.operator_p.bind, call=called.at("forward", outputs=0))
+            spared = cost.of(forward, *arrays[:count])
+            total = cost.Cost(total.flops - spared.flops, total.bytes - spared.bytes, total.exact)
+    return total
+
+
 def _kernels(
     program: Callable, shapes: Mapping[str, Any], phase: str, chip: chips.Chip, limit: int | None
 ) -> list[_Kernel]:
@@ -194,7 +216,7 @@ def _kernels(
         }
         static = dict(called.static)
         reason = called.operator.refusal(chip.platform, inputs, static)
-        if choose(called.order, reason).implementation != "pallas":
+        if dispatch.choose(called.order, reason).implementation != "pallas":
             continue
         with tuned.asked() as questions:
             module.tiles(phase, **inputs, **static)

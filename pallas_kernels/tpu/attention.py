@@ -83,9 +83,7 @@ class Tiles:
             keys = _divisor(queries) if problem.diagonal else _block(problem.key_length, min(1024, largest))
             sub = 256 if queries % 256 == 0 else 128
             strip = sub if wide or not backward else 128
-            reach = round_up(problem.query_length, queries) if problem.diagonal else problem.key_length
-            tiles = Tiles(queries, keys, round_up(reach, keys), sub, strip, lag=int(wide and backward))
-            tiles = tiles.cut(problem, backward)
+            tiles = Tiles(queries, keys, 0, sub, strip, lag=int(wide and backward)).spanning(problem, backward)
             # A short span reloads the queries too often: give up queries first.
             fits = problem.vmem(tiles, backward) <= _room()
             if fits and (tiles.span >= min(4096, problem.key_length) or largest <= 256):
@@ -94,13 +92,21 @@ class Tiles:
                 return tiles if fits else None
             largest //= 2
 
-    def cut(self, problem: "Problem", backward: bool) -> "Tiles":
-        """These tiles with the span halved as long as they do not fit VMEM and it is more than a block."""
-        tiles, blocks = self, self.span // self.keys
+    def spanning(self, problem: "Problem", backward: bool) -> "Tiles":
+        """These tiles with the span that reaches all keys, halved as long as it does not fit VMEM."""
+        reach = round_up(problem.query_length, self.queries) if problem.diagonal else problem.key_length
+        blocks = -(-reach // self.keys)
+        tiles = dataclasses.replace(self, span=self.keys * blocks)
         while problem.vmem(tiles, backward) > _room() and blocks > 1:
             blocks = -(-blocks // 2)
-            tiles = dataclasses.replace(tiles, span=self.keys * blocks)
+            tiles = dataclasses.replace(self, span=self.keys * blocks)
         return tiles
+
+    def wastes(self, problem: "Problem", other: "Tiles") -> bool:
+        """Whether more of the sequences is padding than with `other`."""
+        lengths = (problem.query_length, problem.key_length)
+        mine, others = (self.queries, self.span), (other.queries, other.span)
+        return any(round_up(n, a) > round_up(n, b) for n, a, b in zip(lengths, mine, others, strict=True))
 
     def allowed(self, problem: "Problem", backward: bool) -> bool:
         """Whether the sizes divide as they have to, and everything fits VMEM."""
@@ -142,8 +148,9 @@ def _tiles(problem: "Problem", *, backward: bool) -> Tiles:
         problem.shape_class(),
         problem.dtype,
         Tiles,
-        lambda tiles: tiles.allowed(problem, backward),
+        lambda tiles: tiles.allowed(problem, backward) and not tiles.wastes(problem, default),
         default,
+        lambda tiles: tiles.spanning(problem, backward),
     )
 
 
@@ -158,15 +165,12 @@ def _candidates(problem: "Problem", *, backward: bool) -> Iterator[Tiles]:
     for queries, keys in itertools.product((128, 256, 512, 1024, 2048), (128, 256, 512, 1024)):
         if queries > max(longest, 128) or keys > shortest or (problem.diagonal and queries % keys):
             continue
-        reach = round_up(problem.query_length, queries) if problem.diagonal else problem.key_length
         for sub, part, lag in itertools.product((128, 256), (256, 512), (0, 1) if backward else (0,)):
             if sub > queries or part > max(keys, 256):
                 continue
             strips = {sub, 128} if problem.diagonal and backward else {sub}
             for strip in strips:
-                tiles = Tiles(queries, keys, round_up(reach, keys), sub, strip, part, lag).cut(problem, backward)
-                if tiles.allowed(problem, backward):
-                    found[tiles] = None
+                found[Tiles(queries, keys, 0, sub, strip, part, lag).spanning(problem, backward)] = None
     small = Tiles(*[128] * 6)  # a grid step for each pair of blocks of 128
 
     def far(tiles: Tiles) -> float:
@@ -175,7 +179,8 @@ def _candidates(problem: "Problem", *, backward: bool) -> Iterator[Tiles]:
         return sum(abs(math.log2((a or 0.5) / (b or 0.5))) for a, b in pairs)
 
     order = [default, small, *sorted(found, key=far)]
-    allowed = (tiles for tiles in dict.fromkeys(order) if tiles.allowed(problem, backward))
+    fitting = (tiles for tiles in dict.fromkeys(order) if tiles.allowed(problem, backward))
+    allowed = (tiles for tiles in fitting if not tiles.wastes(problem, default))
     yield from itertools.islice(allowed, MOST_CANDIDATES)
 
 

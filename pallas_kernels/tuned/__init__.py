@@ -80,11 +80,19 @@ def lookup(kernel: str, chip: Chip, shape: Shape, dtype: str) -> dict[str, int] 
 
 
 def choose[T](
-    kernel: str, chip: Chip, shape: Shape, dtype: str, make: Callable[..., T], allowed: Callable[[T], bool], default: T
+    kernel: str,
+    chip: Chip,
+    shape: Shape,
+    dtype: str,
+    make: Callable[..., T],
+    allowed: Callable[[T], bool],
+    default: T,
+    adapt: Callable[[T], T] = lambda tiles: tiles,
 ) -> T:
-    """`make(**tiles)` of the first tuned tiles that the problem allows, else `default`. Arguments as for `lookup`.
+    """`adapt(make(**tiles))` of the first tuned tiles that the problem then allows, else `default`.
 
-    Raises `ValueError` if tiles are forced and not allowed.
+    kernel, chip, shape, dtype: as for `lookup`. adapt: what of the tiles follows the problem at hand instead of the one
+    they were tuned for. Forced tiles are not adapted, and raise `ValueError` if they are not allowed.
     """
     for fields, source in _answers(kernel, chip, shape, dtype):
         try:
@@ -94,10 +102,14 @@ def choose[T](
                 raise ValueError(f"the tiles forced on {kernel} have other fields: {error}") from error
             _warn(source, f"an entry for {kernel} has other fields: {error}")
             continue
+        if source is None:
+            if not allowed(tiles):
+                raise ValueError(f"{kernel} cannot be cut into the tiles forced on it, {tiles}")
+            return tiles
+        with contextlib.suppress(ZeroDivisionError):  # a size of zero
+            tiles = adapt(tiles)
         if allowed(tiles):
             return tiles
-        if source is None:
-            raise ValueError(f"{kernel} cannot be cut into the tiles forced on it, {tiles}")
     return default
 
 

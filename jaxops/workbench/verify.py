@@ -545,7 +545,7 @@ def program(specimen: Specimen, rows: Sequence[Row], within: str = "", transform
         lines += [f"rows = comparison.against_float64(call, operands, within={within})"]
     else:
         lines += ["rows = comparison.against_float64(call, operands)"]
-    lines += ["print(*rows, sep='\\n')", "assert all(row.holds for row in rows)"]
+    lines += ['print(*rows, sep="\\n")', "wrong = [row for row in rows if not row.holds]", "assert not wrong, wrong[0]"]
     return "\n".join(lines) + "\n"
 
 

@@ -63,12 +63,12 @@ def job(what, operand="", chip="v5e"):
 # --------------------------------------------------------------------------------------------------------- supervision
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_worker_that_aborts_or_hangs_costs_its_job_and_the_order_is_kept():
     jobs = [job(what, str(i)) for i, what in enumerate(["fine", "abort", "fine", "hang", "garbage", "exit", "fine"])]
     started, done = time.monotonic(), []
     results = compile_jobs(jobs, seconds=1, workers=1, advance=done.append, cache=False)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     words = "LLVM ERROR: Cannot select: intrinsic at <address> at <path>"
     assert results[1] == {"status": "aborted", "reason": f"the compiler aborted (signal SIGABRT): {words}"}
     assert results[3] == {"status": "hung", "reason": "no end after 1 s: nothing was said"}
@@ -79,7 +79,7 @@ def test_a_worker_that_aborts_or_hangs_costs_its_job_and_the_order_is_kept():
     assert len(done) == len(jobs)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_workers_run_at_the_same_time_and_share_the_jobs_of_a_chip():
     jobs = [job("slow", str(i), chip) for i in range(6) for chip in ("v5e", "h100")]
     results = compile_jobs(jobs, workers=4, cache=False)
@@ -89,7 +89,7 @@ def test_workers_run_at_the_same_time_and_share_the_jobs_of_a_chip():
     assert len({result["reason"].split()[2] for result in one_chip}) == 3
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_hung_compiler_is_ended_with_all_it_started(monkeypatch, tmp_path):
     started = tmp_path / "started"
     code = f"""
@@ -110,7 +110,7 @@ time.sleep(600)
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_worker_that_cannot_start_says_why(monkeypatch):
     command = [sys.executable, "-m", "jaxops.workbench.compiler_worker", "v9", "10", ""]
     monkeypatch.setattr(compiler, "worker_command", lambda *_: command)
@@ -184,7 +184,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path, capsy
     assert err.count("\n") == 1 and "nothing is cached" in err
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_two_processes_write_the_same_entry_and_a_reader_finds_a_whole_one(tmp_path):
     code = f"""
 import pathlib

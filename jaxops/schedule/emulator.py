@@ -130,7 +130,7 @@ class _Reader:
         return terms[0] if len(terms) == 1 else "(" + " + ".join(terms) + ")"
 
     def _term(self, term: str) -> str:
-        if term.startswith("%"):
+        if re.fullmatch(r"%\w+", term):
             return self.register(term[1:])
         if term.startswith("#"):
             return str(address_of(self.spaces, term[1:]))
@@ -298,8 +298,7 @@ def _slice(instructions: Sequence[Instruction], spaces: dict[str, int], known: C
     places: dict[str, list[Instruction]] = collections.defaultdict(list)  # address → stores to it
     for one, store in stores.items():
         places[store.address].append(one)
-
-    given = {e.address for e in values.values()} if known is None else set(map(str, known))
+    given = {one.address for one in values.values()} if known is None else set(map(str, known))
 
     def lost(store: _Store) -> bool:
         return store.value is None or not opaque.isdisjoint(store.registers)

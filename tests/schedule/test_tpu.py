@@ -6,7 +6,7 @@ import re
 import pytest
 
 from jaxops import schedule
-from jaxops.schedule import tpu
+from jaxops.schedule import emulator, tpu
 from jaxops.schedule.bundles import parse
 from jaxops.schedule.emulator import Channel, Cost, execute
 from pallas_kernels import chips
@@ -358,6 +358,12 @@ def test_what_hangs_on_vectors_is_said():
     found = run("%s1_s1 = vtos %v0_v0", "%2 = dma.hbm_to_vmem %s1_s1, %s1_s1, %s1_s1, [#allocation2]")
     assert found.read_bytes == 0
     assert found.warnings == ("a DMA whose size or predicate depends on data is not counted",)
+
+
+def test_a_loop_without_end_is_broken_off(monkeypatch):
+    monkeypatch.setattr(emulator, "STEP_LIMIT", 100)
+    found = run("%s1_s0 = smov 0", "LB 7|%s2_s0 = smov 0", "%3 = sbr.rel target = $region7", *SLOTS)
+    assert found.counts[1] == 99 and found.warnings == ("more than 100 blocks: the emulation was broken off",)
 
 
 def test_a_program_waits_for_its_copies_beside_its_kernels():

@@ -12,9 +12,10 @@ count with which it would execute: grid loops, inner loops, `pl.when` regions. F
 
 All figures are **modelled**. What the model cannot see: HBM and VMEM bank conflicts, short or strided DMAs below peak
 bandwidth, stalls of the matrix unit or of result queues that are not in the schedule, fetching a large kernel's
-instructions, clock throttling, other chips (remote DMAs, collectives), the launch of a kernel, and branches that hang
-on values the vector unit computed. Ratios between variants of a kernel are worth more than absolute times. Where a JAX
-device has two cores (v5p, v4), figures are those of the first core, with its half of the bandwidth.
+instructions, clock throttling, other chips (remote DMAs, collectives), what XLA hands to the SparseCores, the launch of
+a kernel, and branches that hang on values the vector unit computed. Ratios between variants of a kernel are worth more
+than absolute times. Where a JAX device has two cores (v5p, v4), figures are those of the first core, with its half of
+the bandwidth.
 """
 
 import dataclasses
@@ -176,6 +177,8 @@ def _program(main: pathlib.Path, kernels: dict[str, Kernel], callees: dict[str, 
             calls[callees.get(callee, callee)] += count
     around = _kernel(PROGRAM, main, schedule, execution, channel, chip)
     within = sum(calls[name] * kernel.seconds for name, kernel in kernels.items())
+    if any("sparse-core" in purpose for _, _, _, purpose in _allocations(main)):
+        around = dataclasses.replace(around, warnings=(*around.warnings, "work of the SparseCores is not counted"))
     around = dataclasses.replace(
         around, seconds=max(around.seconds - within, 0.0), stall_cycles=max(around.seconds - within, 0.0) * clock
     )

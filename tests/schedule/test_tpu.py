@@ -109,6 +109,16 @@ def test_without_the_scalars_it_says_so(tmp_path, kernels):
     assert blind.mxu_cycles < told.mxu_cycles == pytest.approx(1310720)
 
 
+def test_work_of_the_sparse_cores_is_said(tmp_path):
+    dumps.unpacked("rms_norm_v5e", tmp_path)
+    (listing,) = tmp_path.glob("*TLP*allocations.txt")
+    line = "  #allocation99 [shape = 'u32[2]', space=smem, size = 0x8, tag = 'scoped memory for sparse-core-call.1']\n"
+    before = tpu.read(tmp_path, chips.named("v5e"))[-1]
+    listing.write_text(listing.read_text() + line)
+    after = tpu.read(tmp_path, chips.named("v5e"))[-1]
+    assert (before.warnings, after.warnings) == ((), ("work of the SparseCores is not counted",))
+
+
 def test_figures_are_json(kernels):
     import json
 

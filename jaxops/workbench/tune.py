@@ -45,8 +45,8 @@ WRITE = ("user", "shipped", "none")
 class Trial:
     """What became of some tiles.
 
-    status: "modelled", "measured", "compiled" (but no figure ranks it), or why it is out: "failed", "refused", "hung",
-      "aborted", "spills", "wrong".
+    status: "modelled", "measured", "scored" (on GPUs), "compiled" (but no figure ranks it), or why it is out: "failed",
+      "refused", "hung", "aborted", "spills", "wrong".
     score: what it is ranked by, less is better: seconds, or on GPUs instructions for a tensor-core clock. None: it is
       not ranked.
     modelled: seconds of the program, by the schedule; measured: its median seconds on the device at hand.
@@ -244,7 +244,8 @@ def _trial(tiles: Any, kernel: _Kernel, result: Mapping[str, Any], chip: chips.C
         return dataclasses.replace(trial, reason=f"its schedule cannot be read: {schedule['error']}")
     modelled = schedule["seconds"]
     score = modelled if chip.platform == "tpu" else _instructions(schedule["kernels"])
-    return dataclasses.replace(trial, status="modelled" if score else "compiled", score=score, modelled=modelled)
+    status = "modelled" if modelled else "scored" if score else "compiled"
+    return dataclasses.replace(trial, status=status, score=score, modelled=modelled)
 
 
 def _instructions(kernels: Sequence[Mapping[str, Any]]) -> float | None:
@@ -269,7 +270,7 @@ def _measured(trials: Sequence[Trial], kernel: _Kernel, program: Callable, shape
     """The trials, the best of them and the default timed on the device at hand; only those are ranked then."""
     from jaxops.workbench import timing
 
-    ranked = sorted((trial for trial in trials if trial.status in ("modelled", "compiled")), key=_by_score)
+    ranked = sorted((trial for trial in trials if trial.status in ("modelled", "scored", "compiled")), key=_by_score)
     finalists = list({id(trial): trial for trial in (trials[0], *ranked[:FINALISTS])}.values())
     arrays = _data(shapes)
     compiled: dict[int, Any] = {}

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -22,6 +23,9 @@ from jaxops.workbench.command import main
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+COMPILERS = "<!-- needs the compilers -->"  # two lines above a block: it runs where `make certify` installed them
+WITH_COMPILERS = ROOT / ".venv-compilers" / "bin" / "jaxops"
+FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 PAGE_OF = dict.fromkeys(("gelu", "silu", "relu", "squared_relu"), "activations")  # the others have their own
 
 
@@ -80,15 +84,76 @@ def test_commands_exist(path):
                 assert (ROOT / words[1]).exists(), f"{_name(path)}:{line}: no file {words[1]}"
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if "\njaxops " in p.read_text()], ids=_name)
-def test_the_command_runs_and_prints_what_follows_it(path, capsys, monkeypatch):
+def _commands(path: pathlib.Path) -> list[tuple[str, list[list[str]], tuple[str, str], int]]:
+    """(mark, the arguments of each command, the block that follows, line) of every block of `jaxops` commands.
+
+    The mark is COMPILERS, the language "sh" of what takes long or prints figures only, which is not run, or "".
+    """
+    found, lines, blocks = [], path.read_text().splitlines(), _blocks(path)
+    for (language, text, line), (answers, answer, where) in itertools.pairwise([*blocks, ("", "", 0)]):
+        if language in ("console", "sh") and text.startswith("jaxops "):
+            mark = language if language == "sh" else lines[line - 3] if lines[line - 3] == COMPILERS else ""
+            commands = [shlex.split(command)[1:] for command in text.replace("\\\n", " ").splitlines()]
+            follows = where == line + text.count("\n") + 3
+            found.append((mark, commands, (answers, answer) if follows else ("", ""), line))
+    return found
+
+
+def _compare(printed: str, answer: tuple[str, str], where: str) -> None:
+    """A block `text` is what was printed, a block `output` is it but for the figures; nothing else is compared."""
+    language, expected = answer
+    rows = [[row.rstrip() for row in text.strip().splitlines()] for text in (printed, expected)]
+    if language == "output":
+        rows = [[re.sub(r"[\s─]+", " ", FIGURE.sub("#", row)) for row in text] for text in rows]
+    if language in ("text", "output"):
+        assert rows[0] == rows[1], where
+
+
+def _pages(*marks: str) -> list[pathlib.Path]:
+    return [path for path in PAGES if any(mark in marks for mark, *_ in _commands(path))]
+
+
+@pytest.mark.parametrize("path", _pages("", "sh", COMPILERS), ids=_name)
+def test_the_words_of_a_command_are_known(path, capsys):
+    for _, commands, _, line in _commands(path):
+        for command, *words in commands:
+            with pytest.raises(SystemExit):
+                main([command, "--help"])
+            described = capsys.readouterr().out
+            unknown = [word for word in words if word.startswith("--") and word not in described]
+            assert not unknown, f"{_name(path)}:{line}"
+
+
+@pytest.mark.parametrize("path", _pages(""), ids=_name)
+def test_the_command_runs_and_prints_what_follows_it(path, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "110")
-    blocks = _blocks(path)
-    for (language, text, line), following in zip(blocks, [*blocks[1:], ("", "", 0)], strict=True):
-        for command in text.splitlines() if language == "console" and text.startswith("jaxops ") else ():
-            assert main(shlex.split(command)[1:]) == 0
-            printed = [row.rstrip() for row in capsys.readouterr().out.strip().splitlines()]
-            assert printed == following[1].strip().splitlines(), f"{_name(path)}:{line}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for _, commands, answer, line in (block for block in _commands(path) if block[0] == ""):
+        for command in commands:
+            assert main(command) == 0, f"{_name(path)}:{line}: {capsys.readouterr()}"
+        _compare(capsys.readouterr().out, answer, f"{_name(path)}:{line}")
+
+
+@pytest.mark.parametrize("path", _pages(COMPILERS), ids=_name)
+def test_the_command_that_needs_the_compilers(path, capsys, tmp_path):
+    """Runs and prints what follows it, or says what to install."""
+    environment = os.environ | {"COLUMNS": "110", "XDG_CACHE_HOME": str(tmp_path)}
+    for _, commands, answer, line in (block for block in _commands(path) if block[0] == COMPILERS):
+        printed = ""
+        for command in commands:
+            code, streams = main(command), capsys.readouterr()
+            assert code == 0 or (code == 2 and "pip install 'jaxops[" in streams.err), (
+                f"{_name(path)}:{line}: {streams}"
+            )
+            printed += streams.out
+            if code == 2 and WITH_COMPILERS.exists():
+                command = [str(WITH_COMPILERS), *command]
+                printed += subprocess.check_output(
+                    command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+                )
+        if printed:
+            _compare(printed, answer, f"{_name(path)}:{line}")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=_name)

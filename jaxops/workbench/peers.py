@@ -188,6 +188,16 @@ def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"
 # ---- tokamax --------------------------------------------------------------------------------------------------------
 
 
+def _tokamax():
+    """The library. It reads absl's flags, which would take the arguments of this program for theirs."""
+    import tokamax
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["jaxops"])
+    return tokamax
+
+
 def tokamax_dot_product_attention(
     query,
     key,
@@ -202,9 +212,7 @@ def tokamax_dot_product_attention(
     local_window_size=None,
     logits_soft_cap=None,
 ):
-    import tokamax
-
-    return tokamax.dot_product_attention(
+    return _tokamax().dot_product_attention(
         query,
         key,
         value,
@@ -220,27 +228,19 @@ def tokamax_dot_product_attention(
 
 
 def tokamax_rms_norm(x, scale=None, *, eps=1e-6, scale_offset=0.0):
-    import tokamax
-
-    return tokamax.layer_norm(x, scale, None, epsilon=eps, scale_offset=scale_offset, subtract_mean=False)
+    return _tokamax().layer_norm(x, scale, None, epsilon=eps, scale_offset=scale_offset, subtract_mean=False)
 
 
 def tokamax_layer_norm(x, scale=None, bias=None, *, eps=1e-6, scale_offset=0.0):
-    import tokamax
-
-    return tokamax.layer_norm(x, scale, bias, epsilon=eps, scale_offset=scale_offset)
+    return _tokamax().layer_norm(x, scale, bias, epsilon=eps, scale_offset=scale_offset)
 
 
 def tokamax_gated_linear_unit(x, w_gate, w_up):
-    import tokamax
-
-    return tokamax.gated_linear_unit(x, (w_gate, w_up), activation=jax.nn.silu)
+    return _tokamax().gated_linear_unit(x, (w_gate, w_up), activation=jax.nn.silu)
 
 
 def tokamax_linear_cross_entropy(x, weight, labels, *, reduction="mean"):
-    import tokamax
-
-    return tokamax.linear_softmax_cross_entropy_loss(x, labels, weight, reduction=reduction)
+    return _tokamax().linear_softmax_cross_entropy_loss(x, labels, weight, reduction=reduction)
 
 
 # ---- torch ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ exit code: 0 every chip has a program, 1 one has not, 2 the question makes no se
 """
 
 _BLIND = (
-    "modelled, not measured: the schedule is the compiler's, waits for memory are modelled by bandwidth alone;\n"
+    "modelled, not measured: the schedule is the compiler's, waits for memory come from a latency and a bandwidth;\n"
     "clocks, caches, contention and, on GPUs, trip counts are not seen"
 )
 

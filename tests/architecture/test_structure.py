@@ -91,7 +91,7 @@ def test_every_kernel_module_keeps_the_same_names(platform):
     modules = [value for value in vars(platform).values() if inspect.ismodule(value) and hasattr(value, "forward")]
     assert modules
     for module in modules:
-        for name in ("unsupported", "forward", "backward", "Tiles"):
+        for name in ("unsupported", "forward", "backward", "Tiles", "tiles", "candidates", "memory"):
             assert hasattr(module, name), f"{module.__name__} has no {name}"
 
 

@@ -1,4 +1,7 @@
-"""`jaxops new`: what it writes runs, is clean and is proved by `jaxops verify`; what it cannot write it leaves."""
+"""`jaxops new`: what it writes runs, is clean and is proved by `jaxops verify`; what it cannot write it leaves.
+
+Its types are checked before the names are put in: the templates are part of what `make types` reads.
+"""
 
 import ast
 import functools
@@ -28,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def _python(folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT))), "MYPYPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -54,10 +57,10 @@ def test_four_files_in_a_new_package(folder):
 
 def test_verify_proves_it(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    words = ["--interpret", "tpu", "--transforms", "--fuzz", "2"]
-    assert main(["verify", OPERATOR, "x=40x129", "scale=129", *words]) == 0, capsys.readouterr().out
+    # Under every transform; its kernels are interpreted by its own test below, and by the tutorial's `jaxops verify`.
+    assert main(["verify", OPERATOR, "x=40x129", "scale=129", "--transforms"]) == 0, capsys.readouterr().out
     printed = capsys.readouterr().out
-    for said in ("kernels of v5e, interpreted", "gradient of scale", "shard_map, Explicit mesh", "2 calls by chance"):
+    for said in ("gradient of scale", "shard_map, Explicit mesh"):
         assert said in printed
 
 
@@ -92,11 +95,6 @@ def test_it_is_clean_under_any_name(name, tmp_path):
     ruff = functools.partial(_python, tmp_path, "-m", "ruff")
     ruff("check", "--no-cache", "--isolated", "--select", "E,F,I,B,UP,C4,RET,SIM,PIE,NPY", "--line-length", "120", ".")
     ruff("format", "--no-cache", "--isolated", "--line-length", "120", "--check", ".")
-
-
-def test_its_types_are_clean(folder):
-    # Against itself only: `make types` has checked the same code, before the names were put in, against the library.
-    _python(folder, "-m", "mypy", "--no-incremental", "--follow-imports=skip", "their_package", "tests")
 
 
 def test_json_says_what_was_written(tmp_path, monkeypatch, capsys):

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxops import autodiff, dispatch
-from jaxops.workbench import cost
+from jaxops import autodiff, cost, dispatch
 from pallas_kernels import chips
 
 
@@ -42,7 +41,7 @@ class Line:
     `saved_bytes` is what a forward call keeps for its backward beyond its operands; `tiles` how its kernel is cut, and
     `chip_bytes` what that is estimated to take of the chip's own memory (VMEM of a TPU core, shared memory of a GPU
     block), None where XLA runs or the kernel does not say. `flops` of matrix products and `bytes` to and from device
-    memory are what the call needs at least (`jaxops.workbench.cost`), and `bound_seconds` the time below which the chip
+    memory are what the call needs at least (`jaxops.cost`), and `bound_seconds` the time below which the chip
     cannot do that, set by `bound`, "compute" or "memory"; None where no peak is published, as for a CPU.
     """
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import jaxops
-from jaxops.workbench import bench, compiler, cost, measurement, peers, report, timing
+from jaxops import cost
+from jaxops.cost import Cost, Peak
+from jaxops.workbench import bench, compiler, measurement, peers, report, timing
 from jaxops.workbench.call import operators
 from jaxops.workbench.command import main
-from jaxops.workbench.cost import Cost, Peak
 from jaxops.workbench.measurement import Benchmark, Question, Row
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.masks import Band

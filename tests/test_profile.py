@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxops.cost import Peak
 from jaxops.workbench import hlo, profile
 from jaxops.workbench.command import main
-from jaxops.workbench.cost import Peak
 from jaxops.workbench.profile import Line
 
 # Instructions as the CPU's, the TPU's and the GPU's compilers print them, cut to what is read.

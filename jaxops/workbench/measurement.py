@@ -1,7 +1,7 @@
 """How fast one call is, beside what others offer and beside what the device can do: measured here, or modelled.
 
 Measured: every variant is first compared with float64 and is not timed if it is wrong. Then the variants take turns
-(`timing`). TFLOP/s and GB/s are those of the least that has to be computed and moved (`jaxops.workbench.cost`): a
+(`timing`). TFLOP/s and GB/s are those of the least that has to be computed and moved (`jaxops.cost`): a
 variant that computes twice reaches half. The peak is its maker's for a chip that is known, and measured in the same run
 elsewhere: on a CPU a call whose arrays fit the cache may exceed 100 %.
 
@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxops import autodiff
+from jaxops.cost import Cost, Peak, published
+from jaxops.cost import of as cost_of
 from jaxops.inspection import explain
 from jaxops.workbench import comparison, compiler, devices, peers, timing
 from jaxops.workbench.call import Problem, call, operators, option
-from jaxops.workbench.cost import Cost, Peak, published
-from jaxops.workbench.cost import of as cost_of
 from pallas_kernels import chips
 
 BLIND = (

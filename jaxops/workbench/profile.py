@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 
+from jaxops.cost import Peak
 from jaxops.workbench import hlo, output
 from jaxops.workbench.call import Problem, call
-from jaxops.workbench.cost import Peak
 
 _EXAMPLES = """examples:
   jaxops profile my_package.training:step x=64x1024 --steps 10

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxops.workbench.cost import Peak
+from jaxops.cost import Peak
 
 
 @dataclasses.dataclass(frozen=True)

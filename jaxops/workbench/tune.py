@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from jaxops import autodiff, dispatch
+from jaxops import autodiff, cost, dispatch
 from jaxops.inspection import operator_calls
 from jaxops.workbench import call as words
-from jaxops.workbench import compiler, cost, devices, output
+from jaxops.workbench import compiler, devices, output
 from jaxops.workbench.call import Problem
 from pallas_kernels import chips, tuned
 

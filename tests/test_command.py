@@ -84,6 +84,7 @@ def test_a_function_of_the_user(capsys, tmp_path, monkeypatch):
         "import jaxops\ndef block(x, scale):\n    return jaxops.rms_norm(x, scale) * 2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
     assert main(["explain", "theirs:block", *NORM[2:], "--target", "v5e"]) == 0
     out = capsys.readouterr().out
     assert "rms_norm" in out and "pallas" in out

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxops.dispatch import IMPLEMENTATIONS
-from jaxops.inspection import Explanation, explain
+from jaxops.inspection import Explanation, Line, explain
 from jaxops.workbench import output
 from jaxops.workbench.call import Problem, add_call_arguments, call, targets
 from jaxops.workbench.compiler import Job, compile_jobs
@@ -16,11 +16,12 @@ from pallas_kernels import chips
 _DESCRIPTION = """\
 Which implementation a call would run on a chip, why not the others, and what it takes. Nothing is computed.
 
-  chip KiB   VMEM of a core (TPU) or shared memory of a block (GPU) that the kernel plans with
   saved MB   what the forward pass keeps for the backward beyond its operands
   GFLOP, MB  matrix products, and bytes to and from device memory, that the call needs at least
   least ms   the roofline: the time that the chip cannot beat, because of its compute or its memory
-  temp MB    temporary memory of the whole compiled program
+
+Below the table: how a kernel is cut and what it plans to take of the chip's own memory (VMEM of a TPU core, shared
+memory of a GPU block), or why none runs; and the temporary memory of the whole program where it was compiled.
 """
 _EXAMPLES = """examples:
   jaxops explain rms_norm x=8192x4096 scale=4096 --target v6e,h100
@@ -91,27 +92,31 @@ def _temp_bytes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, 
 
 
 def _print(title: str, names: Sequence[str], found: Sequence[Explanation], temps: dict[str, int]) -> None:
-    numbers = ("chip KiB", "saved MB", "GFLOP", "MB", "least ms by", "temp MB")
+    numbers = ("saved MB", "GFLOP", "MB", "least ms by")
     table = output.table(title, ("chip", "operator", "phase", "runs", *numbers), right=numbers)
     remarks = []
     for target, explanation in zip(names, found, strict=True):
-        temp = f"{temps[target] / 1e6:.1f}" if target in temps else ""
         for line in explanation.lines:
-            phase = line.phase if line.count == 1 else f"{line.phase} ×{line.count}"
             figures = (
-                "" if line.chip_bytes is None else f"{line.chip_bytes / 1024:.0f}",
                 f"{line.saved_bytes / 1e6:.1f}" if line.phase == "forward" else "",
                 f"{line.flops / 1e9:.1f}",
                 f"{line.bytes / 1e6:.1f}",
                 "" if line.bound_seconds is None else f"{1e3 * line.bound_seconds:.3f} {line.bound}",
-                temp,
             )
+            phase = line.phase if line.count == 1 else f"{line.phase} ×{line.count}"
             table.add_row(target, line.operator, phase, line.implementation, *figures)
-            temp = ""  # of the whole program, once
-            if line.tiles or line.reason:
-                why = f"tiles: {line.tiles}" if line.tiles else f"why: {line.reason}"
-                remarks.append(f"{target} {line.operator} {line.phase}, {why}")
+            remarks.append(f"{target} {line.operator} {line.phase}: {_remark(line)}")
         if not explanation.lines:
-            table.add_row(target, "no operator of this library is called", *[""] * 7, temp)
+            table.add_row(target, "no operator of this library is called", *[""] * 6)
+        if target in temps:
+            remarks.append(f"{target}: the program takes {temps[target] / 1e6:.1f} MB of temporary memory")
     output.show(table)
     print("\n".join(dict.fromkeys(remarks)))
+
+
+def _remark(line: Line) -> str:
+    """How the kernel is cut and what it takes of the chip, or why none runs."""
+    if line.reason:
+        return line.reason
+    memory = "" if line.chip_bytes is None else f" ({line.chip_bytes / 1024:.0f} KiB of the chip's own memory)"
+    return f"tiles: {line.tiles}{memory}" if line.tiles else f"runs as {line.implementation}"

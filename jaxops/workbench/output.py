@@ -28,7 +28,7 @@ def table(title: str, columns: Sequence[str], *, right: Sequence[str] = ()) -> A
     rich = _rich()
     made = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE)
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left")
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
     return made
 
 

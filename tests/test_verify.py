@@ -65,7 +65,7 @@ def test_the_program_of_a_fault_fails_in_the_same_way(fault, capsys):
 
 
 def test_a_failure_by_chance_is_shrunk_and_its_program_fails(capsys, tmp_path):
-    code, found = asked(capsys, "tests.faults.remainder:wrong", "x=64x16", "--fuzz", "30")
+    code, found = asked(capsys, "tests.faults.remainder:wrong", "x=64x1", "--fuzz", "30")
     assert code == 1 and found["by_chance"] > 1
     assert "x=31x1:float32" in wrong_rows(found)[0]["part"]
     program = tmp_path / "program.py"
@@ -74,8 +74,8 @@ def test_a_failure_by_chance_is_shrunk_and_its_program_fails(capsys, tmp_path):
         [sys.executable, program], capture_output=True, text=True, env={"PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"}
     )
     assert run.returncode != 0 and "output: error" in run.stdout and "AssertionError" in run.stderr
-    code, found = asked(capsys, "tests.faults.remainder:right", "x=64x16", "--fuzz", "5")
-    assert code == 0 and found["by_chance"] == 5
+    code, found = asked(capsys, "tests.faults.remainder:right", "x=64x1", "--fuzz", "3")
+    assert code == 0 and found["by_chance"] >= 2
 
 
 def test_the_users_own_operator_of_the_tutorial(capsys):
@@ -87,7 +87,7 @@ def test_the_users_own_operator_of_the_tutorial(capsys):
         "--interpret",
         "tpu",
         "--fuzz",
-        "2",
+        "1",
     )
     assert code == 0, wrong_rows(found)
     assert {row["part"] for row in found["comparisons"]} == {
@@ -108,9 +108,9 @@ def test_the_operators_of_the_library(name):
 
 
 @pytest.mark.parametrize("name", ["dot_product_attention", "linear_cross_entropy", "rms_norm", "softmax"])
-def test_the_library_by_chance(name, capsys):
-    code, found = asked(capsys, name, "--fuzz", "2", "--seed", "3")
-    assert code == 0 and found["by_chance"] >= 2, found["program"]
+def test_the_library_by_chance(name):
+    failure, tried = verify.fuzz(verify.specimen_of(name, [], []), 2, seed=5)
+    assert failure is None and tried, failure
 
 
 def test_kernels_for_a_gpu(capsys):

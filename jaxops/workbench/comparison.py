@@ -208,7 +208,7 @@ def first_order(
     """
     dtype = dtype or narrowest(problem.operands)
     if within is None:
-        got = jax.jit(lambda operands: dataclasses.replace(problem, operands=operands).results())(problem.operands)
+        got = problem.compiled(problem.operands)
     else:
         with within():
             got = problem.results()
@@ -284,19 +284,29 @@ class Problem:
         gradients, outputs = jax.grad(scalar_and_outputs, has_aux=True)(self.primals())
         return {**outputs, **{f"gradient of {name}": g for name, g in gradients.items()}}
 
+    def compiled(self, operands: Arrays, **compiler_options: Any) -> Arrays:
+        """The results of other operands of the same shapes, under `jax.jit`."""
+        results = jax.jit(
+            lambda operands: dataclasses.replace(self, operands=operands).results(), compiler_options=compiler_options
+        )
+        found = results(operands)  # sorted by name
+        order = (*self.weights, *(f"gradient of {name}" for name in self.differentiable))
+        return {name: found[name] for name in order if name in found}
+
     def unfused(self) -> Arrays:
+        """The results with every rounding to the operands' dtypes that is written: XLA would leave some out."""
+        options = {"xla_allow_excess_precision": False}
         if not self.in_float32:
-            return self.results()
+            return self.compiled(self.operands, **options)
         shapes = jax.eval_shape(self.results)
         wide = {name: _cast(x, _at_least_float32(x.dtype)) for name, x in self.operands.items()}
-        found = dataclasses.replace(self, operands=wide).results()
-        return {name: x.astype(shapes[name].dtype) for name, x in found.items()}
+        return {name: x.astype(shapes[name].dtype) for name, x in self.compiled(wide, **options).items()}
 
     def exact(self) -> dict[str, np.ndarray]:
         """The results in float64."""
         with jax.enable_x64(True), jax.default_device("cpu"):  # accelerators have no float64, or not all of it
             wide = {name: _cast(np.asarray(x), "float64") for name, x in self.operands.items()}
-            return {name: np.asarray(x) for name, x in dataclasses.replace(self, operands=wide).results().items()}
+            return {name: np.asarray(x) for name, x in self.compiled(wide).items()}
 
     def natural(self, exact: Mapping[str, np.ndarray]) -> dict[str, float]:
         """The Euclidean norm of each gradient if a change of x changed the outputs in the same proportion."""

@@ -112,10 +112,32 @@ time.sleep(600)
 
 @pytest.mark.timeout(300)
 def test_a_worker_that_cannot_start_says_why(monkeypatch):
-    command = [sys.executable, "-m", "jaxops.workbench.compiler_worker", "v9", "10", ""]
+    command = [sys.executable, "-m", "jaxops.workbench.compiler_worker", "v9", "."]
     monkeypatch.setattr(compiler, "worker_command", lambda *_: command)
     (result,) = compile_jobs([job("fine")], cache=False)
     assert result["status"] == "aborted" and "ValueError: target must be one of v4, v5e" in result["reason"]
+
+
+@pytest.mark.timeout(300)
+def test_a_worker_ends_with_its_supervisor(tmp_path):
+    folder = tmp_path / "of_the_worker"
+    folder.mkdir()
+    inner = (
+        "import os, pathlib, sys; from jaxops.workbench.compiler_worker import end_with; print(os.getpid(), flush=True);"
+        "end_with(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    )
+    outer = (
+        "import os, subprocess, sys;subprocess.run([sys.executable, '-c', sys.argv[1], str(os.getpid()), sys.argv[2]])"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", outer, inner, str(folder)], stdout=subprocess.PIPE, text=True)
+    worker = pathlib.Path("/proc") / supervisor.stdout.readline().strip()
+    assert worker.exists() and folder.exists()
+    supervisor.kill()
+    supervisor.wait()
+    until = time.monotonic() + 60
+    while (worker.exists() or folder.exists()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not worker.exists() and not folder.exists()
 
 
 def test_unknown_chips_and_absent_compilers_are_problems(monkeypatch):

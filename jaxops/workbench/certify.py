@@ -135,6 +135,6 @@ def merged(before: dict[str, Any], made: certificates.Cells, names: Sequence[str
     order = [certificates.key_of(name, *cell) for name in CHIPS for cell in certificates.cells()]
     used = versions({chips.named(name).platform for name in names})
     return {
-        "versions": {**before["versions"], **used},
+        "versions": dict(sorted({**before["versions"], **used}.items())),
         "cells": {key: cells[key] for key in order if key in cells},
     }

@@ -327,9 +327,9 @@ def _lasts(result: dict[str, Any]) -> bool:
     return result["status"] not in ("aborted", "hung") and "bad_question" not in result
 
 
-def worker_command(chip: str, seconds: float, dump: str) -> list[str]:
+def worker_command(chip: str, folder: str) -> list[str]:
     """The command of the process that compiles for `chip`, a job a line on its input (see `compiler_worker`)."""
-    return [sys.executable, "-m", "jaxops.workbench.compiler_worker", chip, str(seconds), dump]
+    return [sys.executable, "-m", "jaxops.workbench.compiler_worker", chip, folder]
 
 
 class _Worker:
@@ -338,15 +338,15 @@ class _Worker:
     def __init__(self, chip: str, schedule: bool, seconds: float, user_tiles: bool):
         self.platform, self.seconds = chips.named(chip).platform, seconds
         self.folder = tempfile.TemporaryDirectory(prefix="jaxops-")
-        dump = ""
+        environment = _environment()
         if schedule:
-            dump = os.path.join(self.folder.name, "dump")
-            os.mkdir(dump)
-        environment = _environment(self.platform, dump)
+            dump = pathlib.Path(self.folder.name, "dump")
+            dump.mkdir()
+            environment |= importlib.import_module(f"jaxops.schedule.{self.platform}").environment(dump)
         if not user_tiles:
             environment["XDG_CACHE_HOME"] = self.folder.name
         self.process = subprocess.Popen(
-            worker_command(chip, seconds, dump),
+            worker_command(chip, self.folder.name),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -402,13 +402,9 @@ class _Worker:
         self.folder.cleanup()
 
 
-def _environment(platform: str, dump: str) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Of a worker: it imports what this process can import."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    if dump:
-        schedule = importlib.import_module(f"jaxops.schedule.{platform}")
-        environment |= schedule.environment(pathlib.Path(dump))
-    return environment
+    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
 
 def _result(text: str) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
-"""The process that compiles for one chip: `python -m jaxops.workbench.compiler_worker CHIP SECONDS DUMP`.
+"""The process that compiles for one chip: `python -m jaxops.workbench.compiler_worker CHIP FOLDER`.
 
-It takes a job a line (a `Job` as JSON) on its input and prints its result between two marks. `compiler` starts it.
+It takes a job a line (a `Job` as JSON) on its input and prints its result between two marks. `compiler` starts it, with
+a folder of its own; where that has a folder "dump", the compiler writes its schedules there.
 """
 
 import contextlib
@@ -8,11 +9,12 @@ import ctypes
 import functools
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
-import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -305,10 +307,11 @@ def _kernel_calls(jaxpr: Any, chip: chips.Chip) -> Iterator[Any]:
                         yield from _kernel_calls(inner, chip)
 
 
-def main(chip_name: str, seconds: float, dump_name: str) -> None:
+def main(chip_name: str, folder: pathlib.Path) -> None:
     """Compiles job after job. What is printed between two marks belongs to that job."""
+    threading.Thread(target=end_with, args=(os.getppid(), folder), daemon=True).start()
     chip = chips.named(chip_name)
-    dump = pathlib.Path(dump_name) if dump_name else None
+    dump = folder / "dump" if (folder / "dump").is_dir() else None
     flush = ctypes.CDLL(None).fflush  # the compilers print through C's own buffer
     devices_of(chip)  # loads the compiler, which says much before the first job
     flush(None)
@@ -318,12 +321,19 @@ def main(chip_name: str, seconds: float, dump_name: str) -> None:
         if dump:
             for left in dump.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        signal.alarm(math.ceil(seconds) + 60)  # ends a compiler that hangs when the supervisor is gone
         print(f"\n{BEGIN}", flush=True)
         result = compile_one(job, chip, dump)
         flush(None)
         print(f"\n{END}{json.dumps(result)}", flush=True)
 
 
+def end_with(supervisor: int, folder: pathlib.Path) -> None:
+    """Ends this process once `supervisor` is gone, a compiler that hangs included."""
+    while os.getppid() == supervisor:
+        time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], pathlib.Path(sys.argv[2]))

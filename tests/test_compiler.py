@@ -123,7 +123,8 @@ def test_a_worker_ends_with_its_supervisor(tmp_path):
     folder = tmp_path / "of_the_worker"
     folder.mkdir()
     inner = (
-        "import os, pathlib, sys; from jaxops.workbench.compiler_worker import end_with; print(os.getpid(), flush=True);"
+        "import os, pathlib, sys; from jaxops.workbench.compiler_worker import end_with;"
+        "print(os.getpid(), flush=True);"
         "end_with(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     )
     outer = (

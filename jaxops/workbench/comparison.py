@@ -299,8 +299,13 @@ class Problem:
         if not self.in_float32:
             return self.compiled(self.operands, **options)
         shapes = jax.eval_shape(self.results)
+
+        def rounded(operands: Arrays) -> Arrays:
+            return {name: y.astype(shapes[name].dtype) for name, y in self.function(operands).items()}
+
         wide = {name: _cast(x, _at_least_float32(x.dtype)) for name, x in self.operands.items()}
-        return {name: x.astype(shapes[name].dtype) for name, x in self.compiled(wide, **options).items()}
+        found = dataclasses.replace(self, function=rounded).compiled(wide, **options)
+        return {name: x.astype(shapes[name].dtype) for name, x in found.items()}
 
     def exact(self) -> dict[str, np.ndarray]:
         """The results in float64."""

@@ -134,7 +134,7 @@ class _Chance:
     def shape(self, *last: int) -> tuple[int, ...]:
         """Zero to two leading axes, then `last`."""
         rank = self.of(0, 1, 2)
-        return (*[self.size(5) for _ in range(rank - 1)], *([self.size()] if rank else []), *last)
+        return (*[self.size(3) for _ in range(rank - 1)], *([self.size()] if rank else []), *last)
 
     def seed(self) -> int:
         return self.draw(self.strategies.integers(0, 2**16))

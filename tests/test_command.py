@@ -80,12 +80,12 @@ def test_a_requirement_that_does_not_hold_is_exit_code_1(capsys):
 
 
 def test_a_function_of_the_user(capsys, tmp_path, monkeypatch):
-    (tmp_path / "theirs.py").write_text(
+    (tmp_path / "users_block.py").write_text(
         "import jaxops\ndef block(x, scale):\n    return jaxops.rms_norm(x, scale) * 2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("COLUMNS", "140")
-    assert main(["explain", "theirs:block", *NORM[2:], "--target", "v5e"]) == 0
+    assert main(["explain", "users_block:block", *NORM[2:], "--target", "v5e"]) == 0
     out = capsys.readouterr().out
     assert "rms_norm" in out and "pallas" in out
 

@@ -57,6 +57,7 @@ def test_four_files_in_a_new_package(folder):
 
 def test_verify_proves_it(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "140")
     # Under every transform; its kernels are interpreted by its own test below, and by the tutorial's `jaxops verify`.
     assert main(["verify", OPERATOR, "x=40x129", "scale=129", "--transforms"]) == 0, capsys.readouterr().out
     printed = capsys.readouterr().out

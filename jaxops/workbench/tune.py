@@ -219,10 +219,12 @@ def _kernels(
         if dispatch.choose(called.order, reason).implementation != "pallas":
             continue
         with tuned.asked() as questions:
-            module.tiles(phase, **inputs, **static)
+            current = module.tiles(phase, **inputs, **static)
         if not questions:  # tiles that are not looked up cannot be set either
             continue
         candidates = tuple(itertools.islice(module.candidates(phase, **inputs, **static), limit))
+        if current not in candidates:  # tuned before: a short search must not lose them
+            candidates += (current,)
         memory = None
         if hasattr(module, "memory"):
             memory = functools.partial(module.memory, phase, **inputs, **static)

@@ -387,6 +387,15 @@ def test_the_best_that_compiles_is_kept_and_looked_up(monkeypatch, capsys):
     assert dataclasses.asdict(tiles) == found["best"]
 
 
+def test_a_short_search_does_not_lose_what_was_tuned_before(monkeypatch, capsys):
+    fake(monkeypatch, best_of(0.5e-3))
+    assert main(COMMAND) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main([*COMMAND, "--limit", "1"]) == 0
+    (again,) = json.loads(capsys.readouterr().out)
+    assert again["best"] == first[0]["best"] and len(again["trials"]) == 2
+
+
 def test_the_default_stays_unless_the_gain_is_clear(monkeypatch, capsys):
     fake(monkeypatch, best_of(0.99e-3))
     assert main(COMMAND) == 0

@@ -67,6 +67,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Times or models what was asked for and prints it; 1 if a result was wrong or did not run."""
     from jaxops.workbench import measurement, report
     from jaxops.workbench.compiler import CHIPS
 

@@ -44,6 +44,7 @@ def cells() -> list[tuple[Case, str, str]]:
 
 
 def key_of(chip: str, case: Case, direction: str, dtype: str) -> str:
+    """The name of a cell in certificates.json."""
     return "/".join((case.operator, direction, chip, dtype, case.shape))
 
 

@@ -43,6 +43,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Compiles the cells that changed and writes them, or compares: then 1 if a green cell turned red."""
     docs = docs_folder()
     names = list(dict.fromkeys(name for name in options.chips.split(",") if name))
     for name in names:

@@ -68,6 +68,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Compiles for every chip and prints what the compilers say; 1 if one did not compile it."""
     jobs = jobs_of(options)
     with output.progress("compile", len(jobs), quiet=options.json) as advance:
         results = compile_jobs(

@@ -241,6 +241,7 @@ def _schedule(dump: pathlib.Path, chip: chips.Chip, traced: Any) -> dict[str, An
 
 
 def failure(error: Exception, traced: Any, chip: chips.Chip) -> dict[str, Any]:
+    """What an exception of the compiler means: refused, out of memory with the buffers named, or failed."""
     message = str(error)
     if reason := programs.refusal(message):
         return {"status": "refused", "reason": programs.plain_words(reason)}

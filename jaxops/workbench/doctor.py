@@ -61,6 +61,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Prints every finding; 1 if one of them failed."""
     if options.seconds <= 0:
         raise Problem(f"--seconds must be above 0, got {options.seconds:g}")
     findings = []

@@ -52,6 +52,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Prints what would run on every chip, and why; 1 if `--require` is not met."""
     names = targets(options.target, (*chips.CHIPS, "cpu")) or ["cpu"]
     function, operands = call(options.operator, options.operands, options.set, options.dtype, options.gradients)
     try:

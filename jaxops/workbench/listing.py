@@ -20,6 +20,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Prints the operators and what the certificates say of them; always 0."""
     versions, cells = certificates.read()
     certified = certificates.summary(cells)
     names = list(next(iter(certified.values())))

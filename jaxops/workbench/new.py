@@ -58,6 +58,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Writes the files of a new operator and prints where they are; always 0."""
     planned = plan(options.name, options.package)
     write({planned.files[what]: text for what, text in rendered(planned).items()})
     if options.json:

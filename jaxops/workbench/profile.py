@@ -80,6 +80,7 @@ class Profile:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Records a trace of the function and prints where its time goes."""
     from jaxops.workbench import bench, devices, measurement, timing
 
     if options.steps < 1 or options.top < 1:

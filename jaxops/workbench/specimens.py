@@ -45,14 +45,17 @@ class Operand:
 
 
 def normal(shape: Sequence[int], dtype: str) -> Operand:
+    """Standard normal numbers."""
     return Operand(tuple(shape), dtype, f"random.standard_normal({tuple(shape)})")
 
 
 def integers(below: int, shape: Sequence[int], least: int = 0) -> Operand:
+    """int32 from `least` to `below` - 1."""
     return Operand(tuple(shape), "int32", f"random.integers({least}, {below}, {tuple(shape)})")
 
 
 def booleans(shape: Sequence[int]) -> Operand:
+    """True with probability 0.7."""
     return Operand(tuple(shape), "bool", f"random.random({tuple(shape)}) < 0.7")
 
 

@@ -409,6 +409,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Ranks the tiles for every chip, prints them and keeps the best; 1 if none compiled."""
     names = words.targets(options.target, compiler.CHIPS)
     if not names:
         raise Problem(f"--target must be one of {', '.join(compiler.CHIPS)}, got {options.target!r}")

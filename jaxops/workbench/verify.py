@@ -78,6 +78,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Compares with float64 what was asked for, and shrinks a failure; 1 if there is one."""
     if options.fuzz < 0:
         raise Problem(f"--fuzz must be at least 0, got {options.fuzz}")
     if options.fuzz:

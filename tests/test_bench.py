@@ -407,6 +407,13 @@ def test_a_question_that_makes_no_sense_is_one_line_and_exit_code_2(arguments, w
         assert word in streams.err
 
 
+@pytest.mark.skipif(not peers.installed("torch"), reason="the extra `torch` is not installed")
+def test_torch_is_compared_and_timed(capsys):
+    assert main([*NORM, "--against", "torch", "--grad", "--json"]) == 0
+    rows = {row["variant"]: row for row in json.loads(capsys.readouterr().out)["runs"][0]["rows"]}
+    assert rows["torch"]["status"] == "timed" and rows["torch"]["error"] < 1e-5
+
+
 @pytest.mark.parametrize("library", ["torch", "tokamax"])
 def test_a_library_that_is_not_installed_is_named(library, capsys, monkeypatch):
     monkeypatch.setattr(peers, "installed", lambda name: name != library)

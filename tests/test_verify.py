@@ -12,7 +12,7 @@ import pytest
 
 import jaxops
 from jaxops.autodiff import by_reference
-from jaxops.workbench import comparison, specimens, verify
+from jaxops.workbench import comparison, peers, specimens, verify
 from jaxops.workbench.call import operators
 from jaxops.workbench.command import main
 from tests.faults import rules
@@ -229,6 +229,27 @@ def test_an_absent_extra_is_named(module, arguments, extra, capsys, monkeypatch)
     monkeypatch.delitem(sys.modules, f"{module}.strategies", raising=False)
     assert main(["verify", "softmax", "x=2x3", *arguments]) == 2
     assert f"pip install 'jaxops[{extra}]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not peers.installed("torch"), reason="the extra `torch` is not installed")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [
+            "dot_product_attention",
+            *(f"{name}=2x20x2x8" for name in ("query", "key", "value")),
+            "--set",
+            "is_causal=True",
+        ],
+        ["linear_cross_entropy", "x=3x11x8", "weight=8x20", "labels=3x11:int32", "--set", "reduction=sum"],
+        ["gelu", "x=5x7", "--set", "approximate=False"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_torch_means_the_same_with_the_same_options(arguments, capsys):
+    code, found = asked(capsys, *arguments, "--against", "torch")
+    assert code == 0
+    assert "torch's output" in [row["name"] for row in found["comparisons"]]
 
 
 def test_what_never_ends_is_ended():

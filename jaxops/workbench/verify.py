@@ -283,6 +283,7 @@ def against_torch(specimen: Specimen) -> list[Row]:
     if isinstance(theirs, str):
         raise Problem(f"--against torch: {theirs}")
     _, plain = _problems(specimen)
+    theirs = functools.partial(theirs, **specimen.static())
     got, unfused, oracle = _by_torch(theirs, plain), plain.unfused(), plain.exact()
     rows = []
     for name in oracle:

@@ -1,4 +1,4 @@
-"""The pre-trained encoder of examples/sentence_encoder.py: the same architecture in NumPy, and PyTorch's own embeddings.
+"""The encoder of examples/sentence_encoder.py: the same architecture in NumPy, and PyTorch's own embeddings.
 
 The weights, the tokenizer and PyTorch come with the extra `models`; without it only random weights are tried.
 """

@@ -49,7 +49,7 @@ def kept(words0: jax.Array, words1: jax.Array, column: jax.Array, rate: float) -
     words0, words1: the words of the row, uint32 or int32. column: int32, the index of the element in the row.
     rate: a Python number in [0, 1).
 
-    All of it is int32, so that no chip has to compare unsigned numbers; the high bits, which decide, are the best mixed.
+    All of it is int32: no chip has to compare unsigned numbers. The high bits decide, which are mixed best.
     """
     x = words0.astype(jnp.int32) + column.astype(jnp.int32) * _int32(_WEYL)
     x = x ^ _right(x, 16)

@@ -32,7 +32,6 @@ def of_keys(batch, head, query, key):
 
 def seen_pairs(shape, band, mask_mod=None, mask=None, prefix_lengths=None, **others):
     """bool [B, N, T, S], pair by pair."""
-    batch, heads, queries, keys = shape
     b, n, i, j = np.indices(shape)
     seen = np.broadcast_to(band.allowed(i, j), shape)
     if prefix_lengths is not None:

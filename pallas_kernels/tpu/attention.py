@@ -131,6 +131,7 @@ class View:
         t, corner = self.t, self.t.corner(self.p)
         squares = t.queries // t.keys  # blocks of keys that the square on the diagonal holds
         starts = range(0, t.queries, t.strip)
+        reach = round_up(self.p.band.left or 0, t.queries)
 
         def blocks(masked: bool, place: Callable):
             def step(turn, _):
@@ -149,16 +150,8 @@ class View:
 
         def rim():
             """Strips that begin where the window does, of the square `reach` before the diagonal."""
-            items = []
-            for a in starts:
-                ahead = a + reach - left  # of the square's first key: what the strip's first query sees first
-                key = ahead // 128 * 128
-                cut = round_up(ahead + t.strip - 1, 128)
-                if key < t.queries:
-                    at = pl.multiple_of(self.row - reach + key, 128)
-                    items.append(Item(a, t.strip, at, t.queries - key, cut=(0, min(cut, t.queries) - key)))
-            if items:
-                pl.when(self.row >= reach)(functools.partial(run, items))
+            key = pl.multiple_of(self.row - reach, t.queries)
+            run([Item(a, t.strip, key + a, t.queries - a, cut=(0, t.strip)) for a in starts])
 
         if not (corner and strips):
             clear()
@@ -177,34 +170,34 @@ class View:
             whole, cut = self.entry(0), self.entry(1)
             lax.fori_loop(0, whole, blocks(False, lambda n: self.entry(HEADER + n)), 0)
             lax.fori_loop(whole, whole + cut, blocks(True, lambda n: self.entry(HEADER + n)), 0)
-        elif corner:
-            left = self.p.band.left
-            if left is None:
-                first = 0
-            else:
-                reach = round_up(left, t.queries)
-                rim()
-                first = jnp.maximum(self.row - reach + t.queries, 0) // t.keys
-            lax.fori_loop(first, own, blocks(False, lambda n: n), 0)
-        else:
-            first, last, left, right = self.ranges()
-            edges = (left - first) + (last - right)
-            if not (isinstance(edges, int) and edges == 0):
-                place = lambda n: jnp.where(n < left - first, first + n, right + n - (left - first))
-                lax.fori_loop(0, edges, blocks(True, place), 0)
-            if not (isinstance(right, int) and isinstance(left, int) and left == right):
-                lax.fori_loop(left, right, blocks(False, lambda n: n), 0)
+            return
+        first, last, left, right = self.ranges(own if corner else None)
+        edges = (left - first) + (0 if corner else last - right)
+        if corner and self.p.band.left is not None and reach - self.p.band.left <= 1:
+            pl.when(self.row >= reach)(rim)
+            edges = 0
+        if not (isinstance(edges, int) and edges == 0):
+            place = lambda n: jnp.where(n < left - first, first + n, right + n - (left - first))
+            lax.fori_loop(0, edges, blocks(True, place), 0)
+        if not (isinstance(right, int) and isinstance(left, int) and left == right):
+            lax.fori_loop(left, right, blocks(False, lambda n: n), 0)
 
-    def ranges(self):
-        """Blocks of the span: [first, last) are seen by any query of the step, [left, right) by all."""
+    def ranges(self, diagonal=None):
+        """Blocks of the span: [first, last) are seen by any query of the step, [left, right) by all.
+
+        diagonal: the block that the square on the diagonal begins with, if that is visited already.
+        """
         t, keys = self.t, self.p.key_length
         start, end = self.p.band.touched(self.row, t.queries, keys)
         inner, outer = self.p.band.whole(self.row, t.queries, keys)
+        if diagonal is not None:
+            end = outer = diagonal * t.keys
         start, end, inner, outer = (_clip(x - self.base, 0, t.span) for x in (start, end, inner, outer))
         first = _div(start, t.keys)
         last = _clip(_div(end + t.keys - 1, t.keys), first, None)
         left = _clip(_div(inner + t.keys - 1, t.keys), first, last)
-        return first, last, left, _clip(_div(outer, t.keys), left, last)
+        right = _clip(_div(outer, t.keys), left, last)
+        return first, last, left, right
 
     def positions(self, item: Item, offset: int, shape):
         """(query, key) of every element of a tile."""
@@ -664,10 +657,12 @@ class _Operands:
             *("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids"),
             "prefix_lengths",
         )
-        ids = call["key_value_segment_ids"]
+        ids, mask = call["key_value_segment_ids"], call["mask"]
+        if mask is not None and mask.shape[3] > 1:
+            mask = pad_to(mask[..., : p.key_length], 3, keys, True)
         given = {name: call[name] for name in names} | {
             "key_value_segment_ids": None if ids is None else pad_to(ids[:, : p.key_length], 1, keys),
-            "mask": None if call["mask"] is None else call["mask"][..., : p.key_length],
+            "mask": mask,
         }
         shape = (call["query"].shape[0], call["query"].shape[2], p.query_length, keys)
         found = Blocks.of(shape, t.queries, t.keys, band, mask_mod=p.mask_mod, **given)

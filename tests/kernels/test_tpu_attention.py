@@ -212,7 +212,7 @@ def oracle(x, dout, options, c):
 
 def unfused(x, dout, options, c):
     """(out, lse) and gradients of the plain composition in the operands' own dtype."""
-    keep, (N, K) = seen(x, c), c["heads"]
+    keep, dropped, (N, K) = seen(x, c), weights_of_dropout(x, c), c["heads"]
     some = jnp.asarray(keep.any(-1, keepdims=True) if not c["sinks"] else True)
 
     def plain(t):
@@ -229,7 +229,7 @@ def unfused(x, dout, options, c):
                 [s, jnp.broadcast_to(t["sinks"][None, :, None, None].astype(s.dtype), (*s.shape[:3], 1))], -1
             )
         p = jnp.where(some, jax.nn.softmax(s, -1), 0)[..., : c["S"]]
-        p = (p * weights_of_dropout(x, c)).astype(v.dtype)
+        p = (p * dropped).astype(v.dtype)
         return jnp.einsum("bnts,bsnh->btnh", p, v), jax.nn.logsumexp(s, -1)
 
     def both(t, dout):
@@ -320,7 +320,7 @@ def test_a_missing_guard_is_noticed(monkeypatch):
         "must come together": {"dropout_rate": 0.5},
         "score_mod uses cumsum": {"score_mod": lambda s, b, n, i, j: jnp.cumsum(s, 0)},
         "score_mod computes in bfloat16": {"score_mod": lambda s, b, n, i, j: s + s.astype(jnp.bfloat16)},
-        "mask_mod captures an array": {"mask_mod": lambda b, n, i, j: jnp.arange(8)[j] > 3},
+        "mask_mod captures an array": {"mask_mod": lambda b, n, i, j: jnp.asarray(np.arange(8))[j] > 3},
     }.items(),
 )
 def test_refuses_with_a_reason(reason, change):

@@ -125,13 +125,12 @@ class View:
     def walk(self, run: Callable, clear: Callable, *, strips: bool = True) -> None:
         """Calls `run(items)` until every block is visited, after `clear()` if its first items are not `first`.
 
-        strips: whether the square on the diagonal is cut into strips; else it is so many cut blocks, which is less
+        strips: whether what the diagonal or a window cuts goes by strips; else it goes by cut blocks, which is less
         code.
         """
-        t, corner = self.t, self.t.corner(self.p)
-        squares = t.queries // t.keys  # blocks of keys that the square on the diagonal holds
+        t, p, corner = self.t, self.p, self.t.corner(self.p)
         starts = range(0, t.queries, t.strip)
-        reach = round_up(self.p.band.left or 0, t.queries)
+        reach = round_up(p.band.left or 0, t.queries)
 
         def blocks(masked: bool, place: Callable):
             def step(turn, _):
@@ -143,61 +142,65 @@ class View:
 
             return step
 
-        def diagonal(masked: bool):
+        def diagonal():
             """Strips that end on the diagonal."""
-            items = [Item(a, t.strip, self.row, a + t.strip, masked, (a, a + t.strip), True) for a in starts]
-            run(items[::-1])
+            run([Item(a, t.strip, self.row, a + t.strip, cut=(a, a + t.strip), first=True) for a in starts[::-1]])
 
         def rim():
             """Strips that begin where the window does, of the square `reach` before the diagonal."""
             key = pl.multiple_of(self.row - reach, t.queries)
             run([Item(a, t.strip, key + a, t.queries - a, cut=(0, t.strip)) for a in starts])
 
-        if not (corner and strips):
+        # The blocks of the square on the diagonal, unless they go by strips
+        squares, own = t.queries // t.keys, self.block * (t.queries // t.keys)
+        if not corner:
+            squares = 0
             clear()
-        own = self.block * squares
-        if corner and not strips:
-            lax.fori_loop(0, squares, blocks(True, lambda n: own + n), 0)
-        elif corner and not self.p.scheduled:
-            diagonal(False)
-        elif corner:
-            state = self.entry(2)
-            pl.when(state == 0)(clear)
-            pl.when(state == 1)(functools.partial(diagonal, True))
-            pl.when(state == 2)(functools.partial(diagonal, False))
+        elif p.scheduled:  # one that is cut by more than the diagonal is in the schedule
+            clean = self.entry(2)
+            squares = 0 if strips else clean * squares
+            if strips:
+                pl.when(clean == 1)(diagonal)
+                pl.when(clean == 0)(clear)
+            else:
+                clear()
+        elif strips:
+            squares = 0
+            diagonal()
+        else:
+            clear()
 
-        if self.p.scheduled:
-            whole, cut = self.entry(0), self.entry(1)
-            lax.fori_loop(0, whole, blocks(False, lambda n: self.entry(HEADER + n)), 0)
-            lax.fori_loop(whole, whole + cut, blocks(True, lambda n: self.entry(HEADER + n)), 0)
-            return
-        first, last, left, right = self.ranges(own if corner else None)
-        edges = (left - first) + (0 if corner else last - right)
-        if corner and self.p.band.left is not None and reach - self.p.band.left <= 1:
-            pl.when(self.row >= reach)(rim)
-            edges = 0
+        if p.scheduled:
+            left, right = 0, self.entry(0)
+            edges, read = self.entry(1), self.entry
+            whole, cut = (lambda n: read(HEADER + n)), (lambda n: read(HEADER + right + n))
+        else:
+            first, last, left, right = self.ranges()
+            if corner:
+                left, last, right = _least(left, own), own, own
+            edges = (left - first) + (0 if corner else last - right)
+            if corner and strips and p.band.left is not None and reach - p.band.left <= 1:
+                pl.when(self.row >= reach)(rim)
+                edges = 0
+            whole, cut = (lambda n: n), (lambda n: jnp.where(n < left - first, first + n, right + n - (left - first)))
+        if not (isinstance(squares, int) and squares == 0):
+            edges, cut_block = edges + squares, cut
+            cut = lambda n: jnp.where(n < squares, own + n, cut_block(n - squares))
         if not (isinstance(edges, int) and edges == 0):
-            place = lambda n: jnp.where(n < left - first, first + n, right + n - (left - first))
-            lax.fori_loop(0, edges, blocks(True, place), 0)
+            lax.fori_loop(0, edges, blocks(True, cut), 0)
         if not (isinstance(right, int) and isinstance(left, int) and left == right):
-            lax.fori_loop(left, right, blocks(False, lambda n: n), 0)
+            lax.fori_loop(left, right, blocks(False, whole), 0)
 
-    def ranges(self, diagonal=None):
-        """Blocks of the span: [first, last) are seen by any query of the step, [left, right) by all.
-
-        diagonal: the block that the square on the diagonal begins with, if that is visited already.
-        """
+    def ranges(self):
+        """Blocks of the span: [first, last) are seen by any query of the step, [left, right) by all."""
         t, keys = self.t, self.p.key_length
         start, end = self.p.band.touched(self.row, t.queries, keys)
         inner, outer = self.p.band.whole(self.row, t.queries, keys)
-        if diagonal is not None:
-            end = outer = diagonal * t.keys
         start, end, inner, outer = (_clip(x - self.base, 0, t.span) for x in (start, end, inner, outer))
         first = _div(start, t.keys)
         last = _clip(_div(end + t.keys - 1, t.keys), first, None)
         left = _clip(_div(inner + t.keys - 1, t.keys), first, last)
-        right = _clip(_div(outer, t.keys), left, last)
-        return first, last, left, right
+        return first, last, left, _clip(_div(outer, t.keys), left, last)
 
     def positions(self, item: Item, offset: int, shape):
         """(query, key) of every element of a tile."""
@@ -299,6 +302,10 @@ def _clip(x, low, high):
         return max(x, low) if high is None else min(max(x, low), high)
     x = jnp.maximum(x, low)
     return x if high is None else jnp.minimum(x, high)
+
+
+def _least(a, b):
+    return a if isinstance(a, int) and a == 0 else jnp.minimum(a, b)
 
 
 def _fold(x, op):
@@ -646,8 +653,8 @@ class _Operands:
     def _schedule(self, call: dict[str, Any]) -> jax.Array:
         """int32 [B or 1, N or 1, spans, row blocks, HEADER + column blocks of a span]: which blocks a step visits.
 
-        A row: how many blocks are whole; how many more are cut; what becomes of the square on the diagonal if it is cut
-        into strips (0: nobody sees any of it, 1: masked, 2: only causal); then the blocks, the whole ones first.
+        A row: how many blocks are whole; how many more are cut; whether the square on the diagonal, if it may go by
+        strips, is only cut by the diagonal, and is left to them; then the blocks, the whole ones first.
         """
         p, t = self.p, self.t
         corner = t.corner(p)
@@ -671,12 +678,11 @@ class _Operands:
         rows, columns = self.size_q // t.queries, self.size_k // t.keys
         spans = self.size_k // t.span
         touched, whole = (_widened(of, x, rows, columns) for x in (touched, whole))
-        state = of.zeros((1, 1, rows, 1), np.int32)
+        clean = of.zeros((1, 1, rows, 1), np.int32)
         if corner:
             own, row = np.arange(columns) // (t.queries // t.keys), np.arange(rows)[:, None]
-            some, all_of = (touched & (own == row)).any(3), (whole | (own != row)).all(3)
-            state = (some.astype(np.int32) + (some & all_of))[..., None]
-            touched, whole = touched & (own < row), whole & (own < row)
+            clean = (whole | (own != row)).all(3, keepdims=True)
+            touched, whole = touched & ((own < row) | (own == row) & ~clean), whole & (own < row)
         lead = np.broadcast_shapes(touched.shape[:2], whole.shape[:2])
 
         def by_span(x):  # [.., rows, columns] → [.., spans · rows, columns of a span]
@@ -684,8 +690,8 @@ class _Operands:
             return of.moveaxis(x, 3, 2).reshape(*lead, spans * rows, -1)
 
         count, order = Blocks(by_span(touched), by_span(whole)).schedule()
-        state = of.tile(of.broadcast_to(state, (*lead, rows, 1)), (1, 1, spans, 1))
-        table = of.concatenate([count, state, order], 3).reshape(*lead, spans, rows, -1)
+        clean = of.tile(of.broadcast_to(clean, (*lead, rows, 1)), (1, 1, spans, 1)).astype(np.int32)
+        table = of.concatenate([count, clean, order], 3).reshape(*lead, spans, rows, -1)
         return jnp.asarray(table, jnp.int32)
 
     def launch(self, kernel, name, grid, out_shape, out_specs, scratch):

@@ -16,21 +16,27 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+TILE = (2, 3)  # queries × keys of the tile on which a modifier is tried
 _POSITIONS = ("batch", "head", "query", "key")
 # What mixes elements of an array: a modifier that does so means something else in every tile.
 _MIXING = ("reduce_", "cum", "argm", "dot_general", "conv_general", "sort", "top_k", "rev", "random_", "threefry")
 
 
 def _arguments(scored: bool) -> list[jax.ShapeDtypeStruct]:
-    """A tile of 2 queries × 3 keys, abstractly."""
     shape = jax.ShapeDtypeStruct
-    score = [shape((2, 3), jnp.float32)] if scored else []
-    return [*score, *(shape(s, jnp.int32) for s in ((1, 1), (1, 1), (2, 1), (1, 3)))]
+    score = [shape(TILE, jnp.float32)] if scored else []
+    return [*score, *(shape(s, jnp.int32) for s in ((1, 1), (1, 1), (TILE[0], 1), (1, TILE[1])))]
 
 
 def traced(function: Callable, *, scored: bool) -> core.ClosedJaxpr:
     """The program of a modifier, a `score_mod` if `scored`."""
     return jax.make_jaxpr(function)(*_arguments(scored))
+
+
+def result(program: core.ClosedJaxpr) -> tuple[tuple[int, ...], Any]:
+    """(shape, dtype) of what a modifier returns for a `TILE`."""
+    (x,) = program.out_avals
+    return x.shape, x.dtype
 
 
 def mixing(program: core.ClosedJaxpr) -> str | None:

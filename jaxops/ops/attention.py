@@ -578,8 +578,8 @@ def dot_product_attention(
         same pairs on every chip, under every transform and sharding.
 
     Returns:
-      out [B, T, N, V] or [T, N, V] of the query's dtype; with `return_residual`, (out, lse): lse is [B, T, N] or [T, N] in the key's
-      dtype, constant to derivatives, and JAX's large negative number where nothing is seen.
+      out [B, T, N, V] or [T, N, V] of the query's dtype; with `return_residual`, (out, lse): lse is [B, T, N] or
+      [T, N] in the key's dtype, constant to derivatives, and JAX's large negative number where nothing is seen.
 
     Raises:
       ValueError: shapes, lengths, windows, the cap or the rate do not fit, a mask or bias could be meant in two ways, a
@@ -739,10 +739,12 @@ def _modifier(name: str, function: Any) -> Callable:
     except ValueError:  # a function without a signature
         pass
     program = modifiers.traced(function, scored=scored)
-    (shape, dtype), want = modifiers.result(program), jnp.float32 if scored else jnp.bool_
-    if dtype != want:
-        raise TypeError(f"{_NAME}: {name} must return {jnp.dtype(want)}{' as score is' * scored}, got {dtype}")
-    if (shape != modifiers.TILE) if scored else (np.broadcast_shapes(shape, modifiers.TILE) != modifiers.TILE):
+    returned, want = program.out_avals, jnp.dtype(jnp.float32 if scored else jnp.bool_)
+    if len(returned) != 1 or returned[0].dtype != want:
+        got = ", ".join(str(x.dtype) for x in returned) or "nothing"
+        raise TypeError(f"{_NAME}: {name} must return one array of {want}, got {got}")
+    shape = returned[0].shape
+    if shape != modifiers.TILE if scored else not _fits(shape, modifiers.TILE):
         raise ValueError(
             f"{_NAME}: {name} must keep the shape of {'score' if scored else 'its positions'}, {modifiers.TILE} in a "
             f"trial, got {shape}"
@@ -753,6 +755,10 @@ def _modifier(name: str, function: Any) -> Callable:
         way = "bias, which has a gradient" if scored else "mask"
         raise ValueError(f"{_NAME}: {name} must not use a traced array from around it: give what it makes as {way}")
     return function
+
+
+def _fits(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False))
 
 
 def _rate(rate: Any) -> float:

@@ -436,7 +436,7 @@ BAD = [
     ({"mask_mod": lambda b, h, q, k: (q > k)[None, None]}, ValueError, "mask_mod must keep the shape of its positions"),
     ({"mask": np.ones((2, 6), bool), "query": X[:, :2]}, ValueError, r"could be \[T, S\] or \[B, S\]"),
     (
-        {"bias": np.ones((2, 6, 6), np.float32), "query": X[:, :, :2]},
+        {"bias": np.ones((2, 6, 6), np.float32)} | dict.fromkeys(("query", "key", "value"), X[:, :, :2]),
         ValueError,
         r"could be \[N, T, S\] or \[B, T, S\]",
     ),
@@ -462,9 +462,9 @@ def test_a_modifier_may_not_capture_what_is_traced():
             jax.jit(traced)(2.0)
 
 
-def test_nobody_is_told_twice_which_rows_are_meant():
+def test_a_mask_with_one_meaning_and_the_words_of_rows():
     one = np.ones((2, 6), bool)  # a batch of 1 leaves one meaning
     assert dot_product_attention(X[:1, :2], X[:1], X[:1], mask=one).shape == (1, 2, 4, 8)
     assert jaxops.dropout_rows(jax.random.key(0), 2, 4, 6).shape == (2, 4, 2, 6)
-    with pytest.raises(TypeError, match="dropout_rows: key must be one key of jax.random, got int"):
+    with pytest.raises(TypeError, match=r"dropout_rows: key must be one key of jax\.random, got int"):
         jaxops.dropout_rows(0, 2, 4, 6)

@@ -12,9 +12,10 @@ from flax import linen, nnx
 from flax.nnx.nn import attention as flax_attention
 from jax import lax
 
+from jaxops import dropout
 from jaxops.dispatch import Implementation
 from jaxops.nn.implementation import static, strict, without_kernels
-from jaxops.ops.attention import dot_product_attention, dropout_rows
+from jaxops.ops.attention import dot_product_attention
 from jaxops.ops.rope import RopeScaling, rope
 from pallas_kernels.masks import Band
 
@@ -96,7 +97,7 @@ def attention_fn(
     if reason is None:
         if dropout_rate > 0.0 and not deterministic:
             options["dropout_rate"], rows = dropout_rate, (math.prod(query.shape[:-3]), query.shape[-2])
-            words = dropout_rows(dropout_rng, *((1, 1) if broadcast_dropout else rows), query.shape[-3])
+            words = dropout.dropout_rows(dropout_rng, *((1, 1) if broadcast_dropout else rows), query.shape[-3])
             options["dropout_key"] = jnp.broadcast_to(words, (*rows, *words.shape[2:]))
         return _fused(query, key, value, bias, mask, is_causal=is_causal, implementation=implementation, **options)
 
@@ -111,7 +112,7 @@ def attention_fn(
     size = 4 * math.prod(query.shape[:-3]) * query.shape[-2] * query.shape[-3] * key.shape[-3]
     if size >= _MUCH:
         warnings.warn(f"attention_fn: {reason} makes all weights at once, about {size / 1e9:.1f} GB", stacklevel=2)
-    dropout: dict[str, Any] = {
+    dropping: dict[str, Any] = {
         "broadcast_dropout": broadcast_dropout,
         "dropout_rng": dropout_rng,
         "dropout_rate": dropout_rate,
@@ -125,7 +126,7 @@ def attention_fn(
             jnp.repeat(value, group, axis=-2),
             bias,
             mask,
-            **dropout,
+            **dropping,
             precision=precision,
             module=module,
             force_fp32_for_softmax=force_fp32_for_softmax,
@@ -133,7 +134,7 @@ def attention_fn(
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
     weights = flax_attention.dot_product_attention_weights(
-        query, key, bias, mask, **dropout, precision=precision, module=module
+        query, key, bias, mask, **dropping, precision=precision, module=module
     )
     # [batch…, key heads, group, T, S]: a group of query heads shares a key head
     weights = weights.reshape(*weights.shape[:-3], key.shape[-2], -1, *weights.shape[-2:])

@@ -24,9 +24,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from jaxops import dropout
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
-from jaxops.reference.attention import FLOOR
+from jaxops.reference.attention import FLOOR, query_tile
 from jaxops.reference.attention import dot_product_attention as reference
 from pallas_kernels import gpu, modifiers, random, tpu
 from pallas_kernels.masks import Band, Blocks
@@ -496,11 +497,40 @@ def _add_at(x: jax.Array, j, update: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(x, _at(x, j) + update, j, 0, allow_negative_indices=False)
 
 
-def _cost(query, key, value, *, is_causal, local_window_size, **_):
-    """Two products forward, five backward, over the pairs in the band; masks and lengths are not known."""
+def _cost(query, key, value, *, is_causal, local_window_size, mask_mod=None, prefix_lengths=None, **_):
+    """Two products forward, five backward, over the pairs that the band and `mask_mod` leave; the rest is not known."""
     batch, queries, heads, size = query.shape
-    product = 2 * batch * heads * Band.of(is_causal, local_window_size).pairs(queries, key.shape[1])
-    return product * (size + value.shape[3]), product * (3 * size + 2 * value.shape[3])
+    keys, band = key.shape[1], Band.of(is_causal, local_window_size)
+    if mask_mod is None:
+        pairs = batch * heads * band.pairs(queries, keys)
+    else:
+        within = band if prefix_lengths is None else Band()
+        count = modifiers.count_seen(mask_mod, within, (batch, heads, queries, keys), _MOST_SIDE, _MOST_SIDE)
+        pairs = batch * heads // math.prod(count.shape[:2]) * int(count.sum(dtype=np.int64))
+    return 2 * pairs * (size + value.shape[3]), 2 * pairs * (3 * size + 2 * value.shape[3])
+
+
+def _note(phase, tile, query, key, value, *, is_causal, local_window_size, mask_mod=None, **others):
+    """How many tiles the schedule leaves, where there is one; and what the orders above the first hold at once."""
+    batch, queries, heads, _ = query.shape
+    keys = key.shape[1]
+    if phase == "tangent":
+        rows = min(queries, query_tile(keys))
+        return f"by its definition, {rows} queries at a time: {4e-6 * batch * heads * rows * keys:.1f} MB of logits"
+    looked_at = [
+        name
+        for name in ("mask", "query_segment_ids", "prefix_lengths", "query_seq_lengths", "key_value_seq_lengths")
+        if others.get(name) is not None
+    ]
+    if mask_mod is None and not looked_at:
+        return None
+    rows, columns = tile or _tile_sizes(queries, keys, batch * heads)
+    blocks = Blocks.of(
+        (batch, heads, queries, keys), rows, columns, Band.of(is_causal, local_window_size), mask_mod=mask_mod
+    )
+    visited, masked = int(blocks.touched.sum()), int((blocks.touched & ~blocks.whole).sum())
+    text = f"visits {visited} of {blocks.touched.size} tiles of {rows} × {columns} and masks {masked}"
+    return text + (f", then what {', '.join(looked_at)} add or hide" if looked_at else "")
 
 
 _OPERATOR = Operator(
@@ -512,6 +542,7 @@ _OPERATOR = Operator(
     gpu=gpu.attention,
     partition=lambda query: (query, PartitionSpec(query[0], query[2], query[1])),  # out [B, T, N, H], lse [B, N, T]
     cost=_cost,
+    note=_note,
 )
 
 
@@ -644,9 +675,9 @@ def dot_product_attention(
     for name, modifier in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if modifier is not None:
             more[name] = _modifier(name, modifier)
-    if dropout_rate := _rate(dropout_rate):
-        more["dropout_rate"] = dropout_rate
-        operands["dropout_rows"] = _rows(dropout_key, dropout_rate, batch, heads, queries)
+    if rate := dropout.rate_of(_NAME, dropout_rate):
+        more["dropout_rate"] = rate
+        operands["dropout_rows"] = dropout.rows_of(_NAME, dropout_key, rate, batch, heads, queries)
     out, lse = _OPERATOR(
         operands,
         implementation=implementation,
@@ -662,21 +693,6 @@ def dot_product_attention(
     lse = jnp.where(lse == jnp.inf, -0.7 * float(jnp.finfo(jnp.float32).max), lse)
     lse = lse.transpose(0, 2, 1).reshape(shape[:-1]).astype(key.dtype)
     return out, lax.stop_gradient(lse)
-
-
-def dropout_rows(key: jax.Array, batch: int, heads: int, queries: int) -> jax.Array:
-    """The words that decide what `dropout_key=key` drops, uint32 [batch, heads, 2, queries]: the key for `shard_map`.
-
-    Inside `jax.shard_map` every device sees a part of the queries and would use a key as if it were the whole. Make the
-    words of the whole outside, cut them like the queries (batch, heads and queries are axes 0, 1 and 3), and give each
-    part as `dropout_key`: then the mesh changes nothing.
-
-    Raises `TypeError` or `ValueError` if `key` is not one key of `jax.random`.
-    """
-    data = _key_data(key)
-    if data is None:
-        raise TypeError(f"dropout_rows: key must be one key of jax.random, got {_described(key)}")
-    return random.row_words(data, batch, heads, queries)
 
 
 _SWAPPED = "; BTNH is expected, this looks like BNTH: swap axes 1 and 2 of query, key and value"
@@ -759,41 +775,6 @@ def _modifier(name: str, function: Any) -> Callable:
 
 def _fits(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
     return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False))
-
-
-def _rate(rate: Any) -> float:
-    rate = checks.number(_NAME, "dropout_rate", rate)
-    if rate >= 1:
-        raise ValueError(f"{_NAME}: dropout_rate must be below 1, got {rate}")
-    return rate
-
-
-def _rows(key: Any, rate: float, batch: int, heads: int, queries: int) -> jax.Array:
-    """The words of `dropout_key`, uint32 [batch, heads, 2, queries]."""
-    if key is None:
-        raise ValueError(f"{_NAME}: dropout_key must be given, as dropout_rate is {rate}, got None")
-    data = _key_data(key)
-    if data is not None:
-        return random.row_words(data, batch, heads, queries)
-    shape = (batch, heads, 2, queries)
-    if getattr(key, "dtype", None) != jnp.uint32 or key.shape != shape:
-        raise TypeError(
-            f"{_NAME}: dropout_key must be one key of jax.random or jaxops.dropout_rows of shape {shape}, got "
-            f"{_described(key)}"
-        )
-    return jnp.asarray(key)
-
-
-def _key_data(key: Any) -> jax.Array | None:
-    """The words of a key of `jax.random`, old or new, or None if it is not one key."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
-        return jax.random.key_data(key)
-    return jnp.asarray(key) if dtype == jnp.uint32 and shape in ((2,), (4,)) else None
-
-
-def _described(x: Any) -> str:
-    return f"{x.dtype} of shape {x.shape}" if hasattr(x, "dtype") else type(x).__name__
 
 
 def _integers(name: str, x: ArrayLike | None, shape: tuple[int, ...], of: str) -> jax.Array | None:

@@ -60,10 +60,10 @@ def mixing(program: core.ClosedJaxpr) -> str | None:
 
 
 def captured(program: core.ClosedJaxpr) -> list[Any]:
-    """The arrays (not scalars), concrete or traced, and the traced scalars that a modifier took from around it."""
+    """The arrays, concrete or traced, that a modifier took from around it; Python and NumPy numbers are none."""
     literals = [x.val for e in _equations(program) for x in e.invars if isinstance(x, core.Literal)]
-    found = [*program.consts, *literals]
-    return [x for x in found if np.ndim(x) or isinstance(x, jax.core.Tracer)]
+    found = [*literals, *(x for inner in _programs(program) for x in getattr(inner, "consts", ()))]
+    return [x for x in found if np.ndim(x) or isinstance(x, jax.Array)]
 
 
 def no_kernel(score_mod: Callable | None, mask_mod: Callable | None) -> str | None:
@@ -120,12 +120,17 @@ def count_seen(
     return np.asarray(counts).reshape(batch, heads, row_blocks, column_blocks)
 
 
-def _equations(value: Any) -> Iterator[Any]:
-    """The equations of a program, of those inside it, and of those anywhere in a list."""
+def _programs(value: Any) -> Iterator[Any]:
+    """A program, and every one inside it or anywhere in a list."""
     if isinstance(value, tuple | list):
         for one in value:
-            yield from _equations(one)
+            yield from _programs(one)
     elif isinstance(jaxpr := getattr(value, "jaxpr", value), core.Jaxpr):
+        yield value
         for equation in jaxpr.eqns:
-            yield equation
-            yield from _equations(list(equation.params.values()))
+            yield from _programs(list(equation.params.values()))
+
+
+def _equations(value: Any) -> Iterator[Any]:
+    for program in _programs(value):
+        yield from getattr(program, "jaxpr", program).eqns

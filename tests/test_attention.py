@@ -131,6 +131,17 @@ def test_values_and_gradients(shape, dtype, static, extras):
     )
 
 
+# One of each kind: the others differ in nothing that a modifier would meet.
+WITH_MODIFIERS = (
+    "linearize",
+    "vmap of grad",
+    "grad of grad",
+    "checkpoint",
+    "shard_map, Explicit mesh",
+    "jit, Auto mesh",
+)
+
+
 def bent_alike(score, batch, head, query, key):
     """As on one device where the batch is split over several: a modifier counts within its call."""
     return bent(score, 0, head, query, key)
@@ -148,7 +159,14 @@ TRANSFORMED = [
 def test_transforms(static, extras):
     operands = operands_of((8, 140, 150, 4, 2, 8), *extras)
     sharded = {name: 0 for name, x in operands.items() if x.shape[0] == 8}
-    check(dot_product_attention, reference, operands, differentiable=given(operands), sharded=sharded, **static)
+    chosen = None if "score_mod" not in static else WITH_MODIFIERS
+    check(
+        *(dot_product_attention, reference, operands),
+        differentiable=given(operands),
+        sharded=sharded,
+        transforms=chosen,
+        **static,
+    )
 
 
 def test_lengths_under_vmap():
@@ -164,7 +182,7 @@ def test_lengths_under_vmap():
 
 def test_the_same_key_drops_the_same_pairs_everywhere():
     # An identity as the values shows the weights.
-    batch, heads, queries, keys = 8, 4, 140, 150
+    batch, heads, queries, keys = 8, 4, 40, 150
     random = np.random.default_rng(0)
     query, key = (jnp.asarray(random.standard_normal((batch, n, heads, 8)), jnp.float32) for n in (queries, keys))
     value = jnp.broadcast_to(jnp.eye(keys)[:, None], (batch, keys, heads, keys))
@@ -176,7 +194,7 @@ def test_the_same_key_drops_the_same_pairs_everywhere():
 
     whole, some = dot_product_attention(query, key, value), weights(query, key, value, dropout["dropout_key"])
     dropped = np.asarray(some == 0)
-    assert abs(dropped.mean() - 0.3) < 0.003
+    assert abs(dropped.mean() - 0.3) < 0.005
     np.testing.assert_allclose(some, jnp.where(dropped, 0, whole / 0.7), rtol=1e-5, atol=1e-7)
     again = functools.partial(np.testing.assert_allclose, desired=some, rtol=1e-5, atol=1e-7)
 
@@ -189,17 +207,16 @@ def test_the_same_key_drops_the_same_pairs_everywhere():
     mapped = jax.vmap(weights, (None, None, None, 0))(query, key, value, keys_of)
     np.testing.assert_allclose(mapped[2], weights(query, key, value, keys_of[2]), rtol=1e-5, atol=1e-7)
 
+    spec, spec_of_rows = PartitionSpec("batch", None, "heads"), PartitionSpec("batch", "heads")
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(kind, kind))
         with jax.set_mesh(mesh):
-            split = NamedSharding(mesh, PartitionSpec("batch", None, "heads"))
-            placed = [jax.device_put(x, split) for x in (query, key, value)]
+            placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (query, key, value)]
+            if kind == AxisType.Auto:
+                by_hand = jax.shard_map(weights, in_specs=(spec, spec, spec, spec_of_rows), out_specs=spec)
+                placed_rows = jax.device_put(rows, NamedSharding(mesh, spec_of_rows))
+                again(jax.device_get(jax.jit(by_hand)(*placed, placed_rows)))
             again(jax.device_get(weights(*placed, dropout["dropout_key"])))
-            spec = PartitionSpec("batch", None, "heads")
-            by_hand = jax.shard_map(
-                weights, in_specs=(spec, spec, spec, PartitionSpec("batch", "heads")), out_specs=spec
-            )
-            again(jax.device_get(jax.jit(by_hand)(*placed, rows)))
 
 
 # What jax.nn.dot_product_attention understands, argument by argument: (B, T, S, N, K, H), options.

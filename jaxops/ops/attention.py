@@ -297,8 +297,8 @@ class _Call:
         return (
             batch[:, None, None, None, None],
             head[None],
-            row.reshape(1, 1, 1, 1, -1),
-            column[:, None, None][None, None],
+            row.reshape(1, 1, 1, 1, -1).astype(jnp.int32),
+            column[None, None, :, None, None].astype(jnp.int32),
         )
 
     def inside(self, row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -92,10 +92,10 @@ def attention_fn(
     elif not _default_precision(precision):
         reason = f"precision={precision!r}"
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
-    if dropout_rate > 0.0 and not deterministic and dropout_rng is None:
-        raise ValueError(f"dropout_rng: with a dropout_rate of {dropout_rate} a key must be given, got None")
     if reason is None:
         if dropout_rate > 0.0 and not deterministic:
+            if dropout_rng is None:
+                raise ValueError(f"dropout_rng: with a dropout_rate of {dropout_rate} a key must be given, got None")
             options["dropout_rate"], rows = dropout_rate, (math.prod(query.shape[:-3]), query.shape[-2])
             words = dropout.dropout_rows(dropout_rng, *((1, 1) if broadcast_dropout else rows), query.shape[-3])
             options["dropout_key"] = jnp.broadcast_to(words, (*rows, *words.shape[2:]))

@@ -190,11 +190,14 @@ class _Call:
         """`carry = f(j, carry, masked=…)` for every key tile j that query tile i sees any of, unmasked if all of it."""
         row, columns = i * self.rows, self.columns
         if self.schedule is not None:
-            count, order = (jnp.asarray(x)[i] for x in self.schedule)
-            whole, end = count[0], count[0] + count[1]
-            for start, stop, masked in ((0, whole, False), (whole, end, True)):
-                if not self._none_are(masked):
-                    carry = _loop(start, stop, lambda k, c, masked=masked: f(order[k], c, masked=masked), carry)
+            count, order = self.schedule
+            known = isinstance(count, np.ndarray)
+            places = jnp.asarray(order)[i]
+            whole, end = jnp.asarray(count)[i, 0], jnp.asarray(count)[i].sum()
+            for kind, start, stop in ((0, 0, whole), (1, whole, end)):
+                if not known or count[:, kind].any():  # else no tile of any query is of this kind
+                    step = lambda k, carry, masked=bool(kind): f(places[k], carry, masked=masked)
+                    carry = _loop(start, stop, step, carry)
             return carry
         first, end = self.band.touched(row, self.rows, self.keys)
         whole, whole_end = self.band.whole(row, self.rows, self.keys)
@@ -219,11 +222,6 @@ class _Call:
     def masked(self) -> bool:
         """Whether more than the band and lengths says which keys are seen."""
         return any(x is not None for x in (self.mask, self.query_segments, self.prefix, self.mask_mod))
-
-    def _none_are(self, masked: bool) -> bool:
-        """Whether it is known of all tiles that none has to be masked, or that all have to."""
-        count = self.schedule[0]
-        return isinstance(count, np.ndarray) and not count[:, int(masked)].any()
 
     def corner(self, x: jax.Array, i, j) -> tuple:
         """Where tile (i, j) starts in an array [B or 1, K or 1, G or 1, T or 1, S or 1]."""
@@ -329,7 +327,7 @@ class _Call:
         if self.words is None:
             return x
         words = lax.dynamic_slice_in_dim(self.words, i * self.rows, self.rows, axis=5)
-        return jnp.where(random.kept(*words, self.positions(i, j)[3], self.dropout_rate), x, 0)
+        return jnp.where(random.kept(words[0], words[1], self.positions(i, j)[3], self.dropout_rate), x, 0)
 
 
 def _in_memory(x: jax.Array) -> jax.Array:
@@ -483,7 +481,7 @@ def _backward(
     gradients = {
         "query": call.from_rows(dquery),
         "key": from_tiles(dkey.swapaxes(2, 3), 1, call.keys).astype(key.dtype),
-        "value": from_tiles(dvalue.swapaxes(2, 3) * weight, 1, call.keys).astype(value.dtype),
+        "value": (from_tiles(dvalue.swapaxes(2, 3), 1, call.keys) * weight).astype(value.dtype),
     }
     if bias is not None:
         dbias = dbias.reshape(*bias.shape[:2], *dbias.shape[3:])[:, :, : bias.shape[2], : bias.shape[3]]
@@ -529,8 +527,8 @@ def _note(phase, tile, query, key, value, *, is_causal, local_window_size, mask_
         (batch, heads, queries, keys), rows, columns, Band.of(is_causal, local_window_size), mask_mod=mask_mod
     )
     visited, masked = int(blocks.touched.sum()), int((blocks.touched & ~blocks.whole).sum())
-    text = f"visits {visited} of {blocks.touched.size} tiles of {rows} × {columns} and masks {masked}"
-    return text + (f", then what {', '.join(looked_at)} add or hide" if looked_at else "")
+    unknown = f"without {', '.join(looked_at)}, " if looked_at else ""
+    return f"{unknown}visits {visited} of {blocks.touched.size} tiles of {rows} × {columns} and masks {masked}"
 
 
 _OPERATOR = Operator(

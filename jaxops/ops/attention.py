@@ -458,8 +458,9 @@ def _backward(
             s, factor, (slope, cap_slope) = call.logits(_dot("bksh,bkhgt->bksgt", key, query), i, j, masked)
             p = jnp.exp(s * factor - lse)
             dvalue = _add_at(dvalue, j, _dot("bksgt,bkgth->bksh", call.kept(p, i, j).astype(dout.dtype), dout_rows))
-            dp = call.kept(_dot("bksh,bkhgt->bksgt", value, dout), i, j)
-            ds = p * ((dp if dropout_rate == 0 else dp * weight) - delta)
+            dp = call.kept(_dot("bksh,bkhgt->bksgt", value, dout), i, j) * weight
+            # A row that sees one key and a sink has dp ≈ delta: where all of it is here, the rounding of out stays out.
+            ds = p * (dp - (jnp.sum(p * dp, axis=2, keepdims=True) if call.keys <= call.columns else delta))
             if slope is not None:
                 ds = ds * slope
             if dbias is not None:

@@ -1,8 +1,9 @@
 """Pallas' interpreters as kernels are proved in them: races raise, memory starts as NaN, no state is left behind.
 
-`tpu` is JAX's own interpreter. The GPU interpreter of JAX 0.12 lacks two things, which `gpu` supplies while it is open:
-wgmma with a left operand in registers, and race checks of what wgmma reads from shared memory: a product is an event of
-the asynchronous proxy, as a copy is, so a missing fence or a tile freed too early is a race.
+`tpu` is JAX's own interpreter. The GPU interpreter of JAX 0.12 lacks some things, which `gpu` supplies while it is open:
+wgmma with a left operand in registers, values stored to its accumulators, and race checks of what wgmma reads from
+shared memory: a product is an event of the asynchronous proxy, as a copy is, so a missing fence or a tile freed too
+early is a race.
 """
 
 import contextlib
@@ -14,7 +15,9 @@ import jax
 import numpy as np
 from jax._src import callback
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
+from jax._src.state.primitives import ref_set
 from jax._src.state.types import AbstractRef
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -41,14 +44,16 @@ def gpu(**parameters: Any) -> Iterator[None]:
     parameters: of `plgpu.InterpretGPUParams`. The interpreter's state is fresh, also after an error.
     """
     theirs: Any = jaxpr_interpret.JaxprInterpreter
-    original = theirs._interpret_wgmma_ref_p
+    originals = theirs._interpret_wgmma_ref_p, primitives.wgmma_accumulator_store
     theirs._interpret_wgmma_ref_p = _interpret_wgmma
+    # An accumulator is memory like any other there. (It is an ordinary value only when a kernel is lowered.)
+    primitives.wgmma_accumulator_store = lambda ref, value: ref_set(ref, None, value)
     gpu_callbacks.reset_gpu_interpret_mode_state()
     try:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**{"detect_races": True, **parameters})):
             yield
     finally:
-        theirs._interpret_wgmma_ref_p = original
+        theirs._interpret_wgmma_ref_p, primitives.wgmma_accumulator_store = originals
         gpu_callbacks.reset_gpu_interpret_mode_state()
 
 

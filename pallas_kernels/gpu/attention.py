@@ -10,8 +10,8 @@ After FlashAttention-3 (Shah et al., 2024): two consumer warpgroups of 64 rows e
 producer warpgroup streams tiles through shared memory. Exponents are of base two with the scale folded in.
 
 The kernels are written so that the interpreter runs the very text that the compiler compiles:
-- A product whose result is rescaled starts from a fresh accumulator and is added in registers: acc · alpha + new is one
-  FFMA per element, as cheap as rescaling in place. A product that only accumulates keeps its accumulator for the loop.
+- An accumulator starts from what would be added to the product anyway (acc · alpha, -delta), not from zeros that cost
+  as much as half the addition. A product that only accumulates keeps its accumulator for the loop.
 - Both warpgroups observe every phase of every barrier, also for tiles that only the other one needs.
 - Ragged edges are left to the copies, which read zeros and drop writes out of bounds.
 """
@@ -280,14 +280,17 @@ def _term(x):
 
 
 def _products(*pairs):
-    """The float32 products of (lhs, rhs) pairs, issued together."""
+    """The float32 products of (lhs, rhs) pairs, or (lhs, rhs, start) for start + product, issued together."""
 
     def body(*accs):
-        for acc, (lhs, rhs) in zip(accs, pairs, strict=True):
+        for acc, (_, _, *start) in zip(accs, pairs, strict=True):
+            if start:
+                acc[...] = start[0]
+        for acc, (lhs, rhs, *_) in zip(accs, pairs, strict=True):
             plgpu.wgmma(acc, lhs, rhs)
         return tuple(acc[...] for acc in accs)
 
-    return pl.run_scoped(body, *(plgpu.ACC((lhs.shape[0], rhs.shape[1]), jnp.float32) for lhs, rhs in pairs))
+    return pl.run_scoped(body, *(plgpu.ACC((lhs.shape[0], rhs.shape[1]), jnp.float32) for lhs, rhs, *_ in pairs))
 
 
 def _down(x, shape):
@@ -506,8 +509,7 @@ def _forward(problem: _Problem):
                 plgpu.barrier_wait(refs.turn)
                 scaled = []
                 for acc, piece in zip(accs, pieces, strict=True):
-                    (new,) = _products((p, refs.value_tiles.at[slot, :, piece]))
-                    scaled.append(acc * _down(alpha, acc.shape) + new)
+                    scaled += _products((p, refs.value_tiles.at[slot, :, piece], acc * _down(alpha, acc.shape)))
                 plgpu.barrier_arrive(refs.value_free.at[slot])
                 return tuple(scaled), higher, total
 
@@ -605,7 +607,7 @@ def forward(
 # ---- backward: dk and dv; keys stay, the queries of every head of the group stream by ------------------------------
 
 
-def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
+def _backward_kv(problem: _Problem, dout, lse, minus_delta, wanted: tuple[str, ...]):
     """{"key": dk, "value": dv} as far as `wanted`. Works on xᵀ = k qᵀ: pᵀ and dsᵀ are left operands as they are.
 
     lse is of base two and +inf for every query that attends to nothing, whole blocks of them.
@@ -614,7 +616,7 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
     band, queries, dtype, heads = problem.band.transposed(), problem.tiles.queries_dkv, problem.dtype, N // K
     query_tiles = pl.cdiv(T, queries)
     stages = min(problem.tiles.stages_backward, query_tiles * heads)
-    inputs = problem.operands | {"dout": dout, "lse": lse, "delta": delta}
+    inputs = problem.operands | {"dout": dout, "lse": lse, "minus_delta": minus_delta}
     segmented = "query_segments" in inputs
 
     def kernel(refs):
@@ -666,8 +668,8 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
                         if "value" in sums:
                             plgpu.wgmma(sums["value"], p.astype(dtype), dout)
                         if "key" in sums:
-                            (dp,) = _products((value, dout.T))
-                            ds = weight * (dp - column(refs.delta_tiles))
+                            (dp,) = _products((value, dout.T, column(refs.minus_delta_tiles)))
+                            ds = weight * dp
                             plgpu.wgmma(sums["key"], ds.astype(dtype), query)
                         plgpu.wgmma_wait(0)
                         plgpu.commit_smem()  # orders the loads of lse and delta before the copies that overwrite them
@@ -708,7 +710,7 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
                     (refs.query.at[batch, rows, one], refs.query_tiles),
                     (refs.dout.at[batch, rows, one], refs.dout_tiles),
                     (refs.lse.at[batch, one, rows], refs.lse_tiles),
-                    (refs.delta.at[batch, one, rows], refs.delta_tiles),
+                    (refs.minus_delta.at[batch, one, rows], refs.minus_delta_tiles),
                 ):
                     plgpu.copy_gmem_to_smem(source, tiles.at[slot], refs.ready.at[slot])
 
@@ -728,7 +730,7 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
             "query_tiles": _smem(dtype, stages, queries, H),
             "dout_tiles": _smem(dtype, stages, queries, H),
             "lse_tiles": plgpu.SMEM((stages, queries), jnp.float32),
-            "delta_tiles": plgpu.SMEM((stages, queries), jnp.float32),
+            "minus_delta_tiles": plgpu.SMEM((stages, queries), jnp.float32),
             "key_value_ready": _barriers(CONSUMERS, 2),
             "ready": _barriers(stages, 4),
             "free": _barriers(stages, CONSUMERS),
@@ -741,7 +743,7 @@ def _backward_kv(problem: _Problem, dout, lse, delta, wanted: tuple[str, ...]):
 # ---- backward: dq, or dx for the bias; queries stay, keys stream by ------------------------------------------------
 
 
-def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
+def _backward_q(problem: _Problem, dout, lse, minus_delta, wanted: str):
     """`wanted` "query": dq. `wanted` "bias": dx [batch, heads, queries, keys] in float32, over whole tiles.
 
     A kernel of its own for dx: it is as large as the scores, and the compiler drops it where nobody asks for it.
@@ -750,7 +752,7 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
     band, keys, dtype = problem.band, problem.tiles.keys_dq, problem.dtype
     key_tiles, query_tiles = pl.cdiv(S, keys), pl.cdiv(T, BLOCK)
     stages = min(problem.tiles.stages_backward, key_tiles)
-    inputs = problem.operands | {"dout": dout, "lse": lse, "delta": delta}
+    inputs = problem.operands | {"dout": dout, "lse": lse, "minus_delta": minus_delta}
     segmented = "query_segments" in inputs
     ragged = S % keys != 0 or "key_lengths" in inputs
     dense = wanted == "bias"  # every tile of dx is written
@@ -772,10 +774,8 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
             query, dout = refs.query_tile.at[group], refs.dout_tile.at[group]
             plgpu.copy_gmem_to_smem(refs.query.at[batch, rows, head], query, refs.query_ready.at[group])
             plgpu.copy_gmem_to_smem(refs.dout.at[batch, rows, head], dout, refs.query_ready.at[group])
-            row_lse, row_delta = (
-                _load_rows(refs.lse.at[batch, head, rows]),
-                _load_rows(refs.delta.at[batch, head, rows]),
-            )
+            row_lse = _load_rows(refs.lse.at[batch, head, rows])
+            row_minus_delta = _load_rows(refs.minus_delta.at[batch, head, rows])
             row_segments = _load_rows(refs.query_segments.at[batch, rows]) if segmented else None
             plgpu.barrier_wait(refs.query_ready.at[group])
 
@@ -784,7 +784,7 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
                     slot, columns, shape = lax.rem(j - block[0], stages), pl.ds(j * keys, keys), (ROWS, keys)
                     plgpu.barrier_wait(refs.ready.at[slot])
                     key, value = refs.key_tiles.at[slot], refs.value_tiles.at[slot]
-                    s, dp = _products((query, key.T), (dout, value.T))
+                    s, dp = _products((query, key.T), (dout, value.T, _down(row_minus_delta, shape)))
                     x, factor, tanh = problem.exponents(s, refs.terms(batch, head, rows, columns, shape))
                     p = jnp.exp2(x * factor - _down(row_lse, shape))
                     if masked:
@@ -792,7 +792,7 @@ def _backward_q(problem: _Problem, dout, lse, delta, wanted: str):
                             (row_segments, _load_columns(refs.key_segments.at[batch, columns])) if segmented else None
                         )
                         p = jnp.where(_seen(shape, band, first, j * keys, key_end - 1, segments), p, 0.0)
-                    dx = p * (dp - _down(row_delta, shape))
+                    dx = p * dp
                     if dense:
                         plgpu.store(refs.dx.at[batch, head, rows, columns], dx, optimized=False)
                     else:
@@ -884,7 +884,7 @@ def backward(
     if lengths is not None:  # with a sink, lse is finite beyond them
         lse = jnp.where(jnp.arange(T) < lengths[:, None, None], lse, jnp.inf)
     rows = round_up(T, BLOCK)  # and the stride of a copy is a multiple of 16 bytes
-    arguments = (pad_to(dout.astype(query.dtype), 3, H), pad_to(lse * LOG2E, 2, rows, jnp.inf), pad_to(delta, 2, rows))
+    arguments = (pad_to(dout.astype(query.dtype), 3, H), pad_to(lse * LOG2E, 2, rows, jnp.inf), pad_to(-delta, 2, rows))
     gradients["query"] = _backward_q(problem, *arguments, "query")[..., : problem.dim]
     # Beyond a dim of 128 the two sums do not fit the registers together: one kernel each.
     for wanted in (("key", "value"),) if H <= 128 else (("key",), ("value",)):

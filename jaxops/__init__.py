@@ -7,6 +7,7 @@ from jaxops.ops.activations import relu as relu
 from jaxops.ops.activations import silu as silu
 from jaxops.ops.activations import squared_relu as squared_relu
 from jaxops.ops.attention import dot_product_attention as dot_product_attention
+from jaxops.ops.attention import dropout_rows as dropout_rows
 from jaxops.ops.gated_linear_unit import gated_linear_unit as gated_linear_unit
 from jaxops.ops.layer_norm import layer_norm as layer_norm
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

@@ -167,7 +167,12 @@ def unsupported(
 
     `others` are the optional operands that are served whatever they are: mask, lengths, segments, sinks.
     """
-    del is_causal, local_window_size, others
+    del is_causal, local_window_size
+    for name in ("prefix_lengths", "alibi_slopes", "dropout_rows", "score_mod", "mask_mod"):
+        if others.get(name) is not None:
+            return f"{name} is not served by this kernel yet"
+    if value.shape[3] != query.shape[3]:
+        return f"the head size of value must be that of query, {query.shape[3]}, got {value.shape[3]}"
     chip = chips.current("gpu")
     if chip.capability != (9, 0):
         capability = ".".join(map(str, chip.capability))

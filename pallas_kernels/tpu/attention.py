@@ -672,12 +672,31 @@ def unsupported(
     query_segment_ids=None,
     key_value_segment_ids=None,
     sinks=None,
+    prefix_lengths=None,
+    alibi_slopes=None,
+    dropout_rows=None,
     scale: float = 1.0,
     is_causal: bool = False,
     local_window_size: tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
+    score_mod=None,
+    mask_mod=None,
+    dropout_rate: float = 0.0,
 ) -> str | None:
     """Why the kernels cannot serve this call on the chip being compiled for, or None. Operands may be abstract."""
+    del dropout_rate
+    missing = {
+        "prefix_lengths": prefix_lengths,
+        "alibi_slopes": alibi_slopes,
+        "dropout": dropout_rows,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
+    }
+    for name, given in missing.items():
+        if given is not None:
+            return f"{name} is not served by this kernel yet"
+    if value.shape[3] != query.shape[3]:
+        return f"the head size of value must be that of query, {query.shape[3]}, got {value.shape[3]}"
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"query must be float32 or bfloat16 (the TPU's matrix unit takes no other), got {query.dtype}"
     if not query.dtype == key.dtype == value.dtype:

@@ -1,6 +1,6 @@
 """Pallas' interpreters as kernels are proved in them: races raise, memory starts as NaN, no state is left behind.
 
-`tpu` is JAX's own interpreter. The GPU interpreter of JAX 0.12 lacks some things, which `gpu` supplies while it is open:
+`tpu` is JAX's own interpreter. The GPU interpreter of JAX 0.12 lacks a few things, which `gpu` supplies while open:
 wgmma with a left operand in registers, values stored to its accumulators, and race checks of what wgmma reads from
 shared memory: a product is an event of the asynchronous proxy, as a copy is, so a missing fence or a tile freed too
 early is a race.
@@ -16,6 +16,7 @@ import numpy as np
 from jax._src import callback
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu import primitives
+from jax._src.pallas.mosaic_gpu.core import WGMMAAbstractAccumulatorRef
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
 from jax._src.state.primitives import ref_set
 from jax._src.state.types import AbstractRef
@@ -44,8 +45,10 @@ def gpu(**parameters: Any) -> Iterator[None]:
     parameters: of `plgpu.InterpretGPUParams`. The interpreter's state is fresh, also after an error.
     """
     theirs: Any = jaxpr_interpret.JaxprInterpreter
-    originals = theirs._interpret_wgmma_ref_p, primitives.wgmma_accumulator_store
-    theirs._interpret_wgmma_ref_p = _interpret_wgmma
+    originals = {name: getattr(theirs, name) for name in _OURS}
+    store = primitives.wgmma_accumulator_store
+    for name, function in _OURS.items():
+        setattr(theirs, name, functools.partialmethod(function, originals[name]))
     # An accumulator is memory like any other there. (It is an ordinary value only when a kernel is lowered.)
     primitives.wgmma_accumulator_store = lambda ref, value: ref_set(ref, None, value)
     gpu_callbacks.reset_gpu_interpret_mode_state()
@@ -53,7 +56,9 @@ def gpu(**parameters: Any) -> Iterator[None]:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**{"detect_races": True, **parameters})):
             yield
     finally:
-        theirs._interpret_wgmma_ref_p, primitives.wgmma_accumulator_store = originals
+        for name, function in originals.items():
+            setattr(theirs, name, function)
+        primitives.wgmma_accumulator_store = store
         gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
@@ -106,7 +111,8 @@ def _multiply(
     return token
 
 
-def _interpret_wgmma(self, equation, token, read_inputs):
+def _interpret_wgmma(self, original, equation, token, read_inputs):
+    del original
     acc, lhs, rhs, *leaves = read_inputs()
     trees = [equation.params[f"{name}_transforms_tree"] or jax.tree.structure([]) for name in ("acc", "a", "b")]
     acc_transforms, lhs_transforms, rhs_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
@@ -130,3 +136,32 @@ def _interpret_wgmma(self, equation, token, read_inputs):
         lhs_transforms=lhs_transforms,
         rhs_transforms=rhs_transforms,
     ), []
+
+
+@gpu_callbacks.fail_on_exception
+def _set_accumulator(*, token, mesh_location, thread, ref, value, source_info):
+    """Registers belong to one warpgroup: there is nobody to race with."""
+    key = gpu_callbacks.HostAllocationKey.from_array(ref)
+    memory = gpu_callbacks._get_shared_memory()
+    log = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
+    memory.store_buffer_content(key, memory.access(key, ()), np.asarray(value), thread, logging_info=log)
+    return token
+
+
+def _interpret_swap(self, original, equation, token, read_inputs):
+    if not isinstance(equation.invars[0].aval, WGMMAAbstractAccumulatorRef):
+        return original(self, equation, token, read_inputs)
+    ref, value = read_inputs()
+    token = callback.io_callback(
+        functools.partial(_set_accumulator, source_info=equation.source_info),
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        ref=ref,
+        value=value,
+    )
+    return token, value  # nobody asks what was there before
+
+
+_OURS = {"_interpret_wgmma_ref_p": _interpret_wgmma, "_interpret_swap_p": _interpret_swap}

@@ -4,8 +4,8 @@ After FlashAttention-3 (Shah et al., 2024): two consumer warpgroups of 64 rows e
 producer warpgroup streams tiles through shared memory.
 
 The kernels are written so that the interpreter runs the very text that the compiler compiles:
-- An accumulator starts from what would be added to the product anyway (acc · alpha, -delta), not from zeros that cost
-  as much as half the addition. A product that only accumulates keeps its accumulator for the loop.
+- An accumulator starts from what is added to the product anyway (acc · alpha, -delta) where that spares registers: from
+  zeros it starts at no cost. A product that only accumulates keeps its accumulator for the loop.
 - Both warpgroups observe every phase of every barrier, also for tiles that only the other one needs.
 - Ragged edges are left to the copies, which read zeros and drop writes out of bounds.
 """
@@ -53,6 +53,19 @@ def _products(*pairs):
         return tuple(acc[...] for acc in accs)
 
     return pl.run_scoped(body, *(plgpu.ACC((lhs.shape[0], rhs.shape[1]), jnp.float32) for lhs, rhs, *_ in pairs))
+
+
+def _sum_of_columns(x, width: int):
+    """`width` columns, each the sum of every so many-th of x: sums across threads are left to the end of the loop."""
+    parts = [lax.slice(x, (0, start), (x.shape[0], start + width)) for start in range(0, x.shape[1], width)]
+    while len(parts) > 1:  # in pairs: rounding errors stay few
+        parts = [sum(pair[1:], pair[0]) for pair in (parts[i : i + 2] for i in range(0, len(parts), 2))]
+    return parts[0]
+
+
+def _anew(group):
+    """`group`, computed in the step that asks: addresses of what stays, known before the loop, would take registers."""
+    return lax.optimization_barrier(group)
 
 
 def _launch(kernel, name, operands, results, scratch, grid):
@@ -133,10 +146,8 @@ def forward(problem: Problem):
             def step(n, carry, masked):
                 accs, top, total = carry
                 slot, shape = lax.rem(n - walk.start, stages), (ROWS, keys)
-                tile = mine.tile(
-                    head, walk.tile(n) * keys, keys, masked=masked, last=key_end - 1 if ragged else None
-                )
-                plgpu.barrier_wait(refs.key_ready.at[slot])
+                tile = mine.tile(head, walk.tile(n) * keys, keys, masked=masked, last=key_end - 1 if ragged else None)
+                plgpu.barrier_wait(refs.ready.at[slot])
 
                 def scores(acc):
                     plgpu.wgmma(acc, query, refs.key_tiles.at[slot].T)
@@ -148,18 +159,17 @@ def forward(problem: Problem):
                 tile = dataclasses.replace(tile, loaded=loaded)
                 plgpu.barrier_arrive(refs.key_free.at[slot])
                 x, factor, _, _ = tile.exponents(s)
-                if masked:
-                    x = jnp.where(tile.seen(), x, -jnp.inf)
+                seen = tile.seen() if masked else None
+                if seen is not None:
+                    x = jnp.where(seen, x, -jnp.inf)
                 higher = jnp.maximum(top, x.max(axis=1) * factor)
                 alpha = jnp.exp2(top - higher)
                 p = jnp.exp2(x * factor - down(higher, shape))
-                total = total * alpha + p.sum(axis=1)
+                total = total * down(alpha, total.shape) + _sum_of_columns(p, 8)
                 if problem.dropout_rate:
                     p = jnp.where(tile.kept(), p, 0.0)
                 p = p.astype(dtype)
-                plgpu.barrier_arrive(refs.turn)
-                plgpu.barrier_wait(refs.value_ready.at[slot])
-                plgpu.barrier_wait(refs.turn)
+                swap_turns()
                 scaled = []
                 for acc, piece in zip(accs, pieces, strict=True):
                     scaled += _products((p, refs.value_tiles.at[slot, :, piece], acc * down(alpha, acc.shape)))
@@ -168,8 +178,8 @@ def forward(problem: Problem):
 
             def skip(n, _):
                 slot = lax.rem(n - walk.start, stages)
-                for ready, free in ((refs.key_ready, refs.key_free), (refs.value_ready, refs.value_free)):
-                    plgpu.barrier_wait(ready.at[slot])
+                plgpu.barrier_wait(refs.ready.at[slot])
+                for free in (refs.key_free, refs.value_free):
                     plgpu.barrier_arrive(free.at[slot])
                     swap_turns()
 
@@ -177,10 +187,14 @@ def forward(problem: Problem):
             zeros = tuple(plgpu.layout_cast(jnp.zeros((ROWS, piece.size), jnp.float32), WGMMA) for piece in pieces)
             # The sink is a key that was seen first and has no value.
             sink = jnp.maximum(refs.sinks[head], LOWEST) if "sinks" in refs else None
-            carry = zeros, row(LOWEST if sink is None else sink), row(0.0 if sink is None else 1.0)
+            none = plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), WGMMA)
+            carry = zeros, row(LOWEST if sink is None else sink), none
             pl.when(group == 1)(swap_turns)
             accs, top, total = go_through(walk.sections(first, ROWS), step, skip, carry)
             pl.when(group == 0)(swap_turns)
+            total = total.sum(axis=1)
+            if sink is not None:
+                total += jnp.exp2(sink - top)
 
             lse = (top + jnp.log2(total)) * LN2
             inverse = jnp.where(total > 0, 1 / (total * problem.kept_rate), 0.0)
@@ -194,7 +208,9 @@ def forward(problem: Problem):
                 out[:, piece] = (acc * down(inverse, acc.shape)).astype(dtype)
             refs.lse_tile[group] = lse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out if V == out.shape[1] else out.at[:, pl.ds(0, V)], refs.out.at[batch, rows, head])
+            plgpu.copy_smem_to_gmem(
+                out if out.shape[1] == V else out.at[:, pl.ds(0, V)], refs.out.at[batch, rows, head]
+            )
             plgpu.copy_smem_to_gmem(refs.lse_tile.at[group], refs.lse.at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
@@ -202,12 +218,12 @@ def forward(problem: Problem):
             def load(n, _):
                 slot = lax.rem(n - walk.start, stages)
                 there = (batch, pl.ds(walk.tile(n) * keys, keys), lax.div(head, jnp.int32(N // K)))
-                for source, tiles, ready, free in (
-                    (refs.key, refs.key_tiles, refs.key_ready, refs.key_free),
-                    (refs.value, refs.value_tiles, refs.value_ready, refs.value_free),
+                for source, tiles, free in (
+                    (refs.key, refs.key_tiles, refs.key_free),
+                    (refs.value, refs.value_tiles, refs.value_free),
                 ):
                     pl.when(n - walk.start >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    plgpu.copy_gmem_to_smem(source.at[there], tiles.at[slot], ready.at[slot])
+                    plgpu.copy_gmem_to_smem(source.at[there], tiles.at[slot], refs.ready.at[slot])
 
             lax.fori_loop(walk.start, walk.end, load, None)
 
@@ -229,8 +245,7 @@ def forward(problem: Problem):
             "key_tiles": _smem(dtype, stages, keys, H),
             "value_tiles": _smem(dtype, stages, keys, V),
             "query_ready": _barriers(CONSUMERS),
-            "key_ready": _barriers(stages),
-            "value_ready": _barriers(stages),
+            "ready": _barriers(stages, 2),
             "key_free": _barriers(stages, CONSUMERS),
             "value_free": _barriers(stages, CONSUMERS),
             "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
@@ -290,14 +305,17 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
                         (s,) = _products((key, query.T))
                         tile = dataclasses.replace(tile, loaded=tile.load())
                         x, factor, of_mod, of_cap = tile.exponents(s, slopes="key" in sums)
-                        p = jnp.exp2(x * factor - column(refs.lse_tiles))
-                        seen = tile.seen() if masked else None
-                        if seen is not None:
-                            p = jnp.where(seen, p, 0.0)
+                        row_lse = column(refs.lse_tiles)
+                        p, seen = jnp.exp2(x * factor - row_lse), tile.seen() if masked else None
+                        if problem.score_mod is not None:  # beyond the last query it may give anything
+                            inside = row_lse < jnp.inf
+                            seen = inside if seen is None else seen & inside
+                        p = p if seen is None else jnp.where(seen, p, 0.0)
                         kept = tile.kept() if problem.dropout_rate else None
                         weight = p  # times the slopes now: later, they would hold registers
-                        for slope in (of_mod, of_cap):
-                            weight = weight if slope is None else weight * slope
+                        if of_mod is not None:
+                            weight = weight * (of_mod if seen is None else jnp.where(seen, of_mod, 0.0))
+                        weight = weight if of_cap is None else weight * of_cap
                         if "value" in sums:
                             plgpu.wgmma(
                                 sums["value"], (p if kept is None else jnp.where(kept, p, 0.0)).astype(dtype), dout
@@ -391,7 +409,7 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
     compiler drops it where nobody asks for it.
     """
     B, T, S, N, K, H, V = problem.shape
-    keys, dtype, wide = problem.tiles.keys_dq, problem.dtype, max(H, V) > 128
+    keys, dtype, wide, tight = problem.tiles.keys_dq, problem.dtype, max(H, V) > 128, H + V > 128
     key_tiles, query_tiles = pl.cdiv(S, keys), pl.cdiv(T, BLOCK)
     stages = min(problem.tiles.stages_backward, key_tiles)
     dense = wanted == "bias"  # every tile is written
@@ -432,22 +450,24 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
                     tile = mine.tile(head, column, keys, masked=masked, last=key_end - 1 if ragged else None)
                     plgpu.barrier_wait(refs.ready.at[slot])
                     key, value = refs.key_tiles.at[slot], refs.value_tiles.at[slot]
+                    mine_now = _anew(group) if tight else group
+                    query, dout = refs.query_tile.at[mine_now], refs.dout_tile.at[mine_now]
                     minus_delta = down(row_minus_delta, shape)
-                    if problem.dropout_rate:
-                        s, dp = _products((query, key.T), (dout, value.T))
-                    else:
-                        s, dp = _products((query, key.T), (dout, value.T, minus_delta))
+                    early = (minus_delta,) if tight and not problem.dropout_rate else ()
+                    s, dp = _products((query, key.T), (dout, value.T, *early))
                     tile = dataclasses.replace(tile, loaded=tile.load())
                     x, factor, of_mod, of_cap = tile.exponents(s, slopes=True)
                     p = jnp.exp2(x * factor - down(row_lse, shape))
-                    seen = tile.seen() if masked else None
-                    if seen is not None:
-                        p = jnp.where(seen, p, 0.0)
                     if problem.dropout_rate:
-                        dp = jnp.where(tile.kept(), dp * (1 / problem.kept_rate), 0.0) + minus_delta
+                        dp = jnp.where(tile.kept(), dp * (1 / problem.kept_rate), 0.0)
+                    if not early:
+                        dp = dp + minus_delta
                     dx = p * dp
                     for slope in (of_mod,) if dense else (of_mod, of_cap):
                         dx = dx if slope is None else dx * slope
+                    seen = tile.seen() if masked else None
+                    if seen is not None:
+                        dx = jnp.where(seen, dx, 0.0)
                     if dense:
                         columns = pl.ds(column, keys)
                         plgpu.store(refs.dx.at[batch, head, rows, columns], dx, optimized=False)

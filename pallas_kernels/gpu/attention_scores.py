@@ -1,4 +1,4 @@
-"""What the attention kernels of all GPUs share: the operands as they take them, their walk over tiles, a tile of scores.
+"""What the attention kernels of all GPUs share: operands as they take them, their walk over tiles, a tile of scores.
 
     x = scale · q kᵀ    x = cap · tanh(x / cap)    x = x + bias - slope · |i - j|    x = score_mod(x, batch, head, i, j)
     x = -inf where masked                                                             (each where given)
@@ -65,8 +65,10 @@ class Problem:
         tiles; what is filled up is masked by lengths."""
         B, T, S = query.shape[0], query.shape[1], key.shape[1]
         dim, value_dim = query.shape[-1], value.shape[-1]
-        operands = {name: pad_to(x, 3, round_up(x.shape[3], 64)) for name, x in
-                    {"query": query, "key": key, "value": value}.items()}  # fmt: skip
+        operands = {
+            name: pad_to(x, 3, round_up(x.shape[3], 64))
+            for name, x in {"query": query, "key": key, "value": value}.items()
+        }
         integers = lambda x: x.astype(jnp.int32)
         if query_seq_lengths is not None:
             operands["query_lengths"] = jnp.clip(integers(query_seq_lengths), 0, T)
@@ -159,9 +161,44 @@ def by_keys(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 # Elementwise primitives that Mosaic GPU lowers, all of them tried. (Its sine is wrong far from 0.)
 _LOWERED = frozenset(
-    "abs add and broadcast_in_dim convert_element_type div eq exp exp2 ge gt integer_pow jit le log logistic lt max min mul "
-    "ne neg not or rem rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sqrt square sub tanh "
-    "xor".split()
+    {
+        "abs",
+        "add",
+        "and",
+        "broadcast_in_dim",
+        "convert_element_type",
+        "div",
+        "eq",
+        "exp",
+        "exp2",
+        "ge",
+        "gt",
+        "integer_pow",
+        "jit",
+        "le",
+        "log",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "not",
+        "or",
+        "rem",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
+        "xor",
+    }
 )
 
 
@@ -401,8 +438,9 @@ class Tile:
         rows, problem, refs, shape = self.rows, self.rows.problem, self.rows.refs, self.shape
         band = problem.band.transposed() if rows.by_keys else problem.band
         columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=rows.layout)
-        row = lambda side: plgpu.broadcasted_iota(jnp.int32, (rows.count,), 0, layout=rows.layout.reduce(1)) + (
-            rows.first + side - self.first
+        row = lambda side: (
+            plgpu.broadcasted_iota(jnp.int32, (rows.count,), 0, layout=rows.layout.reduce(1))
+            + (rows.first + side - self.first)
         )
         last, prefixed = self.last, "prefix" in refs and not band.open
         within, conditions = [], []

@@ -25,13 +25,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import chips, modifiers, tuned
+from pallas_kernels.gpu import attention_ampere as ampere
+from pallas_kernels.gpu import attention_blackwell as blackwell
 from pallas_kernels.gpu import attention_hopper as hopper
 from pallas_kernels.gpu.attention_scores import LOG2E, Problem, not_lowered
 from pallas_kernels.masks import Band
 from pallas_kernels.padding import pad_to, round_up
 
-_KERNELS = {(9, 0): hopper}
-_BLOCK = 128  # rows of a block, at most
+_KERNELS = {(8, 0): ampere, (9, 0): hopper, (10, 0): blackwell}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,39 +46,68 @@ class Tiles:
     stages_backward: int = 2
 
     @staticmethod
-    def default(dim: int, extras: bool = False) -> "Tiles":
-        """`dim`: the larger head size. `extras`: a score is more than the product, or dropped out."""
+    def default(dims: tuple[int, int], extras: bool, capability: tuple[int, int]) -> "Tiles":
+        """`dims`: the padded head sizes of query and value. `extras`: a score takes more than the product."""
+        dim = max(dims)
+        if capability == (8, 0):
+            # Registers hold scores, weights, accumulators and the operands of what is being multiplied; shared memory
+            # is for two blocks of a core, or more.
+            return Tiles(64, 64, 64) if dim <= 64 else Tiles(64, 32, 32) if dim <= 128 else Tiles(32, 32, 32)
+        if capability == (10, 0):
+            # 512 columns of tensor memory: scores, half as many of weights, accumulators; of two blocks in the forward.
+            if dim <= 64:
+                return Tiles(keys=128, keys_dq=128, queries_dkv=128, stages=3)
+            if dim <= 128:
+                return Tiles(keys=64, keys_dq=128, queries_dkv=64, stages=4)
+            return Tiles(keys=64, keys_dq=64, queries_dkv=64, stages_backward=1)
         # A thread has 240 registers for the float32 tile of scores, its 16-bit copy and one or two [64, dim]
         # accumulators; within that, wide tiles amortise the barriers. Extras hold one more number per score.
         if dim > 128:
             # Least tiles; two stages of the backward would not fit shared memory.
             return Tiles(keys=64, keys_dq=64, queries_dkv=64, stages_backward=1)
         if dim == 128:
-            return Tiles(keys=64, keys_dq=64, queries_dkv=64) if extras else Tiles(128, keys_dq=128, queries_dkv=64)
+            return Tiles(64, 64, 64) if extras else Tiles(keys=128, keys_dq=128, queries_dkv=64)
         return Tiles(keys=128, keys_dq=64, queries_dkv=64) if extras else Tiles(keys=256, keys_dq=128, queries_dkv=128)
 
-    def smem_bytes(self, phase: str, dims: tuple[int, int], itemsize: int) -> int:
+    def smem_bytes(self, phase: str, dims: tuple[int, int], itemsize: int, capability: tuple[int, int]) -> int:
         """Shared memory of a block of `phase`, the most of its kernels: what stays, what streams, then statistics,
-        barriers and alignment. `dims`: the padded head sizes of query and value."""
+        barriers and alignment."""
+        rows = {(8, 0): 64, (10, 0): 256 if phase == "forward" and max(dims) <= 128 else 128}.get(capability, 128)
+        stages = self.stages if phase == "forward" else self.stages_backward
+        if capability == (8, 0):
+            stages = 1 if phase == "forward" else 2
         row = sum(dims) * itemsize  # of key and value, or of query and dout
         if phase == "forward":
-            stays = dims[0] + (dims[1] if dims[0] < dims[1] else 0)
-            return _BLOCK * stays * itemsize + self.stages * self.keys * row + 4096
-        widest = max(self.keys_dq, self.queries_dkv)
-        return _BLOCK * row + self.stages_backward * widest * (row + 8) + 4096
+            stays = dims[0] + (dims[1] if dims[0] < dims[1] and capability != (8, 0) else 0)
+            return rows * stays * itemsize + stages * self.keys * row + 4096
+        return rows * row + stages * max(self.keys_dq, self.queries_dkv) * (row + 8) + 4096
 
-    def allowed(self, phase: str, dims: tuple[int, int], itemsize: int, extras: bool) -> bool:
-        """Whether copies and products take these sizes, and everything fits shared memory; registers are not counted.
+    def allowed(
+        self, phase: str, dims: tuple[int, int], itemsize: int, extras: bool, capability: tuple[int, int]
+    ) -> bool:
+        """Whether copies and products take these sizes, and everything fits shared and tensor memory; registers are not
+        counted.
 
-        Extras are padded to multiples of 256, which their tiles have to divide.
+        What is read without bounds is padded to multiples of 256, which the tiles have to divide.
         """
         sizes = (self.keys,) if phase == "forward" else (self.keys_dq, self.queries_dkv)
         stages = self.stages if phase == "forward" else self.stages_backward
-        if any(not 64 <= size <= 256 or size % 64 or (extras and 256 % size) for size in sizes) or stages < 1:
+        least = 32 if capability == (8, 0) else 64
+        if any(not least <= size <= 256 or size % least for size in sizes) or stages < 1:
             return False
-        if phase == "backward" and self.queries_dkv > _BLOCK:  # lse and delta are padded to whole blocks
+        if any(256 % size and (extras or capability != (9, 0)) for size in sizes):
             return False
-        return self.smem_bytes(phase, dims, itemsize) <= chips.current("gpu").smem_bytes
+        if phase == "backward" and self.queries_dkv > 128:  # lse and delta are padded to whole blocks
+            return False
+        if capability == (10, 0):
+            if phase == "forward":
+                columns = (2 if max(dims) <= 128 else 1) * (self.keys * 3 // 2 + dims[1])
+            else:
+                sums = sum(dims) if max(dims) <= 128 else max(dims)
+                columns = max(self.keys_dq * 5 // 2 + dims[0], self.queries_dkv * 5 // 2 + sums)
+            if columns > 512:
+                return False
+        return self.smem_bytes(phase, dims, itemsize, capability) <= chips.current("gpu").smem_bytes
 
 
 def _extras(
@@ -109,15 +139,15 @@ def _shape_class(query, key, value, *, is_causal: bool, local_window_size=None, 
 
 def tiles(phase: str, query, key, value, **call) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; `call` as for `unsupported`."""
-    dims, itemsize, extras = _dims(query, value), query.dtype.itemsize, _extras(**call)
+    dims, itemsize, extras, chip = _dims(query, value), query.dtype.itemsize, _extras(**call), chips.current("gpu")
     return tuned.choose(
         f"gpu.attention.{phase}",
-        chips.current("gpu"),
+        chip,
         _shape_class(query, key, value, **call),
         jnp.dtype(query.dtype).name,
         Tiles,
-        lambda tiles: tiles.allowed(phase, dims, itemsize, extras),
-        Tiles.default(max(dims), extras),
+        lambda tiles: tiles.allowed(phase, dims, itemsize, extras, chip.capability),
+        Tiles.default(dims, extras, chip.capability),
     )
 
 
@@ -125,28 +155,31 @@ _tiles = tiles  # where an argument has this name
 
 
 def candidates(phase: str, query, key, value, **call) -> Iterator[Tiles]:
-    """Tiles worth trying that the chip's shared memory allows: the default first, then blocks of 128.
+    """Tiles worth trying that the chip's memories allow: the default first, then blocks of 128.
 
     Some will not fit the registers: only the compiler knows.
     """
     del key
     dims, itemsize, extras = _dims(query, value), query.dtype.itemsize, _extras(**call)
-    default = Tiles.default(max(dims), extras)
+    capability = chips.current("gpu").capability
+    default = Tiles.default(dims, extras, capability)
     if phase == "forward":
-        changes = [{"keys": keys, "stages": stages} for keys in (128, 64, 192, 256) for stages in (2, 3, 4)]
+        changes = [{"keys": keys, "stages": stages} for keys in (128, 64, 192, 256, 32) for stages in (2, 3, 4)]
     else:
         changes = [
             {"keys_dq": keys, "queries_dkv": queries, "stages_backward": stages}
-            for keys, queries, stages in itertools.product((128, 64, 192), (128, 64), (2, 1, 3))
+            for keys, queries, stages in itertools.product((128, 64, 192, 32), (128, 64, 32), (2, 1, 3))
         ]
+    if capability == (8, 0):  # how many stages are in flight is fixed
+        changes = [change for change in changes if 2 in (change.get("stages"), change.get("stages_backward"))]
     found = dict.fromkeys([default, *(dataclasses.replace(default, **change) for change in changes)])
-    yield from (tiles for tiles in found if tiles.allowed(phase, dims, itemsize, extras))
+    yield from (tiles for tiles in found if tiles.allowed(phase, dims, itemsize, extras, capability))
 
 
 def memory(phase: str, tiles: Tiles, query, key, value, **call) -> int:
     """Bytes of shared memory that a block of `phase` is estimated to take."""
     del key, call
-    return tiles.smem_bytes(phase, _dims(query, value), query.dtype.itemsize)
+    return tiles.smem_bytes(phase, _dims(query, value), query.dtype.itemsize, chips.current("gpu").capability)
 
 
 def unsupported(
@@ -214,7 +247,7 @@ def backward(
         gradients["sinks"] = -jnp.sum(sunk, axis=(0, 2)).astype(sinks.dtype)
     if lengths is not None:  # with a sink, lse is finite beyond them
         lse = jnp.where(jnp.arange(T) < lengths[:, None, None], lse, jnp.inf)
-    rows = round_up(T, _BLOCK)  # and the stride of a copy is a multiple of 16 bytes
+    rows = round_up(T, 128)  # whole blocks of any kernel, and the stride of a copy is a multiple of 16 bytes
     arguments = (
         pad_to(dout.astype(query.dtype), 3, V),
         pad_to(lse * LOG2E, 2, rows, jnp.inf),

@@ -82,7 +82,7 @@ def _launch(kernel, name, operands, results, scratch, grid):
         scratch_types=scratch,
         grid=grid,
         grid_names=("head", "tile", "batch"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(*operands.values())
     return dict(zip(results, arrays, strict=True))
 
@@ -92,10 +92,13 @@ def _smem(dtype, *shape):
 
 
 def _whole(operands: dict[str, jax.Array], rows: int, columns: int) -> dict[str, jax.Array]:
-    """The operands with the sequences filled up to whole blocks of queries and of keys."""
+    """The operands with the sequences filled up to whole blocks of queries and of keys, [batch, length, heads · size]:
+    copies take matrices."""
     sizes = {"query": rows, "dout": rows, "key": columns, "value": columns}
-    return {
-        name: pad_to(x, 1, round_up(x.shape[1], sizes[name])) if name in sizes else x for name, x in operands.items()
+    found = {name: (operands[name], size) for name, size in sizes.items() if name in operands}
+    return operands | {
+        name: pad_to(x, 1, round_up(x.shape[1], size)).reshape(x.shape[0], -1, x.shape[2] * x.shape[3])
+        for name, (x, size) in found.items()
     }
 
 
@@ -128,9 +131,11 @@ def forward(problem: Problem):
 
         def fetch(source, target, n):  # past the end the last one again: how many are in flight never changes
             tile = lax.clamp(0, walk.tile(lax.max(lax.min(n, walk.end - 1), walk.start)), key_tiles - 1)
-            _fetch(source.at[batch, pl.ds(tile * keys, keys), lax.div(head, jnp.int32(N // K))], target)
+            size = target.shape[1]
+            columns = pl.ds(lax.div(head, jnp.int32(N // K)) * size, size)
+            _fetch(source.at[batch, pl.ds(tile * keys, keys), columns], target)
 
-        _fetch(refs.query.at[batch, rows, head], refs.query_tile)
+        _fetch(refs.query.at[batch, rows, pl.ds(head * H, H)], refs.query_tile)
         fetch(refs.key, refs.key_tile, walk.start)
         fetch(refs.value, refs.value_tile, walk.start)
         mine = Rows.of(problem, refs, LAYOUT, batch, head, first, BLOCK)
@@ -173,7 +178,7 @@ def forward(problem: Problem):
             inverse = jnp.where(inside, inverse, 0.0)
             lse = jnp.where(inside, lse, jnp.inf if sink is None else sink * LN2)
         out = (acc * down(inverse, acc.shape)).astype(dtype)
-        plgpu.store(refs.out.at[batch, rows, head], out, optimized=False)
+        plgpu.store(refs.out.at[batch, rows, pl.ds(head * V, V)], out, optimized=False)
         plgpu.store(refs.lse.at[batch, head, rows], lse, optimized=False)
 
     result = _launch(
@@ -181,7 +186,7 @@ def forward(problem: Problem):
         "attention_forward",
         inputs,
         {
-            "out": jax.ShapeDtypeStruct((B, query_tiles * BLOCK, N, V), dtype),
+            "out": jax.ShapeDtypeStruct((B, query_tiles * BLOCK, N * V), dtype),
             "lse": jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK), jnp.float32),
         },
         {
@@ -191,7 +196,7 @@ def forward(problem: Problem):
         },
         (N, query_tiles, B),
     )
-    return result["out"], result["lse"]
+    return result["out"].reshape(B, -1, N, V), result["lse"]
 
 
 def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...]):
@@ -210,7 +215,8 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
     def kernel(refs):
         batch, head, block = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
         first = block * BLOCK
-        here = batch, pl.ds(first, BLOCK), head
+        widths = {"key": H, "value": V}
+        here = {name: (batch, pl.ds(first, BLOCK), pl.ds(head * size, size)) for name, size in widths.items()}
         query_end, key_end = query_tiles * queries, refs.key_lengths[batch] if "key_lengths" in refs else None
         if "query_lengths" in refs:
             query_end = pl.cdiv(refs.query_lengths[batch], jnp.int32(queries)) * queries
@@ -223,8 +229,8 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
                 empty=None if key_end is None else first >= key_end,
             )  # fmt: skip
 
-        _fetch(refs.key.at[here], refs.key_tile)
-        _fetch(refs.value.at[here], refs.value_tile)
+        _fetch(refs.key.at[here["key"]], refs.key_tile)
+        _fetch(refs.value.at[here["value"]], refs.value_tile)
         mine = Rows.of(problem, refs, LAYOUT, batch, head, first, BLOCK, by_keys=True)
 
         def per_member(member, sums):
@@ -233,9 +239,9 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
 
             def fetch(n):
                 tile = lax.clamp(0, walk.tile(lax.max(lax.min(n, walk.end - 1), walk.start)), query_tiles - 1)
-                there, slot = (batch, pl.ds(tile * queries, queries), one), lax.rem(n - walk.start, 2)
-                _fetch(refs.query.at[there], refs.query_tiles.at[slot])
-                _fetch(refs.dout.at[there], refs.dout_tiles.at[slot])
+                rows, slot = pl.ds(tile * queries, queries), lax.rem(n - walk.start, 2)
+                _fetch(refs.query.at[batch, rows, pl.ds(one * H, H)], refs.query_tiles.at[slot])
+                _fetch(refs.dout.at[batch, rows, pl.ds(one * V, V)], refs.dout_tiles.at[slot])
 
             def step(n, sums, masked):
                 sums, slot, start = dict(sums), lax.rem(n - walk.start, 2), walk.tile(n) * queries
@@ -277,7 +283,6 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
             plgpu.wait_gmem_to_smem(0)
             return sums
 
-        widths = {"key": H, "value": V}
         zeros = {name: plgpu.layout_cast(jnp.zeros((BLOCK, widths[name]), jnp.float32), LAYOUT) for name in wanted}
         sums = lax.fori_loop(0, heads, per_member, zeros)
         for name, factor in (("key", problem.scale), ("value", 1 / problem.kept_rate)):
@@ -286,7 +291,7 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
                 if key_end is not None:
                     inside = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=LAYOUT) < key_end - first
                     total = jnp.where(inside, total, 0.0)
-                plgpu.store(getattr(refs, f"d{name}").at[here], total.astype(dtype), optimized=False)
+                plgpu.store(getattr(refs, f"d{name}").at[here[name]], total.astype(dtype), optimized=False)
 
     result = _launch(
         kernel,
@@ -301,7 +306,7 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
         },
         (K, key_tiles, B),
     )
-    return {name: result[f"d{name}"] for name in wanted}
+    return {name: result[f"d{name}"].reshape(B, -1, *problem.operands[name].shape[2:]) for name in wanted}
 
 
 def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
@@ -338,15 +343,13 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
 
         def fetch(n):
             tile = lax.clamp(0, walk.tile(lax.max(lax.min(n, walk.end - 1), walk.start)), key_tiles - 1)
-            there, slot = (
-                (batch, pl.ds(tile * keys, keys), lax.div(head, jnp.int32(N // K))),
-                lax.rem(n - walk.start, 2),
-            )
-            _fetch(refs.key.at[there], refs.key_tiles.at[slot])
-            _fetch(refs.value.at[there], refs.value_tiles.at[slot])
+            rows, of = pl.ds(tile * keys, keys), lax.div(head, jnp.int32(N // K))
+            slot = lax.rem(n - walk.start, 2)
+            _fetch(refs.key.at[batch, rows, pl.ds(of * H, H)], refs.key_tiles.at[slot])
+            _fetch(refs.value.at[batch, rows, pl.ds(of * V, V)], refs.value_tiles.at[slot])
 
-        _fetch(refs.query.at[batch, rows, head], refs.query_tile)
-        _fetch(refs.dout.at[batch, rows, head], refs.dout_tile)
+        _fetch(refs.query.at[batch, rows, pl.ds(head * H, H)], refs.query_tile)
+        _fetch(refs.dout.at[batch, rows, pl.ds(head * V, V)], refs.dout_tile)
         fetch(walk.start)
         mine = Rows.of(problem, refs, LAYOUT, batch, head, first, BLOCK)
         load_row = lambda ref: plgpu.load(ref.at[batch, head, rows], layout=LAYOUT.reduce(1), optimized=False)
@@ -381,14 +384,16 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
         dq = go_through(walk.sections(first, BLOCK), step, None, zeros)
         plgpu.wait_gmem_to_smem(0)
         if not dense:
-            plgpu.store(refs.dquery.at[batch, rows, head], (dq * problem.scale).astype(dtype), optimized=False)
+            plgpu.store(
+                refs.dquery.at[batch, rows, pl.ds(head * H, H)], (dq * problem.scale).astype(dtype), optimized=False
+            )
 
     result = (
         {"dx": jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK, key_tiles * keys), jnp.float32)}
         if dense
-        else {"dquery": jax.ShapeDtypeStruct((B, query_tiles * BLOCK, N, H), dtype)}
+        else {"dquery": jax.ShapeDtypeStruct((B, query_tiles * BLOCK, N * H), dtype)}
     )
-    return _launch(
+    (result,) = _launch(
         kernel,
         f"attention_backward_{wanted}",
         inputs,
@@ -400,4 +405,5 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
             "value_tiles": _smem(dtype, 2, keys, V),
         },
         (N, query_tiles, B),
-    )[next(iter(result))]
+    ).values()
+    return result if dense else result.reshape(B, -1, N, H)

@@ -89,7 +89,7 @@ class Problem:
         if sinks is not None:
             operands["sinks"] = sinks.astype(jnp.float32) * LOG2E
         if alibi_slopes is not None:
-            operands["slopes"] = alibi_slopes.astype(jnp.float32)
+            operands["alibi"] = alibi_slopes.astype(jnp.float32)
         if dropout_rate:
             operands["words"] = _whole_tiles(lax.bitcast_convert_type(dropout_rows, jnp.int32), 3)
         if bias is not None:
@@ -418,9 +418,9 @@ class Tile:
             s, factor = tanh * (problem.cap * LOG2E), 1.0
             of_cap = 1 - tanh * tanh if slopes else None
         added = [self.loaded["bias"]] if "bias" in self.loaded else []
-        if "slopes" in refs:
+        if "alibi" in refs:
             _, _, query, key = self.positions()
-            added.append(-refs.slopes[self.head] * jnp.abs(query - key).astype(jnp.float32))
+            added.append(-refs.alibi[self.head] * jnp.abs(query - key).astype(jnp.float32))
         if added:
             s, factor = s * factor + functools.reduce(operator.add, added) * LOG2E, 1.0
         if problem.score_mod is not None:

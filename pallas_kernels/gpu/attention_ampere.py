@@ -38,15 +38,15 @@ TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: i
 def _left(x):
     """Columns of a tile of results as the left operand of the next product: the same threads hold the same elements."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.MMA_LHS(x.dtype))
-    )
-    def regrouped(_, x):
-        layout = plgpu.Layout.MMA_LHS(jnp.bfloat16).to_mgpu()
-        registers = x.registers.reshape(layout.registers_shape(x.shape))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=x.is_signed)
+    layout = plgpu.Layout.MMA_LHS(x.dtype)
 
-    return regrouped(x)
+    def regrouped(_, x):
+        registers = x.registers.reshape(layout.to_mgpu().registers_shape(x.shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=x.is_signed)
+
+    regrouped.meaning = lambda x: x
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout)
+    return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=result)(regrouped)(x)
 
 
 def _product(left, right, start=None):

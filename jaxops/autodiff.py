@@ -64,7 +64,7 @@ class Operator:
     none. `partition` maps the PartitionSpec of the first operand to those of the outputs, under explicit sharding.
     cost(**operands, **static) -> the flops of the matrix products of (forward, backward), from the operands' shapes;
     without it those of the reference are counted. note(phase, tile, **operands, **static) -> what else `explain` should
-    say, or None; `tile` is (rows, columns) of the kernel that runs, None in XLA.
+    say, or None; `tile` is what the kernel's own `tile` says, None in XLA.
     """
 
     name: str

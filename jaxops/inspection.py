@@ -173,7 +173,7 @@ def _cut(call: Any, avals: Any, chip: Any) -> tuple[str | None, int | None, tupl
     chip_bytes = (
         kernel.memory(call.phase, tiles, **operands, **dict(call.static)) if hasattr(kernel, "memory") else None
     )
-    tile = kernel.tile(call.phase, tiles) if hasattr(kernel, "tile") else None
+    tile = kernel.tile(call.phase, tiles, **operands, **dict(call.static)) if hasattr(kernel, "tile") else None
     return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(tiles).items()), chip_bytes, tile
 
 

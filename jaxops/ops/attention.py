@@ -510,7 +510,7 @@ def _cost(query, key, value, *, is_causal, local_window_size, mask_mod=None, pre
 
 
 def _note(phase, tile, query, key, value, *, is_causal, local_window_size, mask_mod=None, **others):
-    """How many tiles the schedule leaves, where there is one; and what the orders above the first hold at once."""
+    """How many tiles the schedule leaves, where there is one; what the gradient of a bias and higher orders hold."""
     batch, queries, heads, _ = query.shape
     keys = key.shape[1]
     if phase == "tangent":
@@ -521,15 +521,19 @@ def _note(phase, tile, query, key, value, *, is_causal, local_window_size, mask_
         for name in ("mask", "query_segment_ids", "prefix_lengths", "query_seq_lengths", "key_value_seq_lengths")
         if others.get(name) is not None
     ]
-    if mask_mod is None and not looked_at:
-        return None
-    rows, columns = tile or _tile_sizes(queries, keys, batch * heads)
-    blocks = Blocks.of(
-        (batch, heads, queries, keys), rows, columns, Band.of(is_causal, local_window_size), mask_mod=mask_mod
-    )
-    visited, masked = int(blocks.touched.sum()), int((blocks.touched & ~blocks.whole).sum())
-    unknown = f"without {', '.join(looked_at)}, " if looked_at else ""
-    return f"{unknown}visits {visited} of {blocks.touched.size} tiles of {rows} × {columns} and masks {masked}"
+    texts = []
+    if mask_mod is not None or looked_at:
+        rows, columns = tile or _tile_sizes(queries, keys, batch * heads)
+        band, shape = Band.of(is_causal, local_window_size), (batch, heads, queries, keys)
+        blocks = Blocks.of(shape, rows, columns, band, mask_mod=mask_mod)
+        visited, masked = int(blocks.touched.sum()), int((blocks.touched & ~blocks.whole).sum())
+        unknown = f"without {', '.join(looked_at)}, " if looked_at else ""
+        total = blocks.touched.size
+        texts.append(f"{unknown}visits {visited} of {total} tiles of {rows} × {columns} and masks {masked}")
+    if phase == "backward" and tile is not None and others.get("bias") is not None:
+        size = f"{4e-6 * batch * heads * queries * keys:.1f} MB"
+        texts.append(f"the gradient of bias is made for every batch, head, query and key, {size}, then summed")
+    return "; ".join(texts) or None
 
 
 _OPERATOR = Operator(

@@ -75,6 +75,12 @@ def memory(phase: str, tiles: Tiles, **call) -> int:
     return tiles.vmem(Problem.of(**call), phase == "backward")
 
 
+def tile(phase: str, tiles: Tiles, **call) -> tuple[int, int]:
+    """(queries, keys) of the blocks that the schedule of `phase` counts."""
+    del phase, call
+    return tiles.queries, tiles.keys
+
+
 # ---------------------------------------------------------------------------------------------- shared by both kernels
 class Item(NamedTuple):
     """`queries` queries of the step from `query` on, and `keys` keys of the span from `key` on.

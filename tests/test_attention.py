@@ -101,8 +101,12 @@ CASES = [
         dict(PLAIN, logits_soft_cap=2.0, score_mod=bent),
         (("bias", (1, 2, 600, 600)), "alibi"),
     ),
-    ((2, 600, 520, 2, 1, 16), "float32", dict(PLAIN, mask_mod=blockwise, score_mod=bent), ("lengths",)),
-    ((1, 1000, 1000, 2, 2, 16), "bfloat16", dict(CAUSAL, mask_mod=blockwise, dropout_rate=0.1), ("dropout",)),
+    (
+        (2, 600, 520, 2, 1, 16),
+        "float32",
+        dict(PLAIN, mask_mod=blockwise, score_mod=bent, dropout_rate=0.1),
+        ("lengths", "dropout"),
+    ),
     (
         (2, 40, 50, 4, 2, 16, 8),
         "float16",
@@ -199,6 +203,13 @@ def test_the_same_key_drops_the_same_pairs_everywhere():
     keys_of = jax.random.split(jax.random.key(7), 3)
     mapped = jax.vmap(weights, (None, None, None, 0))(query, key, value, keys_of)
     np.testing.assert_allclose(mapped[2], weights(query, key, value, keys_of[2]), rtol=1e-5, atol=1e-7)
+
+    # The backward drops the same: dv = (z ∘ p)ᵀ dout.
+    cotangent = jnp.asarray(random.standard_normal(some.shape), jnp.float32)
+    for f in (weights, jax.checkpoint(weights)):
+        loss = lambda value, f=f: jnp.vdot(f(query, key, value, dropout["dropout_key"]), cotangent)
+        want = jnp.einsum("btns,btnv->bsnv", some, cotangent)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(value), want, rtol=1e-4, atol=1e-5)
 
     spec, spec_of_rows = PartitionSpec("batch", None, "heads"), PartitionSpec("batch", "heads")
     for kind in (AxisType.Auto, AxisType.Explicit):
@@ -324,7 +335,10 @@ def test_modifiers_are_what_the_options_say():
     o = {name: jnp.asarray(x, jnp.float32) for name, x in operands_of((2, 600, 700, 2, 1, 16)).items()}
     slopes, prefix, doc = jnp.array([0.5, 0.1]), jnp.array([300, 0]), np.sort(np.arange(700) % 5)
     pairs = {  # a captured array is allowed in XLA
-        "alibi": ({"alibi_slopes": slopes}, {"score_mod": lambda s, b, h, q, k: s - slopes[h] * abs(q - k)}),
+        "alibi": (  # 0 / 0 beyond the last query or key, where no modifier is asked
+            {"alibi_slopes": slopes},
+            {"score_mod": lambda s, b, h, q, k: s - slopes[h] * abs(q - k) + 0 / (600 - q) + 0 / (700 - k)},
+        ),
         "prefix": (
             {"is_causal": True, "prefix_lengths": prefix},
             {"mask_mod": lambda b, h, q, k: (q >= k) | (k < prefix[b])},

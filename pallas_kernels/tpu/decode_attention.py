@@ -132,9 +132,9 @@ class Problem:
             return self.sequences * -(-self.longest // tiles.tokens)
         return Cut(self.tokens, self.sequences, tiles.tokens).count
 
-    def smem(self, tiles: Tiles) -> int:
-        table = self.sequences * self.most_pages if self.paged else 0
-        return 4 * (5 * self.tile_count(tiles) + table)
+    @property
+    def smem(self) -> int:
+        return 4 * self.sequences * (1 + (self.most_pages + 1 if self.paged else 0))
 
     def vmem(self, tiles: Tiles) -> int:
         """Bytes of VMEM: two blocks of keys and values, the queries and results, and the scores in flight."""
@@ -194,38 +194,14 @@ def unsupported(query, key, value, lengths, *, scale: float, logits_soft_cap=Non
     found = Tiles.default(p)
     if found is None:
         return f"no block of keys fits {_room() >> 20} MiB of VMEM with {p.real_heads} heads of {p.head_dim}"
-    if p.smem(found) > MOST_SMEM:
-        return f"the tables must fit {MOST_SMEM} bytes of scalar memory, they are {p.smem(found)}"
+    if p.smem > MOST_SMEM:
+        return f"the tables must fit {MOST_SMEM} bytes of scalar memory, they are {p.smem}"
     return None
 
 
 # ---------------------------------------------------------------------------------------------- the kernel
-SEQUENCE, FIRST, END, PLACE, LENGTH = range(5)  # what is known of a tile: its tokens, the first one's place
-
-
-def _table(p: Problem, t: Tiles, lengths, query_starts, cores: int):
-    """[5 · steps · cores]: the tiles, the last of them empty, field by field."""
-    lengths = jnp.clip(lengths, 0, p.most_pages * p.page_size)
-    count = p.tile_count(t)
-    i = jnp.arange(count, dtype=jnp.int32)
-    if p.uniform:
-        per_sequence = -(-p.longest // t.tokens)
-        sequence, within = i // per_sequence, i % per_sequence
-        first = sequence * p.longest + within * t.tokens
-        stop = (sequence + 1) * p.longest
-        end, length = jnp.minimum(first + t.tokens, stop), lengths[sequence]
-    else:
-        start = jnp.clip(query_starts, 0, p.tokens).at[0].set(0)
-        sequence, first, end = Cut(p.tokens, p.sequences, t.tokens).tile(i, start.__getitem__)
-        stop = start[jnp.minimum(sequence + 1, p.sequences)]
-        length = jnp.where(sequence < p.sequences, lengths[jnp.minimum(sequence, p.sequences - 1)], 0)
-        sequence = jnp.minimum(sequence, p.sequences - 1)
-    fields = jnp.stack([sequence, first, end, length - (stop - first), length]).astype(jnp.int32)
-    return pad_to(fields, 1, round_up(count, cores)).reshape(-1)
-
-
 def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
-    names = ["tiles", *(["table"] if p.paged else []), "query", "key", "value"]
+    names = ["lengths", *(["table", "starts"] if p.paged else []), "query", "key", "value"]
     names += [*(["key_scales", "value_scales"] if p.quantised else []), *(["sinks"] if sunk else []), "out", "lse"]
     names += ["keys", "values", "queries", "result", "statistic", "place", "slot", "arrived", "asked", "left"]
     names += ["key_factors", "value_factors"] if p.quantised else []
@@ -239,9 +215,25 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
     precision = lax.Precision.HIGHEST if p.dtype == f32 else None
 
     def tile(step):
-        """The fields of this core's tile of a step, and [first, last) of the blocks it sees."""
-        of = lambda field: r["tiles"][field * steps * cores + step * cores + core]
-        sequence, first, end, place, length = map(of, range(5))
+        """What this core's tile of a step is: (sequence, first token, end, the first one's place, length, first block,
+        last)."""
+        number, count = step * cores + core, p.tile_count(t)
+        i = jnp.minimum(number, count - 1)
+        if p.uniform:
+            per_sequence = -(-p.longest // t.tokens)
+            sequence = lax.div(i, jnp.int32(per_sequence))
+            first = sequence * p.longest + (i - sequence * per_sequence) * t.tokens
+            stop = (sequence + 1) * p.longest
+            end, length = jnp.minimum(first + t.tokens, stop), r["lengths"][sequence]
+        else:
+            start = lambda b: jnp.where(b == 0, 0, jnp.clip(r["starts"][b], 0, p.tokens))
+            b, first, end = Cut(p.tokens, p.sequences, t.tokens).tile(i, start)
+            sequence, among = jnp.minimum(b, p.sequences - 1), b < p.sequences  # or of the tokens left behind
+            stop = jnp.where(among, start(jnp.minimum(b + 1, p.sequences)), p.tokens)
+            length = jnp.where(among, r["lengths"][sequence], 0)
+        end = jnp.where(number < count, end, first)
+        length = jnp.clip(length, 0, p.most_pages * p.page_size)
+        place = length - (stop - first)
         stop = jnp.minimum(length, place + (end - first))
         start = 0 if left is None else jnp.clip(place - left, 0, jnp.maximum(stop - 1, 0))
 
@@ -273,6 +265,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
                 page, row = sequence, pl.multiple_of(begin * p.groups, p.aligned)
                 if p.paged:
                     page = r["table"][sequence * p.most_pages + jnp.minimum(number + n, p.most_pages - 1)]
+                    page = jnp.clip(page, 0, p.pages - 1)
             there, here = pl.ds(row, piece), pl.ds(n * piece, piece)
             yield pltpu.make_async_copy(r["key"].at[page, there], r["keys"].at[slot, here], r["arrived"].at[0, slot])
             yield pltpu.make_async_copy(r["value"].at[page, there], r["values"].at[slot, here], r["arrived"].at[1, slot])
@@ -480,9 +473,9 @@ def forward(
     cores = chips.current("tpu").cores
     count = p.tile_count(t)
     steps, rows, columns = -(-count // cores), t.tokens * p.heads, t.keys * p.groups
-    scalars = [_table(p, t, lengths, query_starts, cores)]
-    if page_table is not None:
-        scalars.append(jnp.clip(page_table, 0, p.pages - 1).reshape(-1))
+    scalars = [lengths]
+    if page_table is not None and query_starts is not None:
+        scalars += [page_table.reshape(-1), query_starts]
     matrix = (p.pages, p.page_size * p.groups, p.head_dim)
     flat = pad_to(query.reshape(p.tokens, p.real_heads, p.head_dim), 1, p.heads)
     operands = [flat, key.reshape(matrix), value.reshape(matrix)]

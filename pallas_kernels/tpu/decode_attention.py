@@ -285,14 +285,9 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
             r["query"].at[pl.ds(begin, t.tokens)], r["queries"].at[side], r["asked"].at[side]
         )
 
-    def start_tile(step, slot):
-        sequence, first, _, _, _, begin, last = tile(step)
-
-        @pl.when(last > begin)
-        def _():
-            ask(step, first).start()
-            for copy in copies(slot, sequence, begin):
-                copy.start()
+    def start(slot, sequence, block):
+        for copy in copies(slot, sequence, block):
+            copy.start()
 
     def results(step):
         """(whether, copy) of each token of a step's tile."""
@@ -317,7 +312,13 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
     @pl.when(step == 0)
     def _():
         r["slot"][0] = 0
-        start_tile(step, 0)
+        sequence, first, _, _, _, begin, last = tile(step)
+
+        @pl.when(last > begin)
+        def _():
+            ask(step, first).start()
+            start(0, sequence, begin)
+
         # For row (token, head) and column (key, key head): the key's number if the heads belong together.
         column = lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
         row = lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
@@ -328,8 +329,14 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
     sequence, first, end, place, length, begin, last = tile(step)
     slot = r["slot"][0]
 
-    def start_next():
-        pl.when(step + 1 < steps)(lambda: start_tile(step + 1, lax.rem(slot + last - begin, 2)))
+    # The next tile is under way before this one is done.
+    next_sequence, next_first, _, _, _, next_begin, next_last = tile(step + 1)
+    follows = next_last > next_begin
+    after = lax.rem(slot + last - begin, 2)  # the slot of its first block
+
+    @pl.when(follows)
+    def _():
+        ask(step + 1, next_first).start()
 
     def attend():
         ask(step, first).wait()
@@ -342,12 +349,14 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
             top, total, acc = carry
             here = lax.rem(slot + block - begin, 2)
 
-            @pl.when(block + 1 < last)
-            def _():
-                for copy in copies(1 - here, sequence, block + 1):
-                    copy.start()
+            more = block + 1 < last
 
-            pl.when(block + 1 == last)(start_next)
+            @pl.when(more | follows)
+            def _():
+                start(
+                    1 - here, jnp.where(more, sequence, next_sequence), jnp.where(more, block + 1, next_begin)
+                )
+
             for copy in copies(here):
                 copy.wait()
             page, offset, fresh = place_of(block)
@@ -419,14 +428,14 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
 
     @pl.when(last <= begin)
     def _():
-        start_next()
+        pl.when(follows)(lambda: start(after, next_sequence, next_begin))
         top, total = jnp.full((rows, 1), FLOOR, f32), jnp.zeros((rows, 1), f32)
         if sunk:
             top = jnp.maximum(r["sinks"][...], FLOOR)
             total = jnp.exp2(r["sinks"][...] - top)
         put(top, total, jnp.zeros((rows, p.head_dim), f32))
 
-    r["slot"][0] = lax.rem(slot + last - begin, 2)
+    r["slot"][0] = after
     pl.when(step == steps - 1)(lambda: finish(step))
 
 

@@ -324,10 +324,10 @@ def _partial(p: Problem, t: Tiles, operands: dict, left, factor: float, cap, dty
             constant = lambda number: plgpu.layout_cast(jnp.full((ROWS,), number, jnp.float32), WGMMA.reduce(1))
             zeros = tuple(plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), WGMMA) for _ in columns_of)
             top, total = constant(LOWEST), constant(0.0)
-            if "sinks" in operands:  # keys without a value that the first split has seen
+            if "sinks" in operands:  # a key without a value that the first split has seen
                 sink = plgpu.load(refs["sinks"].at[head_block], layout=WGMMA.reduce(1), optimized=False)
-                sink = jnp.where(split == 0, jnp.maximum(sink, LOWEST), LOWEST)
-                top, total = sink, jnp.where(sink > LOWEST, 1.0, 0.0)
+                top = jnp.maximum(sink, LOWEST)
+                total = jnp.exp2(sink - top) * constant(lax.select(split == 0, jnp.float32(1), jnp.float32(0)))
             accs, top, total = lax.fori_loop(begin, finish, step, (zeros, top, total))
             inverse = jnp.where(total > 0, 1 / total, 0.0)
             lse = jnp.where(total > 0, (top + jnp.log2(total)) * LN2, -jnp.inf)

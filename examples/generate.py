@@ -77,7 +77,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         parser.error(f"--temperature must be at least 0 and --top-p in (0, 1], got {args.temperature} and {args.top_p}")
     if args.check and args.temperature > 0:
-        parser.error(f"--check needs --temperature 0: what is drawn has nothing to compare with, got {args.temperature}")
+        parser.error(
+            f"--check needs --temperature 0: what is drawn has nothing to compare with, got {args.temperature}"
+        )
     if args.prompt and not all(args.prompt):
         parser.error("--prompt must not be empty")
     return args
@@ -247,7 +249,9 @@ def load(args: argparse.Namespace) -> tuple[GPT, Path]:
         directory = numbered[max(numbered)] if numbered else Path("runs") / "gpt-1"
     path = checkpoints.newest_whole(directory, lambda message: print(f"warning: {message}", file=sys.stderr))
     if path is None:
-        raise Stop(f"there is no checkpoint in {directory}: train one by python examples/train_gpt.py --out {directory}")
+        raise Stop(
+            f"there is no checkpoint in {directory}: train one by python examples/train_gpt.py --out {directory}"
+        )
     config = Config(**checkpoints.contents(path)["facts"]["model"])
     graph, like = nnx.split(nnx.eval_shape(lambda: GPT(config, jnp.dtype(args.dtype), rngs=nnx.Rngs(0))))
     parameters = checkpoints.restore_part(path, {"parameters": like})["parameters"]

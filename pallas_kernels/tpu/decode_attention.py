@@ -268,7 +268,9 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
                     page = jnp.clip(page, 0, p.pages - 1)
             there, here = pl.ds(row, piece), pl.ds(n * piece, piece)
             yield pltpu.make_async_copy(r["key"].at[page, there], r["keys"].at[slot, here], r["arrived"].at[0, slot])
-            yield pltpu.make_async_copy(r["value"].at[page, there], r["values"].at[slot, here], r["arrived"].at[1, slot])
+            yield pltpu.make_async_copy(
+                r["value"].at[page, there], r["values"].at[slot, here], r["arrived"].at[1, slot]
+            )
             if p.quantised:
                 for k, name in enumerate(("key", "value")):
                     yield pltpu.make_async_copy(
@@ -281,9 +283,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         """The copy of the queries of a step's tile. It is shifted where it would run past the last token."""
         begin = jnp.minimum(first, p.tokens - t.tokens)
         side = lax.rem(step, 2)
-        return pltpu.make_async_copy(
-            r["query"].at[pl.ds(begin, t.tokens)], r["queries"].at[side], r["asked"].at[side]
-        )
+        return pltpu.make_async_copy(r["query"].at[pl.ds(begin, t.tokens)], r["queries"].at[side], r["asked"].at[side])
 
     def start(slot, sequence, block):
         for copy in copies(slot, sequence, block):
@@ -353,9 +353,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
 
             @pl.when(more | follows)
             def _():
-                start(
-                    1 - here, jnp.where(more, sequence, next_sequence), jnp.where(more, block + 1, next_begin)
-                )
+                start(1 - here, jnp.where(more, sequence, next_sequence), jnp.where(more, block + 1, next_begin))
 
             for copy in copies(here):
                 copy.wait()
@@ -512,10 +510,8 @@ def forward(
         per_row = jnp.tile(pad_to(sinks.astype(f32) * LOG2E, 0, p.heads), t.tokens)[:, None]
         operands.append(per_row)
         in_specs.append(pl.BlockSpec((rows, 1), lambda *_: (0, 0)))
-    out, lse = pl.pallas_call(
-        functools.partial(
-            _kernel, p, t, steps, cores, left, scale * LOG2E, logits_soft_cap, sinks is not None
-        ),
+    launch = pl.pallas_call(
+        functools.partial(_kernel, p, t, steps, cores, left, scale * LOG2E, logits_soft_cap, sinks is not None),
         name="decode_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -532,6 +528,8 @@ def forward(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=min(chips.current("tpu").vmem_bytes, p.vmem(t) + (8 << 20)),
         ),
-    )(*scalars, *operands)
+    )
+    # Operands that stay in memory cannot be batched by the grid: under vmap the kernel is called once for each.
+    out, lse = jax.custom_batching.sequential_vmap(lambda *arrays: tuple(launch(*arrays)))(*scalars, *operands)
     out = out[:, : p.real_heads].reshape(query.shape)
     return (out, lse[:, : p.real_heads, 0].reshape(query.shape[:-1])), ()

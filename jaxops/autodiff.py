@@ -60,8 +60,9 @@ class Operator:
     """An operator: its meaning, its rules, its kernels.
 
     reference(**operands, **static) -> outputs, in plain differentiable JAX. `differentiable` names the operands that
-    take a gradient. `tpu` and `gpu` are kernel modules (unsupported, forward, backward; without backward XLA serves it)
-    or the sentence why there is none. `partition` maps the PartitionSpec of the first operand to those of the outputs, under explicit sharding.
+    take a gradient. `tpu` and `gpu` are kernel modules (unsupported, forward, backward; without backward
+    XLA serves it) or the sentence why there is none. `partition` maps the PartitionSpec of the first operand to those
+    of the outputs, under explicit sharding.
     cost(**operands, **static) -> the flops of the matrix products of (forward, backward), from the operands' shapes;
     without it those of the reference are counted.
     """

@@ -66,7 +66,7 @@ def test_values_and_gradients(shape, dtype, static, extras):
     check(called, reference, operands, differentiable=given(operands), dtype=dtype, transforms=(), **static)
 
 
-# What the lifting of the rules gives every operator is tested with attention; here what the loops and meshes make of it.
+# What the lifting of rules gives every operator is tested with attention; here what the loops and meshes make of it.
 # No NaN beyond the lengths: a direction of a derivative is made of every operand, and NaN · 0 is NaN.
 TRANSFORMED = {
     False: ("jvp", "vmap of grad, first operand only", "grad of grad", "grad of scan", "shard_map, Explicit mesh",

@@ -10,10 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-import generate  # noqa: E402
-import train_gpt  # noqa: E402
-from flax import nnx  # noqa: E402
-from gpt.model import GPT, Config  # noqa: E402
+import generate
+import train_gpt
+from flax import nnx
+from gpt.model import GPT, Config
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ def decode_attention(
     implementation: str | Sequence[str] | None = None,
     return_residual: bool = False,
 ) -> Any:
-    """out_t = Σ_j p_tj v_j,  p_tj = exp(s_tj) / (exp(sink) + Σ_j exp(s_tj)),  s = cap(scale · q kᵀ),  over j ≤ t's place.
+    """out_t = Σ_j p_tj v_j,  p_tj = exp(s_tj) / (exp(sink) + Σ_j exp(s_tj)),  s = cap(scale · q kᵀ),  over j ≤ t.
 
     The attention of the newest tokens to a cache of keys and values that holds theirs already. Query t of T stands at
     the position length - T + t and sees the keys up to there. B batch, T new tokens, S the cache's length, N query
@@ -286,7 +286,8 @@ def caches(name, names, key, value, query, key_scales, value_scales, shape) -> t
         raise TypeError(f"{name}: {names[1]} must have the dtype of {names[0]}, {key.dtype}, got {value.dtype}")
     if key.ndim != 4 or key.shape[3] != query.shape[-1]:
         raise ValueError(
-            f"{name}: {names[0]} must have shape {shape} with the head size of query, {query.shape[-1]}, got {key.shape}"
+            f"{name}: {names[0]} must have shape {shape} with the head size of query, {query.shape[-1]}, "
+            f"got {key.shape}"
         )
     if value.shape != key.shape:
         raise ValueError(f"{name}: {names[1]} must have the shape of {names[0]}, {key.shape}, got {value.shape}")

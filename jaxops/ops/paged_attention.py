@@ -45,7 +45,7 @@ def paged_attention(
     implementation: str | Sequence[str] | None = None,
     return_residual: bool = False,
 ) -> Any:
-    """out_t = Σ_j p_tj v_j,  p_tj = exp(s_tj) / (exp(sink) + Σ_j exp(s_tj)),  s = cap(scale · q kᵀ),  over j ≤ t's place.
+    """out_t = Σ_j p_tj v_j,  p_tj = exp(s_tj) / (exp(sink) + Σ_j exp(s_tj)),  s = cap(scale · q kᵀ),  over j ≤ t.
 
     One call for sequences in any state: prompts that are being read (many tokens), sequences that are being continued
     (one token, or a few), idle ones (none). Key j of sequence b is key_pages[page_table[b, j // page_size], j %

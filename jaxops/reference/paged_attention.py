@@ -27,7 +27,7 @@ def paged_attention(
 
     Returns out [tokens, N, H] and lse [tokens, N], otherwise as `decode_attention`.
     """
-    tokens, heads, _ = query.shape
+    tokens = query.shape[0]
     pages, size, groups, _ = key.shape
     most = page_table.shape[1]
     if not page_table.shape[0] or not pages:

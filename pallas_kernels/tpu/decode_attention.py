@@ -326,7 +326,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         same = (column - key * p.groups) == _divided(head, p.real_heads // p.groups)
         r["place"][...] = jnp.where(same & (head < p.real_heads), key, FAR)
 
-    sequence, first, end, place, length, begin, last = tile(step)
+    sequence, first, _, place, length, begin, last = tile(step)
     slot = r["slot"][0]
 
     # The next tile is under way before this one is done.

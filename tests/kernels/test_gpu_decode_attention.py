@@ -12,7 +12,8 @@ from tests.kernels.decoding import build, case, compare
 CASES = {
     "blocks": case(dim=64, keys=200, lengths=(200, 3), tiles=Tiles(64, 2, 1)),
     "splits, an empty sequence": case(
-        heads=(6, 2), tokens=3, keys=200, lengths=(200, 0), dim=64, window=70, cap=3.0, sinks=True, tiles=Tiles(64, 2, 2)
+        heads=(6, 2), tokens=3, keys=200, lengths=(200, 0), dim=64, window=70, cap=3.0, sinks=True,
+        tiles=Tiles(64, 2, 2),
     ),
     "wide, float16": case(heads=(2, 1), dim=256, tokens=2, keys=100, lengths=(90,), dtype="float16"),
     "quantised": case(dim=64, keys=132, lengths=(130,), quantised=True, tiles=Tiles(64, 1, 1)),
@@ -34,6 +35,15 @@ def test_interpreted(name):
     with interpreter():
         got = jax.block_until_ready(decode_attention.forward(**operands, **options, tiles=CASES[name]["tiles"])[0])
     compare(operands, options, got)
+
+
+@pytest.mark.timeout(300)
+def test_a_forgotten_wait_is_found(monkeypatch):
+    """Without the waits for copies the consumer's reads race with them."""
+    operands, options = build(CASES["blocks"])
+    monkeypatch.setattr(decode_attention.plgpu, "barrier_wait", lambda barrier: None)
+    with interpreter(), pytest.raises(Exception, match="RACE DETECTED"):
+        jax.block_until_ready(decode_attention.forward(**operands, **options, tiles=CASES["blocks"]["tiles"])[0])
 
 
 def shapes(heads=(32, 8), dim=128, keys=8192, dtype="bfloat16", cache=None):

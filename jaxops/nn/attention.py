@@ -194,10 +194,11 @@ def attend(
     window = _window(options.local_window_size)
     plain = mask is None and not any(value is not None for name, value in call.items() if name != "dtype")
     if plain and tokens <= _FEW_TOKENS:
-        flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, cached_key, cached_value)]
-        flat = flax_attention.dtypes.promote_dtype(flat, dtype=call.get("dtype"))
-        lengths = jnp.full(flat[0].shape[:1], index + tokens, jnp.int32)
-        out = decode_attention(*flat, lengths, local_window_size=window, **choice).reshape(query.shape)
+        new, keys, values = flax_attention.dtypes.promote_dtype(
+            tuple(x.reshape(-1, *x.shape[-3:]) for x in (query, cached_key, cached_value)), dtype=call.get("dtype")
+        )
+        lengths = jnp.full(new.shape[:1], index + tokens, jnp.int32)
+        out = decode_attention(new, keys, values, lengths, local_window_size=window, **choice).reshape(query.shape)
     else:
         seen = Band.of(True, window).allowed(index + jnp.arange(tokens)[:, None], jnp.arange(cached_key.shape[-3]))
         mask = seen if mask is None else jnp.logical_and(mask, seen)

@@ -145,8 +145,8 @@ def operator_of(
     name: str, reference: Callable, tpu: ModuleType, gpu: ModuleType, partition: Callable, *, quantised: bool
 ) -> Operator:
     """The operator `name`; of a quantised cache the gradient goes to the scales, for its integers have none."""
-    differentiable = ("query", "key_scales", "value_scales") if quantised else ("query", "key", "value")
-    differentiable = (*differentiable, "sinks")
+    cached = ("key_scales", "value_scales") if quantised else ("key", "value")
+    differentiable = ("query", *cached, "sinks")
 
     def backward(*, outputs, residuals, cotangents, scale, left, logits_soft_cap, **operands):
         del outputs, residuals

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -382,7 +383,7 @@ def _partial(p: Problem, t: Tiles, operands: dict, left, factor: float, cap, dty
 
     tiled = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TILED)
     plain = lambda kind, *shape: plgpu.SMEM(shape, kind)
-    scratch = {
+    scratch: dict[str, Any] = {
         "queries": plain(dtype, ROWS, p.dim),
         "query_tile": tiled(ROWS, p.dim),
         "result": plain(out_dtype, ROWS, p.dim),

@@ -235,7 +235,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         length = jnp.clip(length, 0, p.most_pages * p.page_size)
         place = length - (stop - first)
         stop = jnp.minimum(length, place + (end - first))
-        start = 0 if left is None else jnp.clip(place - left, 0, jnp.maximum(stop - 1, 0))
+        seen = jnp.int32(0) if left is None else jnp.clip(place - left, 0, jnp.maximum(stop - 1, 0))
 
         def block_of(key):
             if not whole:
@@ -244,7 +244,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
             return page * per_page + lax.div(key - page * p.page_size, jnp.int32(t.keys))
 
         some = (end > first) & (stop > 0)
-        begin = block_of(jnp.int32(start))
+        begin = block_of(seen)
         last = jnp.where(some, block_of(jnp.maximum(stop - 1, 0)) + 1, begin)
         return sequence, first, end, place, length, begin, last
 
@@ -259,7 +259,8 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
     def copies(slot, sequence=None, block=None):
         """The copies of one block to a slot; without a block, descriptors to wait by."""
         for n in range(pieces):
-            page, row = 0, 0
+            page: Any = 0
+            row: Any = 0
             if block is not None:
                 number, begin, _ = place_of(block)
                 page, row = sequence, pl.multiple_of(begin * p.groups, p.aligned)
@@ -310,7 +311,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
                     copy.wait()
 
     @pl.when(step == 0)
-    def _():
+    def begin_core():
         r["slot"][0] = 0
         sequence, first, _, _, _, begin, last = tile(step)
 
@@ -378,7 +379,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
             x = s * factor if cap is None else jnp.tanh(s * (factor / LOG2E / cap)) * (cap * LOG2E)
             number = r["place"][...]
             seen = number <= position - base
-            low = 0
+            low: Any = 0
             if left is not None:
                 low = jnp.maximum(position - left - base, 0)
             if whole and p.page_size % t.keys:
@@ -502,6 +503,7 @@ def forward(
         pltpu.SemaphoreType.DMA((2,)),
     ]
     if p.quantised:
+        assert key_scales is not None and value_scales is not None
         for scales in (key_scales, value_scales):
             operands.append(scales.astype(f32).swapaxes(1, 2).reshape(p.pages, 1, -1))
             scratch.append(pltpu.VMEM((2, 1, columns), f32))

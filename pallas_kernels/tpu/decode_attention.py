@@ -311,15 +311,15 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
                     copy.wait()
 
     @pl.when(step == 0)
-    def begin_core():
+    def _():
         r["slot"][0] = 0
-        sequence, first, _, _, _, begin, last = tile(step)
+        sequence, first, *_, begin, last = tile(step)
 
-        @pl.when(last > begin)
-        def _():
+        def start_first():
             ask(step, first).start()
             start(0, sequence, begin)
 
+        pl.when(last > begin)(start_first)
         # For row (token, head) and column (key, key head): the key's number if the heads belong together.
         column = lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
         row = lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
@@ -327,11 +327,12 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         same = (column - key * p.groups) == _divided(head, p.real_heads // p.groups)
         r["place"][...] = jnp.where(same & (head < p.real_heads), key, FAR)
 
-    sequence, first, _, place, length, begin, last = tile(step)
+    sequence, first, end, place, length, begin, last = tile(step)
+    del end
     slot = r["slot"][0]
 
     # The next tile is under way before this one is done.
-    next_sequence, next_first, _, _, _, next_begin, next_last = tile(step + 1)
+    next_sequence, next_first, *others, next_begin, next_last = tile(step + 1)
     follows = next_last > next_begin
     after = lax.rem(slot + last - begin, 2)  # the slot of its first block
 

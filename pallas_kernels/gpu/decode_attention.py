@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import chips
+from pallas_kernels.padding import pad_to, round_up
 from pallas_kernels.ragged import Cut
 
 LOG2E = math.log2(math.e)
@@ -70,7 +71,8 @@ class Problem:
     longest: int  # tokens of a sequence, as far as the shapes tell
     paged: bool
     groups: int
-    per_group: int  # query heads of a key head
+    real_per_group: int  # query heads of a key head
+    per_group: int  # the same, as copies take them: few, or whole tiles of 8
     dim: int
     pages: int
     page_size: int
@@ -90,7 +92,8 @@ class Problem:
             longest=leading[1] if page_table is None else spread if spread > 2 else 1,
             paged=page_table is not None,
             groups=groups,
-            per_group=heads // groups,
+            real_per_group=heads // groups,
+            per_group=heads // groups if heads // groups < 8 else round_up(heads // groups, 8),
             dim=dim,
             pages=pages,
             page_size=page_size,
@@ -130,7 +133,7 @@ class Problem:
 
     def pieces(self, keys: int) -> int:
         """Pages of a block of `keys`; 1 also for a block that is a part of a page, or a page that divides no block."""
-        fits = self.page_size < keys and keys % self.page_size == 0 and self.page_size % 8 == 0
+        fits = self.page_size < keys and keys % self.page_size == 0
         return keys // self.page_size if fits else 1
 
     def smem(self, tiles: Tiles) -> int:
@@ -176,9 +179,12 @@ def unsupported(query, key, value, lengths, *, scale: float, logits_soft_cap=Non
     p = Problem.of(query, key, lengths, **others)
     if p.dim % 64 or p.dim > 256:
         return f"the head size must be a multiple of 64, at most 256, got {p.dim}"
-    if p.quantised and (p.page_size % 4 or (p.paged and p.page_size % 32)):
-        what = "page_size must be a multiple of 32" if p.paged else "the cache's length must be a multiple of 4"
-        return f"{what} for int8, whose scales are copied by 16 bytes at least, got {p.page_size}"
+    step = (
+        32 if p.quantised and p.paged else 8
+    )  # the scales of a page are copied to 128 bytes of shared memory, or more
+    if p.page_size % step:
+        what = "page_size" if p.paged else "the cache's length"
+        return f"{what} must be a multiple of {step} for {jnp.dtype(key.dtype).name}, got {p.page_size}"
     if not Tiles.default(p).allowed(p):
         return f"no tiles fit {chip.smem_bytes} bytes of shared memory with heads of {p.dim}"
     if max(p.tile_count, p.head_blocks) > 65535:
@@ -453,7 +459,7 @@ def forward(
     p = Problem.of(query, key, lengths, page_table)
     t = tiles or _tiles("forward", query=query, key=key, lengths=lengths, page_table=page_table)
     operands = {
-        "query": query.reshape(p.tokens, p.groups, p.per_group, p.dim),
+        "query": pad_to(query.reshape(p.tokens, p.groups, p.real_per_group, p.dim), 2, p.per_group),
         "key": key,
         "value": value,
         "lengths": lengths,
@@ -463,14 +469,12 @@ def forward(
     if key_scales is not None and value_scales is not None:
         operands |= {"key_scales": key_scales.astype(jnp.float32), "value_scales": value_scales.astype(jnp.float32)}
     if sinks is not None:  # for every row of a tile
-        per_head = jnp.pad(
-            (sinks.astype(jnp.float32) * LOG2E).reshape(p.groups, p.per_group),
-            ((0, 0), (0, p.head_chunks * p.stride - p.per_group if p.head_chunks > 1 else p.stride - p.per_group)),
-        ).reshape(p.head_blocks, p.stride)
+        per_head = (sinks.astype(jnp.float32) * LOG2E).reshape(p.groups, p.real_per_group)
+        per_head = pad_to(per_head, 1, p.head_chunks * p.stride).reshape(p.head_blocks, p.stride)
         operands["sinks"] = jnp.tile(per_head, (1, ROWS // p.stride))
     given = {name: x for name, x in operands.items() if x is not None}
     out_dtype = query.dtype if t.splits == 1 else jnp.float32
     out, lse = _partial(p, t, given, left, scale * LOG2E, logits_soft_cap, query.dtype, out_dtype)
     out, lse = _merged(out, lse[..., :1]) if t.splits > 1 else (out[0], lse[0, ..., :1])
-    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+    out, lse = (x[:, :, : p.real_per_group] for x in (out, jnp.where(jnp.isneginf(lse), jnp.inf, lse)))
     return (out.astype(query.dtype).reshape(query.shape), lse.reshape(query.shape[:-1])), ()

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +200,23 @@ def unsupported(query, key, value, lengths, *, scale: float, logits_soft_cap=Non
 
 
 # ---------------------------------------------------------------------------------------------- the kernel
+class _Tile(NamedTuple):
+    """What a grid step works on: tokens first … end - 1 of a sequence of `length` keys, `place` the position of the
+    first; they see the blocks begin … last - 1."""
+
+    sequence: Any
+    first: Any
+    end: Any
+    place: Any
+    length: Any
+    begin: Any
+    last: Any
+
+    @property
+    def sees(self):
+        return self.last > self.begin
+
+
 def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
     names = ["lengths", *(["table", "starts"] if p.paged else []), "query", "key", "value"]
     names += [*(["key_scales", "value_scales"] if p.quantised else []), *(["sinks"] if sunk else []), "out", "lse"]
@@ -215,8 +232,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
     precision = lax.Precision.HIGHEST if p.dtype == f32 else None
 
     def tile(step):
-        """What this core's tile of a step is: (sequence, first token, end, the first one's place, length, first block,
-        last)."""
+        """This core's tile of a step."""
         number, count = step * cores + core, p.tile_count(t)
         i = jnp.minimum(number, count - 1)
         if p.uniform:
@@ -246,7 +262,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         some = (end > first) & (stop > 0)
         begin = block_of(seen)
         last = jnp.where(some, block_of(jnp.maximum(stop - 1, 0)) + 1, begin)
-        return sequence, first, end, place, length, begin, last
+        return _Tile(sequence, first, end, place, length, begin, last)
 
     def place_of(block):
         """(page within the sequence, first key within the page, whereof fresh)."""
@@ -292,12 +308,12 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
 
     def results(step):
         """(whether, copy) of each token of a step's tile."""
-        _, first, end, *_ = tile(step)
+        there = tile(step)
         for n in range(t.tokens):
-            token = jnp.minimum(first, p.tokens - t.tokens) + n
+            token = jnp.minimum(there.first, p.tokens - t.tokens) + n
             here = pl.ds(n * p.heads, p.heads)
             yield (
-                (token >= first) & (token < end),
+                (token >= there.first) & (token < there.end),
                 pltpu.make_async_copy(r["result"].at[here], r["out"].at[token], r["left"].at[0]),
                 pltpu.make_async_copy(r["statistic"].at[here], r["lse"].at[token], r["left"].at[1]),
             )
@@ -313,13 +329,13 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
     @pl.when(step == 0)
     def _():
         r["slot"][0] = 0
-        sequence, first, *_, begin, last = tile(step)
+        own = tile(step)
 
         def start_first():
-            ask(step, first).start()
-            start(0, sequence, begin)
+            ask(step, own.first).start()
+            start(0, own.sequence, own.begin)
 
-        pl.when(last > begin)(start_first)
+        pl.when(own.sees)(start_first)
         # For row (token, head) and column (key, key head): the key's number if the heads belong together.
         column = lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
         row = lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
@@ -327,44 +343,43 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         same = (column - key * p.groups) == _divided(head, p.real_heads // p.groups)
         r["place"][...] = jnp.where(same & (head < p.real_heads), key, FAR)
 
-    sequence, first, end, place, length, begin, last = tile(step)
-    del end
+    own, following = tile(step), tile(step + 1)  # the next tile is under way before this one is done
     slot = r["slot"][0]
+    after = lax.rem(slot + own.last - own.begin, 2)  # the slot of its first block
 
-    # The next tile is under way before this one is done.
-    next_sequence, next_first, *others, next_begin, next_last = tile(step + 1)
-    follows = next_last > next_begin
-    after = lax.rem(slot + last - begin, 2)  # the slot of its first block
-
-    @pl.when(follows)
+    @pl.when(following.sees)
     def _():
-        ask(step + 1, next_first).start()
+        ask(step + 1, following.first).start()
 
     def attend():
-        ask(step, first).wait()
+        ask(step, own.first).wait()
         query = r["queries"][lax.rem(step, 2)].reshape(rows, p.head_dim)
         token = _divided(lax.broadcasted_iota(jnp.int32, (rows, 1), 0), p.heads)
-        position = place + token - (first - jnp.minimum(first, p.tokens - t.tokens))  # of every row
+        position = own.place + token - (own.first - jnp.minimum(own.first, p.tokens - t.tokens))  # of every row
         kind = query.dtype
 
         def one(block, carry):
             top, total, acc = carry
-            here = lax.rem(slot + block - begin, 2)
+            here = lax.rem(slot + block - own.begin, 2)
 
-            more = block + 1 < last
+            more = block + 1 < own.last
 
-            @pl.when(more | follows)
+            @pl.when(more | following.sees)
             def _():
-                start(1 - here, jnp.where(more, sequence, next_sequence), jnp.where(more, block + 1, next_begin))
+                start(
+                    1 - here,
+                    jnp.where(more, own.sequence, following.sequence),
+                    jnp.where(more, block + 1, following.begin),
+                )
 
             for copy in copies(here):
                 copy.wait()
             page, offset, fresh = place_of(block)
             base = page * p.page_size + offset
 
-            @pl.when(base + t.keys > length)
+            @pl.when(base + t.keys > own.length)
             def _():  # what was never written may be NaN, and zero times NaN is NaN
-                known = lax.broadcasted_iota(jnp.int32, (columns, p.head_dim), 0) < (length - base) * p.groups
+                known = lax.broadcasted_iota(jnp.int32, (columns, p.head_dim), 0) < (own.length - base) * p.groups
                 values = r["values"][here].astype(f32)
                 r["values"][here] = jnp.where(known, values, 0.0).astype(p.key_dtype)
 
@@ -406,7 +421,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         if sunk:
             top = jnp.maximum(r["sinks"][...], FLOOR)
             total = jnp.exp2(r["sinks"][...] - top)
-        return lax.fori_loop(begin, last, one, (top, total, jnp.zeros((rows, p.head_dim), f32)))
+        return lax.fori_loop(own.begin, own.last, one, (top, total, jnp.zeros((rows, p.head_dim), f32)))
 
     def put(top, total, acc):
         empty = total == 0
@@ -422,13 +437,13 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
                 for copy in both:
                     copy.start()
 
-    @pl.when(last > begin)
+    @pl.when(own.sees)
     def _():
         put(*attend())
 
-    @pl.when(last <= begin)
+    @pl.when(~own.sees)
     def _():
-        pl.when(follows)(lambda: start(after, next_sequence, next_begin))
+        pl.when(following.sees)(lambda: start(after, following.sequence, following.begin))
         top, total = jnp.full((rows, 1), FLOOR, f32), jnp.zeros((rows, 1), f32)
         if sunk:
             top = jnp.maximum(r["sinks"][...], FLOOR)

@@ -15,15 +15,15 @@ CASES = {
         heads=(6, 2), tokens=3, keys=200, lengths=(200, 0), dim=64, window=70, cap=3.0, sinks=True,
         tiles=Tiles(64, 2, 2),
     ),
-    "wide, float16": case(heads=(2, 1), dim=256, tokens=2, keys=100, lengths=(90,), dtype="float16"),
-    "quantised": case(dim=64, keys=132, lengths=(130,), quantised=True, tiles=Tiles(64, 1, 1)),
+    "wide, float16": case(heads=(2, 1), dim=256, tokens=2, keys=104, lengths=(90,), dtype="float16"),
+    "quantised": case(dim=64, keys=136, lengths=(130,), quantised=True, tiles=Tiles(64, 1, 1)),
     "pages, mixed": case(
         counts=[1, 33, 0], lengths=(100, 33, 9), page=16, dim=64, heads=(4, 2), left_over=2, sinks=True,
         tiles=Tiles(64, 2, 2)
     ),
     "odd pages, window": case(counts=[1, 2], lengths=(100, 50), page=24, dim=64, window=40, tiles=Tiles(64, 2, 1)),
     "quantised pages": case(counts=[1, 1], lengths=(100, 70), page=32, dim=64, quantised=True, tiles=Tiles(64, 2, 1)),
-    "many heads": case(heads=(71, 1), dim=64, keys=70, lengths=(70,), tiles=Tiles(64, 1, 1)),
+    "many heads": case(heads=(71, 1), dim=64, keys=72, lengths=(70,), tiles=Tiles(64, 1, 1)),
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ REFUSED = {
     "a100": ("a100", shapes(), "compute capability 9.0 have, not 8.0 (a100)"),
     "float32": ("h100", shapes(dtype="float32"), "query must be bfloat16 or float16, got float32"),
     "head size": ("h100", shapes(dim=96), "the head size must be a multiple of 64, at most 256, got 96"),
-    "odd quantised cache": ("h100", shapes(keys=1001, cache="int8"), "length must be a multiple of 4 for int8"),
+    "odd cache": ("h100", shapes(keys=1001), "the cache's length must be a multiple of 8 for bfloat16, got 1001"),
 }
 
 

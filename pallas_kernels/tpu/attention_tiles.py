@@ -38,6 +38,55 @@ class Problem:
     mask_mod: Callable | None
     dropout_rate: float
 
+    @staticmethod
+    def of(
+        *,
+        query,
+        key,
+        value,
+        bias=None,
+        mask=None,
+        query_seq_lengths=None,
+        key_value_seq_lengths=None,
+        query_segment_ids=None,
+        prefix_lengths=None,
+        alibi_slopes=None,
+        scale=1.0,
+        is_causal=False,
+        local_window_size=None,
+        logits_soft_cap=None,
+        score_mod=None,
+        mask_mod=None,
+        dropout_rate=0.0,
+        **others,
+    ) -> "Problem":
+        """Of the arguments of `forward`; `others` (key segments, sinks, words of dropout) have no say."""
+        del others
+        band = Band.of(is_causal, local_window_size)
+        keys = key.shape[1]
+        if band.right is not None and prefix_lengths is None:  # keys past the last query's reach are never read
+            keys = max(min(keys, query.shape[1] + band.right), 1)
+        return Problem(
+            query_length=query.shape[1],
+            key_length=keys,
+            head_dim=round_up(query.shape[3], 16),
+            value_dim=round_up(value.shape[3], 16),
+            group=query.shape[2] // key.shape[2],
+            dtype=jnp.dtype(query.dtype).name,
+            band=band,
+            lengths=any(x is not None for x in (query_seq_lengths, key_value_seq_lengths, prefix_lengths)),
+            prefix=prefix_lengths is not None,
+            segments=query_segment_ids is not None,
+            bias=None if bias is None else _kind(bias),
+            mask=None if mask is None else _kind(mask),
+            alibi=alibi_slopes is not None,
+            scale=float(scale),
+            cap=None if logits_soft_cap is None else float(logits_soft_cap),
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            dropout_rate=float(dropout_rate),
+        )
+
     @property
     def scheduled(self) -> bool:
         return self.lengths or self.segments or self.mask is not None or self.mask_mod is not None
@@ -85,6 +134,11 @@ class Problem:
         }
 
 
+def _kind(x) -> str:
+    """Which of queries and keys a [.., T, S] operand varies over."""
+    return "queries" if x.shape[3] == 1 else "keys" if x.shape[2] == 1 else "tile"
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """`queries` and `keys` of a block, `span` keys held in VMEM; items of `sub` queries, `strip` on the diagonal.
@@ -127,7 +181,8 @@ class Tiles:
             tiles = Tiles(
                 *(queries, keys, 0, sub, strip, 512 if backward else 256),
                 lag=int(wide and backward),
-                bounded=int(not backward and problem.bounded),
+                # With few keys there is little to gain, and the largest weight is exactly 1 only below a maximum.
+                bounded=int(not backward and problem.bounded and problem.key_length >= 512),
             ).spanning(problem, backward)
             # A short span reloads the queries too often: give up queries first.
             fits = tiles.fits(problem, backward)

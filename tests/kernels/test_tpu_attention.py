@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import chips, random
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.attention import Tiles
+from pallas_kernels.tpu.attention_tiles import Problem
 from tests.compare import no_worse
 
 SMALL = Tiles(queries=128, keys=128, span=1024, sub=128, strip=128)
@@ -48,7 +49,7 @@ CASES = {
     "full-float32": case(129, 1000, dtype="float32", dim=80),
     "causal-127": case(127, 127, causal=True, heads=(4, 2), dim=64),
     "causal-129": case(129, 129, causal=True, dtype="float32"),
-    "causal-1000": case(1000, 1000, causal=True, dim=32),
+    "causal-1000": case(1000, 1000, causal=True, dim=32, heads=(1, 1)),
     "causal-strips": case(1000, 1000, causal=True, tiles=STRIPS, heads=(1, 1), cap=2.0),
     "causal-more-keys": case(129, 1000, causal=True),
     "causal-fewer-keys": case(300, 128, causal=True, tiles=SMALL),
@@ -56,7 +57,6 @@ CASES = {
     "window": case(400, 300, window=(40, 17), tiles=SMALL, heads=(1, 1)),
     "window-left-sinks": case(260, 260, causal=True, window=(130, None), sinks=True, tiles=SMALL),
     "lengths": case(260, 260, lengths=True, batch=3, heads=(1, 1), tiles=SMALL),
-    "segments": case(260, 260, segments=3, causal=True, tiles=SMALL),
     "cap-mask-queries": case(130, 140, cap=3.0, mask=(1, 2, 130, 1), dtype="float32"),
     "bias-mask": case(130, 260, bias=(1, 2, 130, 260), mask=(2, 1, 130, 260), batch=2, dtype="float32", tiles=SMALL),
     "bias-mask-keys": case(260, 260, bias=(1, 2, 1, 260), mask=(2, 1, 1, 260), batch=2, causal=True, tiles=SMALL),
@@ -64,21 +64,18 @@ CASES = {
                 lengths=True, segments=2, sinks=True, cap=4.0, batch=2, tiles=SMALL),
     "prefix": case(300, 260, prefix=True, causal=True, window=(60, None), batch=2, heads=(1, 1), tiles=SMALL),
     "alibi": case(260, 300, alibi=True, cap=5.0, heads=(2, 2), tiles=SMALL),
-    "score-mod": case(200, 260, score=(quadratic, slope_of_quadratic), causal=True, batch=2, heads=(2, 2),
-                      tiles=SMALL, dtype="float32"),
-    "score-mod-bias": case(130, 140, score=(quadratic, slope_of_quadratic), cap=3.0, bias=(1, 1, 130, 140)),
+    "score-mod-bias": case(130, 140, score=(quadratic, slope_of_quadratic), cap=3.0, bias=(1, 1, 130, 140), batch=2,
+                           heads=(2, 2), causal=True),
     "mask-mod": case(300, 390, mask_mod=chequered, heads=(2, 2), tiles=SMALL),
     "mask-mod-causal": case(500, 500, mask_mod=beginning_and_near, causal=True, heads=(1, 1), tiles=SMALL),
-    "dropout": case(260, 300, dropout=0.3, batch=2, causal=True, tiles=SMALL),
-    "value-size": case(129, 200, dim=24, value_dim=40, heads=(4, 2), dropout=0.1, dtype="float32"),
+    "value-size-dropout": case(129, 200, dim=24, value_dim=40, dropout=0.1, batch=2, causal=True, dtype="float32"),
     "value-size-spans": case(130, 300, dim=40, value_dim=8, tiles=SPANS, segments=2),
     # the square on the diagonal under a schedule: only causal, cut, or unseen
-    "strips-segments": case(500, 500, segments=2, causal=True, tiles=STRIPS, heads=(1, 1)),
+    "strips-segments": case(500, 500, segments=3, causal=True, tiles=STRIPS, heads=(1, 1)),
     "strips-lengths": case(390, 390, lengths=True, batch=3, causal=True, heads=(1, 1), tiles=BOUNDED),
-    "strips-window": case(390, 390, causal=True, window=(270, None), tiles=BOUNDED, heads=(1, 1)),
+    "strips-window": case(390, 390, causal=True, window=(255, None), tiles=BOUNDED, heads=(1, 1)),
     # without a running maximum, and where that would not do
     "bounded": case(390, 390, causal=True, tiles=BOUNDED, sinks=True),
-    "bounded-mask": case(130, 260, tiles=BOUNDED, mask=(1, 1, 130, 260), dtype="float32"),
     "unbounded": case(390, 390, causal=True, tiles=BOUNDED, large=60),
     "unbounded-segments": case(300, 300, causal=True, tiles=BOUNDED, large=60, segments=2, heads=(1, 1)),
     # the keys cut into spans
@@ -236,7 +233,7 @@ def unfused(x, dout, options, c):
         out, pull, lse = jax.vjp(plain, t, has_aux=True)
         return (out, lse), pull(dout)[0]
 
-    return jax.jit(both)({n: x[n] for n in GRADS if n in x}, dout)
+    return jax.jit(both, compiler_options=QUICK)({n: x[n] for n in GRADS if n in x}, dout)
 
 
 def run(x, dout, options, tiles):
@@ -290,7 +287,7 @@ def test_vmap_is_a_batch(monkeypatch):
 def test_default_tiles_divide(chip, length):
     for dtype, dim, causal in (("bfloat16", 64, True), ("bfloat16", 128, False), ("float32", 256, True)):
         q = jax.ShapeDtypeStruct((1, length, 2, dim), dtype)
-        problem = attention._problem(query=q, key=q, value=q, scale=1.0, is_causal=causal)
+        problem = Problem.of(query=q, key=q, value=q, scale=1.0, is_causal=causal)
         with chips.target(chips.named(chip)):
             assert attention.unsupported(query=q, key=q, value=q, scale=1.0, is_causal=causal) is None
             for backward in (False, True):

@@ -171,6 +171,7 @@ def forward(problem: Problem):
             carry = _row(LOWEST if sink is None else sink), _row(0.0 if sink is None else 1.0)
             top, total = go_through(own.sections(mine.first, ROWS), step, None, carry)
             pl.when(own.steps > 0)(lambda: plgpu.barrier_wait(refs.out_ready.at[group]))
+            plgpu.barrier_wait(refs.query_ready)  # also where there was nothing to do, a copy may be under way
 
             lse = (top + jnp.log2(total)) * LN2
             inverse = jnp.where(total > 0, 1 / (total * problem.kept_rate), 0.0)
@@ -436,6 +437,7 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
 
             lax.fori_loop(0, heads, per_member, jnp.int32(0))
             pl.when(steps > 0)(lambda: plgpu.barrier_wait(refs.used))
+            plgpu.barrier_wait(refs.rows_ready)  # also where there was nothing to do, a copy may be under way
             for number, name in enumerate(wanted):
 
                 @pl.when(half == number)
@@ -577,6 +579,7 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
 
             go_through(walk.sections(first, ROWS), step, None, None)
             pl.when(walk.steps > 0)(lambda: plgpu.barrier_wait(refs.used))
+            plgpu.barrier_wait(refs.rows_ready)  # also where there was nothing to do, a copy may be under way
             if dense:
                 return
 

@@ -111,7 +111,7 @@ def forward(problem: Problem):
     """
     B, T, S, N, K, H, V = problem.shape
     keys, dtype, groups = problem.tiles.keys, problem.dtype, 2 if max(H, V) <= 128 else 1
-    block_rows = groups * ROWS
+    block_rows, width = groups * ROWS, 128 if V % 128 == 0 else 64  # of what is rescaled at a time, in registers
     stages, query_tiles = min(problem.tiles.stages, pl.cdiv(S, keys)), pl.cdiv(T, block_rows)
     inputs = problem.operands | problem.schedule(block_rows, keys)
     ragged = S % keys != 0 or "key_lengths" in inputs
@@ -159,7 +159,9 @@ def forward(problem: Problem):
                 @pl.when(n > own.start)
                 def _():
                     plgpu.barrier_wait(refs.out_ready.at[group])
-                    plgpu.async_store_tmem(out, _load(out) * down(alpha, (ROWS, V)))
+                    for start in range(0, V, width):
+                        piece = out.at[:, pl.ds(start, width)]
+                        plgpu.async_store_tmem(piece, _load(piece) * down(alpha, (ROWS, width)))
 
                 plgpu.async_store_tmem(_part(refs.weights, group, keys), p)
                 plgpu.commit_tmem()

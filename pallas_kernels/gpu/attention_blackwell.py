@@ -183,7 +183,7 @@ def forward(problem: Problem):
                 inside = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=NATIVE.reduce(1)) < query_end - mine.first
                 inverse = jnp.where(inside, inverse, 0.0)
                 lse = jnp.where(inside, lse, jnp.inf if sink is None else sink * LN2)
-            tile = refs.query_tile.at[group] if V <= H else refs.out_tile.at[group]
+            tile = refs.query_tile.at[group] if V == H else refs.out_tile.at[group]
             for start in range(0, V, 64):
                 acc = _load(refs.out_acc.at[:, pl.ds(group * V + start, 64)])
                 # Where nothing was added, tensor memory holds anything.
@@ -192,7 +192,7 @@ def forward(problem: Problem):
             plgpu.store(refs.lse_tile.at[group], lse, optimized=False)
             plgpu.commit_smem()
             rows = pl.ds(mine.first, ROWS)
-            plgpu.copy_smem_to_gmem(tile.at[:, pl.ds(0, V)], refs.out.at[batch, rows, head])
+            plgpu.copy_smem_to_gmem(tile, refs.out.at[batch, rows, head])
             plgpu.copy_smem_to_gmem(refs.lse_tile.at[group], refs.lse.at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
@@ -259,7 +259,7 @@ def forward(problem: Problem):
 
         return compute, fetch, issue
 
-    out_tile = {"out_tile": _smem(dtype, groups, ROWS, V)} if H < V else {}  # else it leaves through the query's
+    out_tile = {"out_tile": _smem(dtype, groups, ROWS, V)} if H != V else {}  # else it leaves through the query's
     result = _launch(
         kernel,
         "attention_forward",

@@ -7,7 +7,7 @@ Both are elementwise. `score` is floating; the positions are int32 and broadcast
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,8 +18,21 @@ from jax.interpreters import partial_eval
 
 TILE = (2, 3)  # queries × keys of the tile on which a modifier is tried
 _POSITIONS = ("batch", "head", "query", "key")
-# What mixes elements of an array: a modifier that does so means something else in every tile.
-_MIXING = ("reduce_", "cum", "argm", "dot_general", "conv_general", "sort", "top_k", "rev", "random_", "threefry")
+# What mixes elements of an array, or makes them anew: it would mean something else in every tile.
+_MIXING = (
+    "argm",
+    "concat",
+    "conv_general",
+    "cum",
+    "dot_",
+    "pad",
+    "random_",
+    "reduce_",
+    "rev",
+    "sort",
+    "threefry",
+    "top_k",
+)
 
 
 def _arguments(scored: bool) -> list[jax.ShapeDtypeStruct]:
@@ -33,25 +46,24 @@ def traced(function: Callable, *, scored: bool) -> core.ClosedJaxpr:
     return jax.make_jaxpr(function)(*_arguments(scored))
 
 
-def result(program: core.ClosedJaxpr) -> tuple[tuple[int, ...], Any]:
-    """(shape, dtype) of what a modifier returns for a `TILE`."""
-    (x,) = program.out_avals
-    return x.shape, x.dtype
-
-
 def mixing(program: core.ClosedJaxpr) -> str | None:
     """What in the program of a modifier is not elementwise, or None."""
-    for equation in _equations(program.jaxpr):
-        if equation.primitive.name.startswith(_MIXING):
-            return equation.primitive.name
+    depends = set(program.jaxpr.invars)  # what is made of constants alone may be made in any way
+    for equation in program.jaxpr.eqns:
+        if any(not isinstance(x, core.Literal) and x in depends for x in equation.invars):
+            depends.update(equation.outvars)
+            for one in (equation, *_equations(list(equation.params.values()))):
+                name = one.primitive.name
+                if name.startswith(_MIXING) and name != "reduce_precision":
+                    return name
     return None
 
 
 def captured(program: core.ClosedJaxpr) -> list[Any]:
-    """The arrays (not scalars), concrete or traced, and the traced scalars that a modifier took from around it."""
-    literals = [x.val for e in _equations(program.jaxpr) for x in e.invars if isinstance(x, core.Literal)]
-    found = [*program.consts, *literals]
-    return [x for x in found if np.ndim(x) or isinstance(x, jax.core.Tracer)]
+    """The arrays, concrete or traced, that a modifier took from around it; Python and NumPy numbers are none."""
+    literals = [x.val for e in _equations(program) for x in e.invars if isinstance(x, core.Literal)]
+    found = [*literals, *(x for inner in _programs(program) for x in getattr(inner, "consts", ()))]
+    return [x for x in found if np.ndim(x) or isinstance(x, jax.Array)]
 
 
 def no_kernel(score_mod: Callable | None, mask_mod: Callable | None) -> str | None:
@@ -108,12 +120,17 @@ def count_seen(
     return np.asarray(counts).reshape(batch, heads, row_blocks, column_blocks)
 
 
-def _equations(jaxpr: Any):
-    """Those of the program and of the programs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if isinstance(inner, core.Jaxpr):
-                    yield from _equations(inner)
+def _programs(value: Any) -> Iterator[Any]:
+    """A program, and every one inside it or anywhere in a list."""
+    if isinstance(value, tuple | list):
+        for one in value:
+            yield from _programs(one)
+    elif isinstance(jaxpr := getattr(value, "jaxpr", value), core.Jaxpr):
+        yield value
+        for equation in jaxpr.eqns:
+            yield from _programs(list(equation.params.values()))
+
+
+def _equations(value: Any) -> Iterator[Any]:
+    for program in _programs(value):
+        yield from getattr(program, "jaxpr", program).eqns

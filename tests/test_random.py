@@ -68,7 +68,7 @@ def test_another_key_is_another_mask():
 def test_tiles_rows_and_types_change_nothing():
     words = words_of(2)
     whole = mask_of(words, 0.3)
-    for rows, columns in ((64, 128), (100, 333)):
+    for rows, columns in ((100, 333),):
         for r in range(0, QUERIES, rows):
             for c in range(0, KEYS, columns):
                 tile = mask_of(words[..., r : r + rows], 0.3, jnp.arange(c, min(c + columns, KEYS)))

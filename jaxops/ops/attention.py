@@ -24,9 +24,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from jaxops import dropout
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
-from jaxops.reference.attention import FLOOR
+from jaxops.reference.attention import FLOOR, query_tile
 from jaxops.reference.attention import dot_product_attention as reference
 from pallas_kernels import gpu, modifiers, random, tpu
 from pallas_kernels.masks import Band, Blocks
@@ -189,11 +190,14 @@ class _Call:
         """`carry = f(j, carry, masked=…)` for every key tile j that query tile i sees any of, unmasked if all of it."""
         row, columns = i * self.rows, self.columns
         if self.schedule is not None:
-            count, order = (jnp.asarray(x)[i] for x in self.schedule)
-            whole, end = count[0], count[0] + count[1]
-            for start, stop, masked in ((0, whole, False), (whole, end, True)):
-                if not self._none_are(masked):
-                    carry = _loop(start, stop, lambda k, c, masked=masked: f(order[k], c, masked=masked), carry)
+            count, order = self.schedule
+            known = isinstance(count, np.ndarray)
+            places = jnp.asarray(order)[i]
+            whole, end = jnp.asarray(count)[i, 0], jnp.asarray(count)[i].sum()
+            for kind, start, stop in ((0, 0, whole), (1, whole, end)):
+                if not known or count[:, kind].any():  # else no tile of any query is of this kind
+                    step = lambda k, carry, masked=bool(kind): f(places[k], carry, masked=masked)
+                    carry = _loop(start, stop, step, carry)
             return carry
         first, end = self.band.touched(row, self.rows, self.keys)
         whole, whole_end = self.band.whole(row, self.rows, self.keys)
@@ -218,11 +222,6 @@ class _Call:
     def masked(self) -> bool:
         """Whether more than the band and lengths says which keys are seen."""
         return any(x is not None for x in (self.mask, self.query_segments, self.prefix, self.mask_mod))
-
-    def _none_are(self, masked: bool) -> bool:
-        """Whether it is known of all tiles that none has to be masked, or that all have to."""
-        count = self.schedule[0]
-        return isinstance(count, np.ndarray) and not count[:, int(masked)].any()
 
     def corner(self, x: jax.Array, i, j) -> tuple:
         """Where tile (i, j) starts in an array [B or 1, K or 1, G or 1, T or 1, S or 1]."""
@@ -296,8 +295,8 @@ class _Call:
         return (
             batch[:, None, None, None, None],
             head[None],
-            row.reshape(1, 1, 1, 1, -1),
-            column[:, None, None][None, None],
+            row.reshape(1, 1, 1, 1, -1).astype(jnp.int32),
+            column[None, None, :, None, None].astype(jnp.int32),
         )
 
     def inside(self, row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -328,7 +327,7 @@ class _Call:
         if self.words is None:
             return x
         words = lax.dynamic_slice_in_dim(self.words, i * self.rows, self.rows, axis=5)
-        return jnp.where(random.kept(*words, self.positions(i, j)[3], self.dropout_rate), x, 0)
+        return jnp.where(random.kept(words[0], words[1], self.positions(i, j)[3], self.dropout_rate), x, 0)
 
 
 def _in_memory(x: jax.Array) -> jax.Array:
@@ -446,6 +445,7 @@ def _backward(
         dout, lse = jnp.where(seen[..., None], dout, 0), jnp.where(seen, lse, jnp.inf)
     delta = jnp.sum(dout.astype(wide) * out.astype(wide), axis=-1)
 
+    whole = call.keys <= call.columns  # a row is in one tile
     by_rows = [call.by_rows(x) for x in (query, dout, delta[..., None])] + [call.by_rows(lse[..., None], jnp.inf)]
 
     def attend(i, carry):
@@ -458,9 +458,15 @@ def _backward(
             key, value = call.key_tile(keys, j), call.key_tile(values, j)
             s, factor, (slope, cap_slope) = call.logits(_dot("bksh,bkhgt->bksgt", key, query), i, j, masked)
             p = jnp.exp(s * factor - lse)
+            if whole:  # the rounding of lse, by which p would not sum to 1, need not be seen
+                total = jnp.sum(p, axis=2, keepdims=True)
+                if sinks is not None:
+                    total = total + jnp.exp(sinks.astype(wide).reshape(call.groups, 1, -1, 1) - lse)
+                p = p / jnp.where(total == 0, 1, total)
             dvalue = _add_at(dvalue, j, _dot("bksgt,bkgth->bksh", call.kept(p, i, j).astype(dout.dtype), dout_rows))
-            dp = call.kept(_dot("bksh,bkhgt->bksgt", value, dout), i, j)
-            ds = p * ((dp if dropout_rate == 0 else dp * weight) - delta)
+            dp = call.kept(_dot("bksh,bkhgt->bksgt", value, dout), i, j) * weight
+            # A row of one large weight has dp ≈ delta: nor need the rounding of out be seen.
+            ds = p * (dp - (jnp.sum(p * dp, axis=2, keepdims=True) if whole else delta))
             if slope is not None:
                 ds = ds * slope
             if dbias is not None:
@@ -482,7 +488,7 @@ def _backward(
     gradients = {
         "query": call.from_rows(dquery),
         "key": from_tiles(dkey.swapaxes(2, 3), 1, call.keys).astype(key.dtype),
-        "value": from_tiles(dvalue.swapaxes(2, 3) * weight, 1, call.keys).astype(value.dtype),
+        "value": (from_tiles(dvalue.swapaxes(2, 3), 1, call.keys) * weight).astype(value.dtype),
     }
     if bias is not None:
         dbias = dbias.reshape(*bias.shape[:2], *dbias.shape[3:])[:, :, : bias.shape[2], : bias.shape[3]]
@@ -496,11 +502,44 @@ def _add_at(x: jax.Array, j, update: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(x, _at(x, j) + update, j, 0, allow_negative_indices=False)
 
 
-def _cost(query, key, value, *, is_causal, local_window_size, **_):
-    """Two products forward, five backward, over the pairs in the band; masks and lengths are not known."""
+def _cost(query, key, value, *, is_causal, local_window_size, mask_mod=None, prefix_lengths=None, **_):
+    """Two products forward, five backward, over the pairs that the band and `mask_mod` leave; the rest is not known."""
     batch, queries, heads, size = query.shape
-    product = 2 * batch * heads * Band.of(is_causal, local_window_size).pairs(queries, key.shape[1])
-    return product * (size + value.shape[3]), product * (3 * size + 2 * value.shape[3])
+    keys, band = key.shape[1], Band.of(is_causal, local_window_size)
+    if mask_mod is None:
+        pairs = batch * heads * band.pairs(queries, keys)
+    else:
+        within = band if prefix_lengths is None else Band()
+        count = modifiers.count_seen(mask_mod, within, (batch, heads, queries, keys), _MOST_SIDE, _MOST_SIDE)
+        pairs = batch * heads // math.prod(count.shape[:2]) * int(count.sum(dtype=np.int64))
+    return 2 * pairs * (size + value.shape[3]), 2 * pairs * (3 * size + 2 * value.shape[3])
+
+
+def _note(phase, tile, query, key, value, *, is_causal, local_window_size, mask_mod=None, **others):
+    """How many tiles the schedule leaves, where there is one; what the gradient of a bias and higher orders hold."""
+    batch, queries, heads, _ = query.shape
+    keys = key.shape[1]
+    if phase == "tangent":
+        rows = min(queries, query_tile(keys))
+        return f"by its definition, {rows} queries at a time: {4e-6 * batch * heads * rows * keys:.1f} MB of logits"
+    looked_at = [
+        name
+        for name in ("mask", "query_segment_ids", "prefix_lengths", "query_seq_lengths", "key_value_seq_lengths")
+        if others.get(name) is not None
+    ]
+    texts = []
+    if mask_mod is not None or looked_at:
+        rows, columns = tile or _tile_sizes(queries, keys, batch * heads)
+        band, shape = Band.of(is_causal, local_window_size), (batch, heads, queries, keys)
+        blocks = Blocks.of(shape, rows, columns, band, mask_mod=mask_mod)
+        visited, masked = int(blocks.touched.sum()), int((blocks.touched & ~blocks.whole).sum())
+        unknown = f"without {', '.join(looked_at)}, " if looked_at else ""
+        total = blocks.touched.size
+        texts.append(f"{unknown}visits {visited} of {total} tiles of {rows} × {columns} and masks {masked}")
+    if phase == "backward" and tile is not None and others.get("bias") is not None:
+        size = f"{4e-6 * batch * heads * queries * keys:.1f} MB"
+        texts.append(f"the gradient of bias is made for every batch, head, query and key, {size}, then summed")
+    return "; ".join(texts) or None
 
 
 _OPERATOR = Operator(
@@ -512,6 +551,7 @@ _OPERATOR = Operator(
     gpu=gpu.attention,
     partition=lambda query: (query, PartitionSpec(query[0], query[2], query[1])),  # out [B, T, N, H], lse [B, N, T]
     cost=_cost,
+    note=_note,
 )
 
 
@@ -578,8 +618,8 @@ def dot_product_attention(
         same pairs on every chip, under every transform and sharding.
 
     Returns:
-      out [B, T, N, V] or [T, N, V] of the query's dtype; with `return_residual`, (out, lse): lse is [B, T, N] or [T, N] in the key's
-      dtype, constant to derivatives, and JAX's large negative number where nothing is seen.
+      out [B, T, N, V] or [T, N, V] of the query's dtype; with `return_residual`, (out, lse): lse is [B, T, N] or
+      [T, N] in the key's dtype, constant to derivatives, and JAX's large negative number where nothing is seen.
 
     Raises:
       ValueError: shapes, lengths, windows, the cap or the rate do not fit, a mask or bias could be meant in two ways, a
@@ -644,9 +684,9 @@ def dot_product_attention(
     for name, modifier in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if modifier is not None:
             more[name] = _modifier(name, modifier)
-    if dropout_rate := _rate(dropout_rate):
-        more["dropout_rate"] = dropout_rate
-        operands["dropout_rows"] = _rows(dropout_key, dropout_rate, batch, heads, queries)
+    if rate := dropout.rate_of(_NAME, dropout_rate):
+        more["dropout_rate"] = rate
+        operands["dropout_rows"] = dropout.rows_of(_NAME, dropout_key, rate, batch, heads, queries)
     out, lse = _OPERATOR(
         operands,
         implementation=implementation,
@@ -662,21 +702,6 @@ def dot_product_attention(
     lse = jnp.where(lse == jnp.inf, -0.7 * float(jnp.finfo(jnp.float32).max), lse)
     lse = lse.transpose(0, 2, 1).reshape(shape[:-1]).astype(key.dtype)
     return out, lax.stop_gradient(lse)
-
-
-def dropout_rows(key: jax.Array, batch: int, heads: int, queries: int) -> jax.Array:
-    """The words that decide what `dropout_key=key` drops, uint32 [batch, heads, 2, queries]: the key for `shard_map`.
-
-    Inside `jax.shard_map` every device sees a part of the queries and would use a key as if it were the whole. Make the
-    words of the whole outside, cut them like the queries (batch, heads and queries are axes 0, 1 and 3), and give each
-    part as `dropout_key`: then the mesh changes nothing.
-
-    Raises `TypeError` or `ValueError` if `key` is not one key of `jax.random`.
-    """
-    data = _key_data(key)
-    if data is None:
-        raise TypeError(f"dropout_rows: key must be one key of jax.random, got {_described(key)}")
-    return random.row_words(data, batch, heads, queries)
 
 
 _SWAPPED = "; BTNH is expected, this looks like BNTH: swap axes 1 and 2 of query, key and value"
@@ -739,10 +764,12 @@ def _modifier(name: str, function: Any) -> Callable:
     except ValueError:  # a function without a signature
         pass
     program = modifiers.traced(function, scored=scored)
-    (shape, dtype), want = modifiers.result(program), jnp.float32 if scored else jnp.bool_
-    if dtype != want:
-        raise TypeError(f"{_NAME}: {name} must return {jnp.dtype(want)}{' as score is' * scored}, got {dtype}")
-    if (shape != modifiers.TILE) if scored else (np.broadcast_shapes(shape, modifiers.TILE) != modifiers.TILE):
+    returned, want = program.out_avals, jnp.dtype(jnp.float32 if scored else jnp.bool_)
+    if len(returned) != 1 or returned[0].dtype != want:
+        got = ", ".join(str(x.dtype) for x in returned) or "nothing"
+        raise TypeError(f"{_NAME}: {name} must return one array of {want}, got {got}")
+    shape = returned[0].shape
+    if shape != modifiers.TILE if scored else not _fits(shape, modifiers.TILE):
         raise ValueError(
             f"{_NAME}: {name} must keep the shape of {'score' if scored else 'its positions'}, {modifiers.TILE} in a "
             f"trial, got {shape}"
@@ -755,39 +782,8 @@ def _modifier(name: str, function: Any) -> Callable:
     return function
 
 
-def _rate(rate: Any) -> float:
-    rate = checks.number(_NAME, "dropout_rate", rate)
-    if rate >= 1:
-        raise ValueError(f"{_NAME}: dropout_rate must be below 1, got {rate}")
-    return rate
-
-
-def _rows(key: Any, rate: float, batch: int, heads: int, queries: int) -> jax.Array:
-    """The words of `dropout_key`, uint32 [batch, heads, 2, queries]."""
-    if key is None:
-        raise ValueError(f"{_NAME}: dropout_key must be given, as dropout_rate is {rate}, got None")
-    data = _key_data(key)
-    if data is not None:
-        return random.row_words(data, batch, heads, queries)
-    shape = (batch, heads, 2, queries)
-    if getattr(key, "dtype", None) != jnp.uint32 or key.shape != shape:
-        raise TypeError(
-            f"{_NAME}: dropout_key must be one key of jax.random or jaxops.dropout_rows of shape {shape}, got "
-            f"{_described(key)}"
-        )
-    return jnp.asarray(key)
-
-
-def _key_data(key: Any) -> jax.Array | None:
-    """The words of a key of `jax.random`, old or new, or None if it is not one key."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
-        return jax.random.key_data(key)
-    return jnp.asarray(key) if dtype == jnp.uint32 and shape in ((2,), (4,)) else None
-
-
-def _described(x: Any) -> str:
-    return f"{x.dtype} of shape {x.shape}" if hasattr(x, "dtype") else type(x).__name__
+def _fits(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False))
 
 
 def _integers(name: str, x: ArrayLike | None, shape: tuple[int, ...], of: str) -> jax.Array | None:

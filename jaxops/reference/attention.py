@@ -16,6 +16,11 @@ FLOOR = -1e30
 _LOGITS = 1 << 20
 
 
+def query_tile(keys: int) -> int:
+    """How many queries the definition takes at once."""
+    return max(1, _LOGITS // max(keys, 1))
+
+
 def dot_product_attention(
     query: jax.Array,
     key: jax.Array,
@@ -116,7 +121,7 @@ def dot_product_attention(
         lse = jnp.where(empty, jnp.inf, top + jnp.log(total))[..., 0]
         return out.reshape(batch, rows, heads, value.shape[3]).astype(query.dtype), lse
 
-    tile = max(1, _LOGITS // max(keys, 1))
+    tile = query_tile(keys)
     if length <= tile:
         return attend(jnp.arange(length), query, bias, mask, query_segment_ids, dropout_rows)
 

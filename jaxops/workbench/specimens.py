@@ -20,12 +20,18 @@ SIZES = (1, 2, 3, 7, 8, 16, 31, 64, 127, 128, 129, 160, 255, 256, 257, 300, 511,
 DTYPES = ("float32", "bfloat16")
 # What `jaxops verify` takes where no operands are given, in words; no size divides a tile.
 USUAL: dict[str, tuple[str, str]] = {
+    "decode_attention": ("query=3x2x4x128 key=3x304x2x128 value=3x304x2x128 lengths=3:int32<305", ""),
     "dot_product_attention": ("query=2x70x3x32 key=2x130x1x32 value=2x130x1x32", "is_causal=True"),
     "gated_linear_unit": ("x=30x65 w_gate=65x129 w_up=65x129", ""),
     "gelu": ("x=30x129", ""),
     "layer_norm": ("x=40x129 scale=129 bias=129", ""),
     "linear_cross_entropy": ("x=33x65 weight=65x300 labels=33:int32<300 bias=300", "reduction=none"),
     "matmul": ("x=30x65 w=65x129 bias=129", ""),
+    "paged_attention": (
+        "query=9x4x128 key_pages=9x32x2x128 value_pages=9x32x2x128 page_table=3x3:int32<9 lengths=3:int32<97"
+        " query_starts=4:int32<10",
+        "",
+    ),
     "relu": ("x=30x129", ""),
     "rms_norm": ("x=40x129 scale=129", ""),
     "rope": ("x=2x40x3x32 positions=40:int32<1000", ""),
@@ -61,6 +67,16 @@ def of(shape: Sequence[int], dtype: Any, below: int) -> Operand:
     if jnp.issubdtype(dtype, jnp.floating):
         return normal(shape, str(dtype))
     return booleans(shape) if dtype == jnp.bool_ else dataclasses.replace(integers(below, shape), dtype=str(dtype))
+
+
+def rising(most: int, count: int) -> Operand:
+    """`count` integers that rise from 0 to `most`: where the sequences of a ragged batch start."""
+    return Operand((count,), "int32", f"np.sort(np.append([0, {most}], random.integers(0, {most + 1}, {count - 2})))")
+
+
+def named(name: str, shape: Sequence[int], dtype: Any, below: int) -> Operand:
+    """`of`, but for an operand that has to rise, up to `below` - 1."""
+    return rising(below - 1, shape[0]) if name == "query_starts" else of(shape, dtype, below)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +192,7 @@ def resized(specimen: Specimen, sizes: Mapping[int, int]) -> Specimen:
 def _attention(c: _Chance) -> tuple[dict, dict]:
     dtype = c.of(*DTYPES, "float16")
     batch, groups, per_group, size = c.of(1, 2), c.of(1, 2), c.of(1, 2, 3), c.of(16, 64, 32, 80, 128)
-    queries, keys = c.size(), c.size()
+    queries, keys, value_size = c.size(), c.size(), c.of(size, 16, 48)
     heads, logits = groups * per_group, (batch, groups * per_group, queries, keys)
     over_logits = lambda: tuple(c.of(1, full) for full in logits)
     lengths = c.of(False, True)
@@ -187,7 +203,7 @@ def _attention(c: _Chance) -> tuple[dict, dict]:
     operands = {
         "query": normal((batch, queries, heads, size), dtype),
         "key": normal((batch, keys, groups, size), dtype),
-        "value": normal((batch, keys, groups, size), dtype),
+        "value": normal((batch, keys, groups, value_size), dtype),
         "bias": normal(over_logits(), c.of(dtype, "float32")) if c.of(False, True) else None,
         "mask": booleans(over_logits()) if c.of(False, True) else None,
         "query_seq_lengths": integers(queries + 1, (batch,)) if lengths else None,
@@ -195,11 +211,72 @@ def _attention(c: _Chance) -> tuple[dict, dict]:
         "query_segment_ids": ids(queries) if segments else None,
         "key_value_segment_ids": ids(keys) if segments else None,
         "sinks": normal((heads,), "float32") if c.of(False, True) else None,
+        "prefix_lengths": integers(keys + 1, (batch,)) if c.of(False, True) else None,
+        "alibi_slopes": Operand((heads,), "float32", f"0.5 ** np.arange({heads})") if c.of(False, True) else None,
     }
     options: dict[str, Any] = {"is_causal": c.of(False, True)}
     window = c.of(None, (7, None), (40, 17), 5, (None, 100))
     if window is not None:
         options["local_window_size"] = window
+    if c.of(False, True):
+        options["logits_soft_cap"] = 3.0
+    if c.of(False, True):
+        options["return_residual"] = True
+    if c.of(False, True):
+        options["score_mod"] = c.of(
+            "lambda score, batch, head, query, key: score * (0.5 + head) + 0.01 * (query - key)",
+            "lambda score, batch, head, query, key: 3 * score / (2 + abs(score)) - 0.1 * batch",
+        )
+    if c.of(False, True):
+        options["mask_mod"] = c.of(
+            "lambda batch, head, query, key: (query - key) % 3 == 0",
+            "lambda batch, head, query, key: (query // 64 + key // 64 + head) % 2 == batch",
+            "lambda batch, head, query, key: key < 100",
+        )
+    if c.of(False, True):
+        options["dropout_rate"] = c.of(0.1, 0.75)
+        operands["dropout_key"] = Operand((2,), "uint32", "random.integers(0, 2**32, (2,))")
+    return operands, options
+
+
+def _decode(c: _Chance) -> tuple[dict, dict]:
+    batch, keys, tokens = c.of(1, 3), c.size(), c.of(1, 2, 5)
+    leading = (batch, tokens) if tokens > 1 else (batch,)
+    operands, options = _cached(c, leading, (batch, keys), ("key", "value"))
+    operands["lengths"] = integers(keys + 1, (batch,))
+    return operands, options
+
+
+def _paged(c: _Chance) -> tuple[dict, dict]:
+    sequences, page_size, most, tokens = c.of(1, 3), c.of(16, 1, 7, 32, 64), c.of(1, 2, 5), c.of(1, 3, 20, 40)
+    pages = sequences * most + 1
+    operands, options = _cached(c, (tokens,), (pages, page_size), ("key_pages", "value_pages"))
+    operands |= {
+        "page_table": integers(pages, (sequences, most)),
+        "lengths": integers(page_size * most + 1, (sequences,)),
+        "query_starts": rising(tokens, sequences + 1),
+    }
+    return operands, options
+
+
+def _cached(c: _Chance, leading: tuple, cache: tuple, names: tuple[str, str]) -> tuple[dict, dict]:
+    """Queries of shape [*leading, N, H] and caches [*cache, K, H], perhaps quantised; what both operators share."""
+    dtype, groups, per_group, size = c.of(*DTYPES, "float16"), c.of(2, 1, 8), c.of(1, 2, 3), c.of(128, 16, 64, 80)
+    quantised = c.of(False, True)
+    shape, heads = (*cache, groups, size), groups * per_group
+    operands = {"query": normal((*leading, heads, size), dtype)}
+    for name in names:
+        whole = Operand(shape, "int8", f"random.integers(-4, 5, {shape})")
+        operands[name] = whole if quantised else normal(shape, dtype)
+    if quantised:
+        scales = (cache[0], groups, cache[1])
+        for name in ("key_scales", "value_scales"):
+            operands[name] = Operand(scales, "float32", f"random.uniform(0.2, 0.6, {scales})")
+    if c.of(False, True):
+        operands["sinks"] = normal((heads,), "float32")
+    options: dict[str, Any] = {}
+    if c.of(False, True):
+        options["local_window_size"] = c.of(20, 0)
     if c.of(False, True):
         options["logits_soft_cap"] = 3.0
     if c.of(False, True):
@@ -288,12 +365,14 @@ def _rope(c: _Chance) -> tuple[dict, dict]:
 
 
 _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
+    "decode_attention": _decode,
     "dot_product_attention": _attention,
     "gated_linear_unit": _gated,
     "gelu": _gelu,
     "layer_norm": functools.partial(_norm, with_bias=True),
     "linear_cross_entropy": _cross_entropy,
     "matmul": _matmul,
+    "paged_attention": _paged,
     "relu": _elementwise,
     "rms_norm": functools.partial(_norm, with_bias=False),
     "rope": _rope,

@@ -182,6 +182,16 @@ def memory(phase: str, tiles: Tiles, query, key, value, **call) -> int:
     return tiles.smem_bytes(phase, _dims(query, value), query.dtype.itemsize, chips.current("gpu").capability)
 
 
+def tile(phase: str, tiles: Tiles, query, key, value, **call) -> tuple[int, int]:
+    """(queries, keys) of the blocks that the schedule of `phase` counts: of dq in the backward."""
+    del key, call
+    capability = chips.current("gpu").capability
+    if phase == "backward":
+        return 64 if capability == (8, 0) else 128, tiles.keys_dq
+    two = capability == (10, 0) and max(_dims(query, value)) <= 128
+    return 64 if capability == (8, 0) else 256 if two else 128, tiles.keys
+
+
 def unsupported(
     query, key, value, *, scale: float, is_causal: bool, local_window_size=None, logits_soft_cap=None, bias=None,
     score_mod=None, mask_mod=None, **others,

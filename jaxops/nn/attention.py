@@ -22,7 +22,6 @@ from pallas_kernels.masks import Band
 
 _MUCH = 1 << 28  # bytes of weights of which flax's own code is not used without a warning
 _FEW_TOKENS = 32  # of a decoding step; more are a prompt, whose products are worth the kernels of training
-
 Cache = tuple[jax.Array, jax.Array, jax.Array]  # key[batch…, length, heads, dim], value[…], index[]: positions written
 
 

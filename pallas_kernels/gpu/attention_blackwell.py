@@ -111,7 +111,7 @@ def forward(problem: Problem):
     """
     B, T, S, N, K, H, V = problem.shape
     keys, dtype, groups = problem.tiles.keys, problem.dtype, 2 if max(H, V) <= 128 else 1
-    block_rows = groups * ROWS
+    block_rows, width = groups * ROWS, 128 if V % 128 == 0 else 64  # of what is rescaled at a time, in registers
     stages, query_tiles = min(problem.tiles.stages, pl.cdiv(S, keys)), pl.cdiv(T, block_rows)
     inputs = problem.operands | problem.schedule(block_rows, keys)
     ragged = S % keys != 0 or "key_lengths" in inputs
@@ -159,7 +159,9 @@ def forward(problem: Problem):
                 @pl.when(n > own.start)
                 def _():
                     plgpu.barrier_wait(refs.out_ready.at[group])
-                    plgpu.async_store_tmem(out, _load(out) * down(alpha, (ROWS, V)))
+                    for start in range(0, V, width):
+                        piece = out.at[:, pl.ds(start, width)]
+                        plgpu.async_store_tmem(piece, _load(piece) * down(alpha, (ROWS, width)))
 
                 plgpu.async_store_tmem(_part(refs.weights, group, keys), p)
                 plgpu.commit_tmem()
@@ -181,7 +183,7 @@ def forward(problem: Problem):
                 inside = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=NATIVE.reduce(1)) < query_end - mine.first
                 inverse = jnp.where(inside, inverse, 0.0)
                 lse = jnp.where(inside, lse, jnp.inf if sink is None else sink * LN2)
-            tile = refs.query_tile.at[group] if V <= H else refs.out_tile.at[group]
+            tile = refs.query_tile.at[group] if V == H else refs.out_tile.at[group]
             for start in range(0, V, 64):
                 acc = _load(refs.out_acc.at[:, pl.ds(group * V + start, 64)])
                 # Where nothing was added, tensor memory holds anything.
@@ -190,7 +192,7 @@ def forward(problem: Problem):
             plgpu.store(refs.lse_tile.at[group], lse, optimized=False)
             plgpu.commit_smem()
             rows = pl.ds(mine.first, ROWS)
-            plgpu.copy_smem_to_gmem(tile.at[:, pl.ds(0, V)], refs.out.at[batch, rows, head])
+            plgpu.copy_smem_to_gmem(tile, refs.out.at[batch, rows, head])
             plgpu.copy_smem_to_gmem(refs.lse_tile.at[group], refs.lse.at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
@@ -257,7 +259,7 @@ def forward(problem: Problem):
 
         return compute, fetch, issue
 
-    out_tile = {"out_tile": _smem(dtype, groups, ROWS, V)} if H < V else {}  # else it leaves through the query's
+    out_tile = {"out_tile": _smem(dtype, groups, ROWS, V)} if H != V else {}  # else it leaves through the query's
     result = _launch(
         kernel,
         "attention_forward",

@@ -546,6 +546,8 @@ def _unlowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | N
         for equation in _equations(program.jaxpr):
             if equation.primitive.name not in _LOWERED:
                 return f"{name} uses {equation.primitive.name}, which the TPU kernel does not lower"
+            if equation.primitive.name == "select_n" and equation.outvars[0].aval.dtype == jnp.bool_:
+                return f"{name} chooses between booleans, which the TPU kernel does not lower: write (c & a) | (~c & b)"
             for variable in (*equation.invars, *equation.outvars):
                 if jnp.dtype(variable.aval.dtype).name not in _TYPES:
                     return f"{name} computes in {variable.aval.dtype}; the TPU kernel takes {', '.join(sorted(_TYPES))}"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxops.interpreter import gpu as interpreter
 from pallas_kernels import chips, random
@@ -222,6 +223,29 @@ def test_vmap():
         got = jax.block_until_ready(jax.vmap(both)(two))
     for i in range(2):
         compare(operands | {"query": two[i]}, dout, options, jax.tree.map(lambda x: x[i], got))
+
+
+FAULTS = {  # what is left out of the forward kernel, and what the interpreter says then
+    "h100": ("commit_smem", "RACE DETECTED"),
+    "b200": ("commit_tmem", "RACE DETECTED"),
+    "a100": ("wait_gmem_to_smem", None),  # nothing: what is read has not arrived, and is NaN
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("chip", FAULTS)
+def test_a_planted_fault_is_found(chip, monkeypatch):
+    operands, _, options = build(case(70, 70, heads=(1, 1)))
+    name, report = FAULTS[chip]
+    with chips.target(chips.named(chip)), interpreter():
+        monkeypatch.setattr(plgpu, name, lambda *_: None)
+        run = lambda: jax.block_until_ready(attention.forward(**operands, **options)[0][0])
+        if report is None:
+            assert np.isnan(np.asarray(run(), np.float32)).any()
+        else:
+            with pytest.raises(Exception, match=report):
+                run()
+        monkeypatch.undo()
 
 
 def shapes(dim=64, dtype="bfloat16", queries=1000, keys=1000, heads=(4, 2)):

@@ -363,7 +363,7 @@ def _forward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pre
                     peak[columns] = high
             for part in range(max(len(new), len(old))):
                 if part < len(new):
-                    s, partial = scores(items[n], *new[part], bounded)
+                    s, partial = scores(items[n], *new[part], bounded=bounded)
                     now.append(s)
                     top = partial if top is None or bounded else jnp.maximum(top, partial)
                 if part < len(old):

@@ -457,11 +457,6 @@ BAD = [
     ({"mask_mod": lambda b, h, q, k: q - k}, TypeError, "mask_mod must return one array of bool, got int32"),
     ({"mask_mod": lambda b, h, q, k: (q > k)[None, None]}, ValueError, "mask_mod must keep the shape of its positions"),
     ({"mask": np.ones((2, 6), bool), "query": X[:, :2]}, ValueError, r"could be \[T, S\] or \[B, S\]"),
-    (
-        {"bias": np.ones((2, 6, 6), np.float32)} | dict.fromkeys(("query", "key", "value"), X[:, :, :2]),
-        ValueError,
-        r"could be \[N, T, S\] or \[B, T, S\]",
-    ),
     ({"implementation": "cudnn"}, ValueError, "implementation must be None, one of .*'pallas'"),
 ]
 

@@ -729,7 +729,8 @@ def _heads(name: str, x: ArrayLike, query: jax.Array | None = None) -> jax.Array
 def _over_logits(name: str, x: ArrayLike | None, full: tuple, swapped: tuple, *, batched: bool) -> jax.Array | None:
     """`x` as a 4-D array that broadcasts to `full`; `swapped` is what the logits would be if BNTH had been given.
 
-    An array of fewer axes that could as well begin with the batch is refused: broadcasting would take the other.
+    Two axes that could as well be [B, S] are refused, because broadcasting would take [T, S]. Three are [N, T, S], as
+    in `jax.nn.dot_product_attention`.
     """
     if x is None:
         return None
@@ -741,10 +742,9 @@ def _over_logits(name: str, x: ArrayLike | None, full: tuple, swapped: tuple, *,
         raise TypeError(f"{_NAME}: bias must be of a floating dtype, got {x.dtype}{hint}")
     fits_swapped = x.ndim == 4 and all(have in (1, want) for have, want in zip(x.shape, swapped, strict=True))
     checks.broadcastable(_NAME, name, x, to=full, of="[B, N, T, S]" + (_SWAPPED if fits_swapped else ""))
-    if batched and x.ndim in (2, 3) and x.shape[0] == full[0] > 1:
-        means, meant = ("[T, S]", "[B, S]") if x.ndim == 2 else ("[N, T, S]", "[B, T, S]")
+    if batched and x.ndim == 2 and x.shape[0] == full[0] > 1:
         raise ValueError(
-            f"{_NAME}: {name} of shape {x.shape} could be {means} or {meant}, as the batch is {full[0]}, too: "
+            f"{_NAME}: {name} of shape {x.shape} could be [T, S] or [B, S], as the batch is {full[0]}, too: "
             "give it four axes, [B or 1, N or 1, T or 1, S or 1]"
         )
     return x.reshape((1,) * (4 - x.ndim) + x.shape)

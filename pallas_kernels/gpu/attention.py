@@ -28,7 +28,7 @@ from pallas_kernels import chips, modifiers, tuned
 from pallas_kernels.gpu import attention_ampere as ampere
 from pallas_kernels.gpu import attention_blackwell as blackwell
 from pallas_kernels.gpu import attention_hopper as hopper
-from pallas_kernels.gpu.attention_scores import LOG2E, Problem, not_lowered
+from pallas_kernels.gpu.attention_scores import LOG2E, Problem, not_lowered, whole_rows
 from pallas_kernels.masks import Band
 from pallas_kernels.padding import pad_to, round_up
 
@@ -259,7 +259,7 @@ def backward(
         lse = jnp.where(jnp.arange(T) < lengths[:, None, None], lse, jnp.inf)
     rows = round_up(T, 128)  # whole blocks of any kernel, and the stride of a copy is a multiple of 16 bytes
     arguments = (
-        pad_to(dout.astype(query.dtype), 3, V),
+        whole_rows(pad_to(dout.astype(query.dtype), 3, V)),
         pad_to(lse * LOG2E, 2, rows, jnp.inf),
         pad_to(-delta, 2, rows),
     )

@@ -265,7 +265,7 @@ def forward(problem: Problem):
         "attention_forward",
         inputs,
         {
-            "out": jax.ShapeDtypeStruct((B, T, N, V), dtype),
+            "out": jax.ShapeDtypeStruct((*problem.operands["query"].shape[:3], V), dtype),
             "lse": jax.ShapeDtypeStruct((B, N, query_tiles * block_rows), jnp.float32),
         },
         out_tile
@@ -618,7 +618,7 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
     if dense:
         result = {"dx": jax.ShapeDtypeStruct((B, N, query_tiles * ROWS, key_tiles * keys), jnp.float32)}
     else:
-        result = {"dquery": jax.ShapeDtypeStruct((B, T, N, H), dtype)}
+        result = {"dquery": jax.ShapeDtypeStruct(problem.operands["query"].shape, dtype)}
         memory |= {
             "dweights": plgpu.TMEM((ROWS, keys), dtype, packed=True),
             "query_sum": plgpu.TMEM((ROWS, H), jnp.float32),

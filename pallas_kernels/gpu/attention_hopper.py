@@ -233,7 +233,7 @@ def forward(problem: Problem):
         "attention_forward",
         inputs,
         {
-            "out": jax.ShapeDtypeStruct((B, T, N, V), dtype),
+            "out": jax.ShapeDtypeStruct((*problem.operands["query"].shape[:3], V), dtype),
             "lse": jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK), jnp.float32),
         },
         out_tile
@@ -508,7 +508,7 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
     result = (
         {"dx": jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK, key_tiles * keys), jnp.float32)}
         if dense
-        else {"dquery": jax.ShapeDtypeStruct((B, T, N, H), dtype)}
+        else {"dquery": jax.ShapeDtypeStruct(problem.operands["query"].shape, dtype)}
     )
     return _launch(
         kernel,

@@ -59,14 +59,12 @@ class Problem:
         query, key, value, *, tiles, scale, is_causal, local_window_size=None, logits_soft_cap=None, score_mod=None,
         mask_mod=None, dropout_rate=0.0, bias=None, mask=None, query_seq_lengths=None, key_value_seq_lengths=None,
         query_segment_ids=None, key_value_segment_ids=None, prefix_lengths=None, sinks=None, alibi_slopes=None,
-        dropout_rows=None, lengths_padded_to: tuple[int, int] | None = None,
+        dropout_rows=None,
     ) -> "Problem":  # fmt: skip
-        """`lengths_padded_to`: multiples to which queries and keys are filled up, for kernels whose copies need whole
-        tiles; what is filled up is masked by lengths."""
         B, T, S = query.shape[0], query.shape[1], key.shape[1]
         dim, value_dim = query.shape[-1], value.shape[-1]
         operands = {
-            name: pad_to(x, 3, round_up(x.shape[3], 64))
+            name: whole_rows(pad_to(x, 3, round_up(x.shape[3], 64)))
             for name, x in {"query": query, "key": key, "value": value}.items()
         }
         integers = lambda x: x.astype(jnp.int32)
@@ -74,13 +72,6 @@ class Problem:
             operands["query_lengths"] = jnp.clip(integers(query_seq_lengths), 0, T)
         if key_value_seq_lengths is not None:
             operands["key_lengths"] = jnp.clip(integers(key_value_seq_lengths), 0, S)
-        if lengths_padded_to is not None:
-            for names, size, multiple in (
-                (("query",), T, lengths_padded_to[0]),
-                (("key", "value"), S, lengths_padded_to[1]),
-            ):
-                for name in names:
-                    operands[name] = pad_to(operands[name], 1, round_up(size, multiple))
         if query_segment_ids is not None:
             operands["query_segments"] = _whole_tiles(integers(query_segment_ids), 1)
             operands["key_segments"] = _whole_tiles(integers(key_value_segment_ids), 1)
@@ -142,6 +133,11 @@ class Problem:
         blocks = Blocks.of(shape, *sizes, self.band, **given)
         count, order = (blocks.transposed() if by_keys else blocks).schedule()
         return {"count": jnp.asarray(count), "order": jnp.asarray(order)}
+
+
+def whole_rows(x):
+    """[batch, length, heads, size] with the length filled up to what copies can cut, rows of eight."""
+    return pad_to(x, 1, round_up(x.shape[1], 8))
 
 
 def _whole_tiles(x, axis):

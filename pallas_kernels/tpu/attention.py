@@ -339,7 +339,8 @@ def _forward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pre
         total[...] = jnp.zeros(total.shape, f32)
         acc[...] = jnp.zeros(acc.shape, f32)
 
-    def scores(item, offset, width, bounded):
+    def scores(item, cut, bounded):
+        offset, width = cut
         s = view.dot(keys[pl.ds(item.key + offset, width), :], queries[:, pl.ds(item.query, item.queries)], NN)
         s, *_ = view.logits(s, item, offset)
         return s, None if bounded else _fold(s, jnp.max)
@@ -363,7 +364,7 @@ def _forward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pre
                     peak[columns] = high
             for part in range(max(len(new), len(old))):
                 if part < len(new):
-                    s, partial = scores(items[n], *new[part], bounded)
+                    s, partial = scores(items[n], new[part], bounded)
                     now.append(s)
                     top = partial if top is None or bounded else jnp.maximum(top, partial)
                 if part < len(old):

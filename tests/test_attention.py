@@ -1,6 +1,7 @@
 """dot_product_attention against its reference in float64, against `jax.nn.dot_product_attention`, and on bad input."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -485,3 +486,31 @@ def test_a_mask_with_one_meaning_and_the_words_of_rows():
     assert jaxops.dropout_rows(jax.random.key(0), 2, 4, 6).shape == (2, 4, 2, 6)
     with pytest.raises(TypeError, match=r"dropout_rows: key must be one key of jax\.random, got int"):
         jaxops.dropout_rows(0, 2, 4, 6)
+
+
+def test_explain_says_which_tiles_are_visited_and_what_is_held_at_once():
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((1, 2, 1, 1024), jnp.float32)
+
+    def loss(x, bias=None, **options):
+        out = dot_product_attention(x, x, x, bias, is_causal=True, **options)
+        return jnp.sum(out.astype(jnp.float32))
+
+    def notes(function, *operands, **where):
+        return [line.note for line in jaxops.explain(function, *operands, **where).lines]
+
+    halves = functools.partial(loss, mask_mod=lambda b, h, q, k: q // 512 == k // 512)
+    assert notes(halves, x) == ["visits 2 of 4 tiles of 512 × 512 and masks 2"]
+    for note in notes(jax.grad(halves), x, target="h100"):  # the kernels have tiles of their own
+        visited, total, rows, _, masked = map(int, re.findall(r"\d+", note))
+        assert rows == 128 and 64 * visited == 20 * total and 64 * masked == 8 * total
+    assert notes(loss, x) == [None]
+    ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    (note,) = notes(lambda x, ids: loss(x, query_segment_ids=ids), x, ids)
+    assert note == "without query_segment_ids, visits 3 of 4 tiles of 512 × 512 and masks 2"
+    whole = "the gradient of bias is made for every batch, head, query and key, 8.4 MB, then summed"
+    assert notes(jax.grad(loss, argnums=(0, 1)), x, bias, target="v5e") == [None, whole]
+    assert notes(jax.grad(loss, argnums=(0, 1)), x, bias) == [None, None]
+    assert notes(lambda x: jax.jvp(loss, (x,), (x,)), x)[1] == (
+        "by its definition, 1024 queries at a time: 8.4 MB of logits"
+    )

@@ -8,6 +8,7 @@ import pytest
 from jaxops.ops.decode_attention import decode_attention
 from jaxops.ops.paged_attention import paged_attention
 from jaxops.reference.paged_attention import paged_attention as reference
+from pallas_kernels.ragged import Cut
 from tests.compare import check, error
 
 PLAIN = {"scale": 0.3, "left": None, "logits_soft_cap": None}
@@ -90,6 +91,23 @@ def test_pages_of_one_sequence_are_a_cache():
     got, lse = paged_attention(query.reshape(6, 4, 16), *pages, table, lengths, jnp.arange(4) * 2, return_residual=True)
     assert error(got, want.reshape(6, 4, 16)) < 1e-6
     assert error(np.maximum(lse, -1e3), np.maximum(want_lse, -1e3).reshape(6, 4)) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_tiles_hold_every_token_once(rows):
+    """Whatever the starts: each tile is of one sequence and has at most `rows` tokens, and `place` finds them."""
+    random = np.random.default_rng(rows)
+    for sequences, tokens in ((1, 40), (3, 7), (8, 20)):
+        for _ in range(3):
+            starts = np.append(0, np.sort(random.integers(0, tokens + 1, sequences)))
+            cut, start = Cut(tokens, sequences, rows), jnp.asarray(starts).__getitem__
+            sequence, first, end = map(np.asarray, cut.tile(jnp.arange(cut.count), start))
+            tile, row = map(np.asarray, cut.place(jnp.arange(tokens), start))
+            held = [(b, token) for b, low, high in zip(sequence, first, end, strict=True) for token in range(low, high)]
+            assert sorted(held) == [(np.searchsorted(starts, t, side="right") - 1, t) for t in range(tokens)]
+            assert (end - first <= rows).all()
+            np.testing.assert_array_equal(first[tile] + row, np.arange(tokens))
+            assert (row >= 0).all() and (np.arange(tokens) < end[tile]).all()
 
 
 def test_what_is_traced_is_clipped():

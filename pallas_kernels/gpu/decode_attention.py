@@ -50,7 +50,7 @@ class Tiles:
     @staticmethod
     def default(problem: "Problem") -> "Tiles":
         """Two blocks for every core, if every split has 256 keys at least; as many stages as fit, up to four."""
-        blocks = problem.tile_count * problem.head_blocks
+        blocks = problem.cut.count * problem.head_blocks
         splits = max(1, min(2 * chips.current("gpu").cores // blocks, problem.most_keys // 256, MOST_SPLITS))
         tiles = Tiles(64, 4, splits)
         while tiles.stages > 1 and not tiles.allowed(problem):
@@ -125,11 +125,7 @@ class Problem:
 
     @property
     def cut(self) -> Cut:
-        return Cut(self.tokens, self.sequences, self.tile_tokens)
-
-    @property
-    def tile_count(self) -> int:
-        return self.cut.count if self.paged else self.sequences * -(-self.longest // self.tile_tokens)
+        return Cut(self.tokens, self.sequences, self.tile_tokens, each=None if self.paged else self.longest)
 
     def pieces(self, keys: int) -> int:
         """Pages of a block of `keys`; 1 also for a block that is a part of a page, or a page that divides no block."""
@@ -187,8 +183,8 @@ def unsupported(query, key, value, lengths, *, scale: float, logits_soft_cap=Non
         return f"{what} must be a multiple of {step} for {jnp.dtype(key.dtype).name}, got {p.page_size}"
     if not Tiles.default(p).allowed(p):
         return f"no tiles fit {chip.smem_bytes} bytes of shared memory with heads of {p.dim}"
-    if max(p.tile_count, p.head_blocks) > 65535:
-        return f"the grid is limited to 65535 tiles of tokens and key heads, got {p.tile_count} and {p.head_blocks}"
+    if max(p.cut.count, p.head_blocks) > 65535:
+        return f"the grid is limited to 65535 tiles of tokens and key heads, got {p.cut.count} and {p.head_blocks}"
     return None
 
 
@@ -225,26 +221,9 @@ def _partial(p: Problem, t: Tiles, operands: dict, left, factor: float, cap, dty
         group = lax.div(head_block, jnp.int32(p.head_chunks))
         head = pl.ds(lax.rem(head_block, jnp.int32(p.head_chunks)) * ROWS, heads_here)
 
-        # Where this tile's tokens and keys are.
-        if p.paged:
-            start = lambda b: jnp.where(b == 0, 0, jnp.clip(refs["query_starts"][b], 0, p.tokens))
-            sequence, first, end = p.cut.tile(tile, start)
-            known = jnp.minimum(sequence, p.sequences - 1)
-            length = jnp.where(sequence < p.sequences, refs["lengths"][known], 0)
-            stop = jnp.where(sequence < p.sequences, start(jnp.minimum(sequence + 1, p.sequences)), p.tokens)
-            sequence = known
-        else:
-            per_sequence = -(-p.longest // p.tile_tokens)
-            sequence = lax.div(tile, jnp.int32(per_sequence))
-            first = sequence * p.longest + lax.rem(tile, jnp.int32(per_sequence)) * p.tile_tokens
-            stop = (sequence + 1) * p.longest
-            end, length = jnp.minimum(first + p.tile_tokens, stop), refs["lengths"][sequence]
-        length = jnp.clip(length, 0, p.most_keys)
-        place = length - (stop - first)  # of the first token
-        last_key = jnp.minimum(length, place + (end - first))
-        first_key = jnp.int32(0)
-        if left is not None:
-            first_key = jnp.clip(place - left, 0, jnp.maximum(last_key - 1, 0))
+        start = (lambda b: refs["query_starts"][b]) if p.paged else (lambda b: b)
+        work = p.cut.work(tile, start, lambda b: refs["lengths"][b], p.most_keys, left)
+        sequence, first, end, place, length, first_key, last_key = work
 
         def block_of(key):
             if pieces > 1:
@@ -253,7 +232,7 @@ def _partial(p: Problem, t: Tiles, operands: dict, left, factor: float, cap, dty
             return page * per_page + lax.div(key - page * p.page_size, jnp.int32(keys))
 
         low = block_of(first_key)
-        high = jnp.where((end > first) & (last_key > 0), block_of(jnp.maximum(last_key - 1, 0)) + 1, low)
+        high = jnp.where(last_key > 0, block_of(jnp.maximum(last_key - 1, 0)) + 1, low)
         share = lax.div(high - low + t.splits - 1, jnp.int32(t.splits))
         begin = jnp.minimum(low + split * share, high)
         finish = jnp.minimum(begin + share, high)
@@ -414,7 +393,7 @@ def _partial(p: Problem, t: Tiles, operands: dict, left, factor: float, cap, dty
             jax.ShapeDtypeStruct((*per_row, STATISTIC), jnp.float32),
         ],
         scratch_types=scratch,
-        grid=(t.splits, p.head_blocks, p.tile_count),
+        grid=(t.splits, p.head_blocks, p.cut.count),
         grid_names=("split", "head", "tile"),
         num_threads=2,
         thread_name="thread",

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips
 from pallas_kernels.padding import pad_to, round_up
-from pallas_kernels.ragged import Cut
+from pallas_kernels.ragged import Cut, Work
 
 f32 = jnp.float32
 LOG2E = math.log2(math.e)
@@ -69,8 +69,7 @@ class Problem:
 
     tokens: int
     sequences: int
-    longest: int  # tokens of a sequence, as far as the shapes tell
-    uniform: bool  # every sequence has so many
+    longest: int  # tokens of a sequence, as far as the shapes tell: of each, if not paged
     heads: int  # padded
     real_heads: int
     groups: int
@@ -88,13 +87,11 @@ class Problem:
         sequences = lengths.shape[0]
         *leading, heads, _ = query.shape
         tokens = math.prod(leading)
-        uniform = page_table is None
         spread = -(-tokens // max(sequences, 1))
         return Problem(
             tokens=tokens,
             sequences=sequences,
-            longest=leading[1] if uniform else spread if spread > 2 else 1,
-            uniform=uniform,
+            longest=leading[1] if page_table is None else spread if spread > 2 else 1,
             heads=round_up(heads, _sublanes(query.dtype)),
             real_heads=heads,
             groups=groups,
@@ -127,10 +124,8 @@ class Problem:
         step = self.aligned // math.gcd(self.aligned, self.groups)
         return min(self.page_size, round_up(max(target, step), step))
 
-    def tile_count(self, tiles: Tiles) -> int:
-        if self.uniform:
-            return self.sequences * -(-self.longest // tiles.tokens)
-        return Cut(self.tokens, self.sequences, tiles.tokens).count
+    def cut(self, tiles: Tiles) -> Cut:
+        return Cut(self.tokens, self.sequences, tiles.tokens, each=None if self.paged else self.longest)
 
     @property
     def smem(self) -> int:
@@ -201,14 +196,9 @@ def unsupported(query, key, value, lengths, *, scale: float, logits_soft_cap=Non
 
 # ---------------------------------------------------------------------------------------------- the kernel
 class _Tile(NamedTuple):
-    """What a grid step works on: tokens first … end - 1 of a sequence of `length` keys, `place` the position of the
-    first; they see the blocks begin … last - 1."""
+    """What a grid step works on, and the blocks begin … last - 1 that it sees."""
 
-    sequence: Any
-    first: Any
-    end: Any
-    place: Any
-    length: Any
+    work: Work
     begin: Any
     last: Any
 
@@ -233,25 +223,12 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
 
     def tile(step):
         """This core's tile of a step."""
-        number, count = step * cores + core, p.tile_count(t)
-        i = jnp.minimum(number, count - 1)
-        if p.uniform:
-            per_sequence = -(-p.longest // t.tokens)
-            sequence = lax.div(i, jnp.int32(per_sequence))
-            first = sequence * p.longest + (i - sequence * per_sequence) * t.tokens
-            stop = (sequence + 1) * p.longest
-            end, length = jnp.minimum(first + t.tokens, stop), r["lengths"][sequence]
-        else:
-            start = lambda b: jnp.where(b == 0, 0, jnp.clip(r["starts"][b], 0, p.tokens))
-            b, first, end = Cut(p.tokens, p.sequences, t.tokens).tile(i, start)
-            sequence, among = jnp.minimum(b, p.sequences - 1), b < p.sequences  # or of the tokens left behind
-            stop = jnp.where(among, start(jnp.minimum(b + 1, p.sequences)), p.tokens)
-            length = jnp.where(among, r["lengths"][sequence], 0)
-        end = jnp.where(number < count, end, first)
-        length = jnp.clip(length, 0, p.most_pages * p.page_size)
-        place = length - (stop - first)
-        stop = jnp.minimum(length, place + (end - first))
-        seen = jnp.int32(0) if left is None else jnp.clip(place - left, 0, jnp.maximum(stop - 1, 0))
+        number, cut = step * cores + core, p.cut(t)
+        start = (lambda b: r["starts"][b]) if p.paged else (lambda b: b)
+        i = jnp.minimum(number, cut.count - 1)
+        work = cut.work(i, start, lambda b: r["lengths"][b], p.most_pages * p.page_size, left)
+        there = number < cut.count
+        work = work._replace(end=jnp.where(there, work.end, work.first), high=jnp.where(there, work.high, 0))
 
         def block_of(key):
             if not whole:
@@ -259,13 +236,11 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
             page = lax.div(key, jnp.int32(p.page_size))
             return page * per_page + lax.div(key - page * p.page_size, jnp.int32(t.keys))
 
-        some = (end > first) & (stop > 0)
-        begin = block_of(seen)
-        last = jnp.where(some, block_of(jnp.maximum(stop - 1, 0)) + 1, begin)
-        return _Tile(sequence, first, end, place, length, begin, last)
+        begin = block_of(work.low)
+        return _Tile(work, begin, jnp.where(work.high > 0, block_of(jnp.maximum(work.high - 1, 0)) + 1, begin))
 
     def place_of(block):
-        """(page within the sequence, first key within the page, whereof fresh)."""
+        """(page within the sequence, first key of the block within it, first that the block before had not)."""
         if not whole:
             return block * pieces, 0, 0
         page = lax.div(block, jnp.int32(per_page))
@@ -308,7 +283,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
 
     def results(step):
         """(whether, copy) of each token of a step's tile."""
-        there = tile(step)
+        there = tile(step).work
         for n in range(t.tokens):
             token = jnp.minimum(there.first, p.tokens - t.tokens) + n
             here = pl.ds(n * p.heads, p.heads)
@@ -332,8 +307,8 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         own = tile(step)
 
         def start_first():
-            ask(step, own.first).start()
-            start(0, own.sequence, own.begin)
+            ask(step, own.work.first).start()
+            start(0, own.work.sequence, own.begin)
 
         pl.when(own.sees)(start_first)
         # For row (token, head) and column (key, key head): the key's number if the heads belong together.
@@ -349,26 +324,34 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
 
     @pl.when(following.sees)
     def _():
-        ask(step + 1, following.first).start()
+        ask(step + 1, following.work.first).start()
+
+    def nothing():
+        """(maximum, sum, accumulator) before any key: the sink is one that was seen first and has no value."""
+        top, total = jnp.full((rows, 1), FLOOR, f32), jnp.zeros((rows, 1), f32)
+        if sunk:
+            top = jnp.maximum(r["sinks"][...], FLOOR)
+            total = jnp.exp2(r["sinks"][...] - top)
+        return top, total, jnp.zeros((rows, p.head_dim), f32)
 
     def attend():
-        ask(step, own.first).wait()
+        ask(step, own.work.first).wait()
         query = r["queries"][lax.rem(step, 2)].reshape(rows, p.head_dim)
         token = _divided(lax.broadcasted_iota(jnp.int32, (rows, 1), 0), p.heads)
-        position = own.place + token - (own.first - jnp.minimum(own.first, p.tokens - t.tokens))  # of every row
+        shift = own.work.first - jnp.minimum(own.work.first, p.tokens - t.tokens)
+        position = own.work.place + token - shift  # of every row
         kind = query.dtype
 
         def one(block, carry):
             top, total, acc = carry
             here = lax.rem(slot + block - own.begin, 2)
-
             more = block + 1 < own.last
 
             @pl.when(more | following.sees)
             def _():
                 start(
                     1 - here,
-                    jnp.where(more, own.sequence, following.sequence),
+                    jnp.where(more, own.work.sequence, following.work.sequence),
                     jnp.where(more, block + 1, following.begin),
                 )
 
@@ -377,9 +360,9 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
             page, offset, fresh = place_of(block)
             base = page * p.page_size + offset
 
-            @pl.when(base + t.keys > own.length)
+            @pl.when(base + t.keys > own.work.length)
             def _():  # what was never written may be NaN, and zero times NaN is NaN
-                known = lax.broadcasted_iota(jnp.int32, (columns, p.head_dim), 0) < (own.length - base) * p.groups
+                known = lax.broadcasted_iota(jnp.int32, (columns, p.head_dim), 0) < (own.work.length - base) * p.groups
                 values = r["values"][here].astype(f32)
                 r["values"][here] = jnp.where(known, values, 0.0).astype(p.key_dtype)
 
@@ -417,11 +400,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
             )
             return higher, total, acc * decay + new
 
-        top, total = jnp.full((rows, 1), FLOOR, f32), jnp.zeros((rows, 1), f32)
-        if sunk:
-            top = jnp.maximum(r["sinks"][...], FLOOR)
-            total = jnp.exp2(r["sinks"][...] - top)
-        return lax.fori_loop(own.begin, own.last, one, (top, total, jnp.zeros((rows, p.head_dim), f32)))
+        return lax.fori_loop(own.begin, own.last, one, nothing())
 
     def put(top, total, acc):
         empty = total == 0
@@ -443,12 +422,8 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
 
     @pl.when(~own.sees)
     def _():
-        pl.when(following.sees)(lambda: start(after, following.sequence, following.begin))
-        top, total = jnp.full((rows, 1), FLOOR, f32), jnp.zeros((rows, 1), f32)
-        if sunk:
-            top = jnp.maximum(r["sinks"][...], FLOOR)
-            total = jnp.exp2(r["sinks"][...] - top)
-        put(top, total, jnp.zeros((rows, p.head_dim), f32))
+        pl.when(following.sees)(lambda: start(after, following.work.sequence, following.begin))
+        put(*nothing())
 
     r["slot"][0] = after
     pl.when(step == steps - 1)(lambda: finish(step))
@@ -495,8 +470,7 @@ def forward(
     t = tiles or _tiles("forward", query=query, key=key, lengths=lengths, page_table=page_table)
     t = dataclasses.replace(t, tokens=min(t.tokens, p.tokens))
     cores = chips.current("tpu").cores
-    count = p.tile_count(t)
-    steps, rows, columns = -(-count // cores), t.tokens * p.heads, t.keys * p.groups
+    steps, rows, columns = -(-p.cut(t).count // cores), t.tokens * p.heads, t.keys * p.groups
     scalars = [lengths]
     if page_table is not None and query_starts is not None:
         scalars += [page_table.reshape(-1), query_starts]

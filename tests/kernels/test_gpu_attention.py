@@ -34,7 +34,6 @@ def chunks(batch, head, query, key):
 CASES = {
     # sizes, head sizes, types
     "one": case(1, 1, tiles=None, dtype="float16", dim=16),
-    "one-query": case(1, 129, heads=(1, 1)),
     "full": case(127, 128, heads=(2, 1), dim=96),
     "causal": case(200, 200, causal=True),
     "causal-more-queries": case(129, 70, causal=True, dim=128, tiles=None, heads=(1, 1), dtype="float16"),
@@ -44,9 +43,8 @@ CASES = {
     "window-causal": case(1000, 129, window=(100, None), causal=True, tiles=None, heads=(1, 1)),
     "lengths": case(130, 129, lengths=((130, 70, 0), (0, 129, 60)), batch=3, heads=(1, 1)),
     "segments": case(70, 129, segments=3, causal=True, batch=2, heads=(1, 1)),
-    "cap": case(70, 130, cap=3.0, sinks=True),
+    "cap": case(70, 130, cap=3.0, sinks=True, mask=(1, 2, 1, 130), bias=(1, 1, 70, 1), bias_dtype="bfloat16"),
     "mask": case(70, 140, mask=(1, 2, 70, 140), heads=(2, 2)),
-    "mask-of-columns-bias-of-rows": case(70, 130, mask=(1, 2, 1, 130), bias=(1, 1, 70, 1), bias_dtype="bfloat16"),
     "bias": case(70, 70, bias=(1, 2, 70, 70), causal=True, batch=2),
     "low-scores": case(70, 70, heads=(1, 1), shift=-400.0),  # exp(0 - lse) overflows where a tile is filled up
     "mask-mod": case(130, 200, mask_mod=chunks, causal=True, heads=(2, 1)),

@@ -8,10 +8,12 @@ from jaxops.ops.activations import relu as relu
 from jaxops.ops.activations import silu as silu
 from jaxops.ops.activations import squared_relu as squared_relu
 from jaxops.ops.attention import dot_product_attention as dot_product_attention
+from jaxops.ops.decode_attention import decode_attention as decode_attention
 from jaxops.ops.gated_linear_unit import gated_linear_unit as gated_linear_unit
 from jaxops.ops.layer_norm import layer_norm as layer_norm
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxops.ops.matmul import matmul as matmul
+from jaxops.ops.paged_attention import paged_attention as paged_attention
 from jaxops.ops.rms_norm import rms_norm as rms_norm
 from jaxops.ops.rope import RopeScaling as RopeScaling
 from jaxops.ops.rope import rope as rope

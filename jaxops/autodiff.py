@@ -60,8 +60,9 @@ class Operator:
     """An operator: its meaning, its rules, its kernels.
 
     reference(**operands, **static) -> outputs, in plain differentiable JAX. `differentiable` names the operands that
-    take a gradient. `tpu` and `gpu` are kernel modules (unsupported, forward, backward) or the sentence why there is
-    none. `partition` maps the PartitionSpec of the first operand to those of the outputs, under explicit sharding.
+    take a gradient. `tpu` and `gpu` are kernel modules (unsupported, forward, backward; without backward
+    XLA serves it) or the sentence why there is none. `partition` maps the PartitionSpec of the first operand to those
+    of the outputs, under explicit sharding.
     cost(**operands, **static) -> the flops of the matrix products of (forward, backward), from the operands' shapes;
     without it those of the reference are counted. note(phase, tile, **operands, **static) -> what else `explain` should
     say, or None; `tile` is what the kernel's own `tile` says, None in XLA.
@@ -318,6 +319,9 @@ def refusal(platform: str, call: _Call, avals) -> str | None:
     """Why no kernel of `platform` serves this phase of an operator, given its abstract arrays, or None."""
     if call.phase == "tangent":
         return "forward mode and every order above the first run in XLA"
+    kernel = getattr(call.operator, platform)
+    if call.phase == "backward" and not isinstance(kernel, str) and not hasattr(kernel, "backward"):
+        return "its gradient is computed in XLA"
     return dispatch.too_many_vmaps(platform, len(call.axes)) or call.operator.refusal(
         platform, unmapped_operands(call, avals)[0], dict(call.static)
     )

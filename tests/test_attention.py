@@ -1,6 +1,7 @@
 """dot_product_attention against its reference in float64, against `jax.nn.dot_product_attention`, and on bad input."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +102,12 @@ CASES = [
         dict(PLAIN, logits_soft_cap=2.0, score_mod=bent),
         (("bias", (1, 2, 600, 600)), "alibi"),
     ),
-    ((2, 600, 520, 2, 1, 16), "float32", dict(PLAIN, mask_mod=blockwise, score_mod=bent), ("lengths",)),
-    ((1, 1000, 1000, 2, 2, 16), "bfloat16", dict(CAUSAL, mask_mod=blockwise, dropout_rate=0.1), ("dropout",)),
+    (
+        (2, 600, 520, 2, 1, 16),
+        "float32",
+        dict(PLAIN, mask_mod=blockwise, score_mod=bent, dropout_rate=0.1),
+        ("lengths", "dropout"),
+    ),
     (
         (2, 40, 50, 4, 2, 16, 8),
         "float16",
@@ -199,6 +204,13 @@ def test_the_same_key_drops_the_same_pairs_everywhere():
     keys_of = jax.random.split(jax.random.key(7), 3)
     mapped = jax.vmap(weights, (None, None, None, 0))(query, key, value, keys_of)
     np.testing.assert_allclose(mapped[2], weights(query, key, value, keys_of[2]), rtol=1e-5, atol=1e-7)
+
+    # The backward drops the same: dv = (z ∘ p)ᵀ dout.
+    cotangent = jnp.asarray(random.standard_normal(some.shape), jnp.float32)
+    for f in (weights, jax.checkpoint(weights)):
+        loss = lambda value, f=f: jnp.vdot(f(query, key, value, dropout["dropout_key"]), cotangent)
+        want = jnp.einsum("btns,btnv->bsnv", some, cotangent)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(value), want, rtol=1e-4, atol=1e-5)
 
     spec, spec_of_rows = PartitionSpec("batch", None, "heads"), PartitionSpec("batch", "heads")
     for kind in (AxisType.Auto, AxisType.Explicit):
@@ -324,7 +336,10 @@ def test_modifiers_are_what_the_options_say():
     o = {name: jnp.asarray(x, jnp.float32) for name, x in operands_of((2, 600, 700, 2, 1, 16)).items()}
     slopes, prefix, doc = jnp.array([0.5, 0.1]), jnp.array([300, 0]), np.sort(np.arange(700) % 5)
     pairs = {  # a captured array is allowed in XLA
-        "alibi": ({"alibi_slopes": slopes}, {"score_mod": lambda s, b, h, q, k: s - slopes[h] * abs(q - k)}),
+        "alibi": (  # 0 / 0 beyond the last query or key, where no modifier is asked
+            {"alibi_slopes": slopes},
+            {"score_mod": lambda s, b, h, q, k: s - slopes[h] * abs(q - k) + 0 / (600 - q) + 0 / (700 - k)},
+        ),
         "prefix": (
             {"is_causal": True, "prefix_lengths": prefix},
             {"mask_mod": lambda b, h, q, k: (q >= k) | (k < prefix[b])},
@@ -476,3 +491,31 @@ def test_a_mask_with_one_meaning_and_the_words_of_rows():
     assert jaxops.dropout_rows(jax.random.key(0), 2, 4, 6).shape == (2, 4, 2, 6)
     with pytest.raises(TypeError, match=r"dropout_rows: key must be one key of jax\.random, got int"):
         jaxops.dropout_rows(0, 2, 4, 6)
+
+
+def test_explain_says_which_tiles_are_visited_and_what_is_held_at_once():
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((1, 2, 1, 1024), jnp.float32)
+
+    def loss(x, bias=None, **options):
+        out = dot_product_attention(x, x, x, bias, is_causal=True, **options)
+        return jnp.sum(out.astype(jnp.float32))
+
+    def notes(function, *operands, **where):
+        return [line.note for line in jaxops.explain(function, *operands, **where).lines]
+
+    halves = functools.partial(loss, mask_mod=lambda b, h, q, k: q // 512 == k // 512)
+    assert notes(halves, x) == ["visits 2 of 4 tiles of 512 × 512 and masks 2"]
+    for note in notes(jax.grad(halves), x, target="h100"):  # the kernels have tiles of their own
+        visited, total, rows, _, masked = map(int, re.findall(r"\d+", note))
+        assert rows == 128 and 64 * visited == 20 * total and 64 * masked == 8 * total
+    assert notes(loss, x) == [None]
+    ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    (note,) = notes(lambda x, ids: loss(x, query_segment_ids=ids), x, ids)
+    assert note == "without query_segment_ids, visits 3 of 4 tiles of 512 × 512 and masks 2"
+    whole = "the gradient of bias is made for every batch, head, query and key, 8.4 MB, then summed"
+    assert notes(jax.grad(loss, argnums=(0, 1)), x, bias, target="v5e") == [None, whole]
+    assert notes(jax.grad(loss, argnums=(0, 1)), x, bias) == [None, None]
+    assert notes(lambda x: jax.jvp(loss, (x,), (x,)), x)[1] == (
+        "by its definition, 1024 queries at a time: 8.4 MB of logits"
+    )

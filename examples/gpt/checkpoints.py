@@ -63,6 +63,17 @@ def restore(path: Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in _named(like)])
 
 
+def restore_part(path: Path, like: Any) -> Any:
+    """The arrays of `like` that are in `path` among others, on this process's first device, whatever wrote them."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as reader:
+        state = (path / "state").absolute()
+        there = reader.metadata(state).item_metadata
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for name, x in there.items()}
+        named = reader.restore(state, shapes)
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in _named(like)])
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:

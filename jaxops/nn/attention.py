@@ -16,11 +16,12 @@ from jaxops import dropout
 from jaxops.dispatch import Implementation
 from jaxops.nn.implementation import static, strict, without_kernels
 from jaxops.ops.attention import dot_product_attention
+from jaxops.ops.decode_attention import decode_attention
 from jaxops.ops.rope import RopeScaling, rope
 from pallas_kernels.masks import Band
 
 _MUCH = 1 << 28  # bytes of weights of which flax's own code is not used without a warning
-
+_FEW_TOKENS = 32  # of a decoding step; more are a prompt, whose products are worth the kernels of training
 Cache = tuple[jax.Array, jax.Array, jax.Array]  # key[batch…, length, heads, dim], value[…], index[]: positions written
 
 
@@ -208,23 +209,19 @@ def attend(
         for old, new in ((cached_key, key), (cached_value, value))
     )
     # Token i of the new ones sees the cache up to itself, at index + i.
-    band = Band.of(True, _window(options.local_window_size))
-    lengths = None
-    if tokens == 1 and band.left is None:
-        # A length, unlike a mask, lets the kernels skip what is not written yet.
-        lengths = jnp.full((math.prod(cached_key.shape[:-3]),), index + 1, jnp.int32)
+    window = _window(options.local_window_size)
+    plain = mask is None and not any(value is not None for name, value in call.items() if name != "dtype")
+    if plain and tokens <= _FEW_TOKENS:
+        new, keys, values = flax_attention.dtypes.promote_dtype(
+            tuple(x.reshape(-1, *x.shape[-3:]) for x in (query, cached_key, cached_value)), dtype=call.get("dtype")
+        )
+        lengths = jnp.full(new.shape[:1], index + tokens, jnp.int32)
+        out = decode_attention(new, keys, values, lengths, local_window_size=window, **choice).reshape(query.shape)
     else:
-        seen = band.allowed(index + jnp.arange(tokens)[:, None], jnp.arange(cached_key.shape[-3]))
+        seen = Band.of(True, window).allowed(index + jnp.arange(tokens)[:, None], jnp.arange(cached_key.shape[-3]))
         mask = seen if mask is None else jnp.logical_and(mask, seen)
-    out = attention_fn(
-        query,
-        cached_key.astype(query.dtype),
-        cached_value.astype(query.dtype),
-        mask=mask,
-        key_value_seq_lengths=lengths,
-        **choice,
-        **call,
-    )
+        keys, values = cached_key.astype(query.dtype), cached_value.astype(query.dtype)
+        out = attention_fn(query, keys, values, mask=mask, **choice, **call)
     fits = index + tokens <= cached_key.shape[-3]
     return jnp.where(fits, out, jnp.nan), (cached_key, cached_value, index + tokens)
 

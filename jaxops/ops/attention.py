@@ -445,6 +445,7 @@ def _backward(
         dout, lse = jnp.where(seen[..., None], dout, 0), jnp.where(seen, lse, jnp.inf)
     delta = jnp.sum(dout.astype(wide) * out.astype(wide), axis=-1)
 
+    whole = call.keys <= call.columns  # a row is in one tile
     by_rows = [call.by_rows(x) for x in (query, dout, delta[..., None])] + [call.by_rows(lse[..., None], jnp.inf)]
 
     def attend(i, carry):
@@ -457,10 +458,15 @@ def _backward(
             key, value = call.key_tile(keys, j), call.key_tile(values, j)
             s, factor, (slope, cap_slope) = call.logits(_dot("bksh,bkhgt->bksgt", key, query), i, j, masked)
             p = jnp.exp(s * factor - lse)
+            if whole:  # the rounding of lse, by which p would not sum to 1, need not be seen
+                total = jnp.sum(p, axis=2, keepdims=True)
+                if sinks is not None:
+                    total = total + jnp.exp(sinks.astype(wide).reshape(call.groups, 1, -1, 1) - lse)
+                p = p / jnp.where(total == 0, 1, total)
             dvalue = _add_at(dvalue, j, _dot("bksgt,bkgth->bksh", call.kept(p, i, j).astype(dout.dtype), dout_rows))
             dp = call.kept(_dot("bksh,bkhgt->bksgt", value, dout), i, j) * weight
-            # A row that sees one key and a sink has dp ≈ delta: where all of it is here, the rounding of out stays out.
-            ds = p * (dp - (jnp.sum(p * dp, axis=2, keepdims=True) if call.keys <= call.columns else delta))
+            # A row of one large weight has dp ≈ delta: nor need the rounding of out be seen.
+            ds = p * (dp - (jnp.sum(p * dp, axis=2, keepdims=True) if whole else delta))
             if slope is not None:
                 ds = ds * slope
             if dbias is not None:

@@ -56,6 +56,20 @@ CASES = (
         ("is_causal=True", "local_window_size=(255,0)"),
     ),
     *_two(
+        "decode_attention",
+        "query=8x32x128 key=8x8192x8x128 value=8x8192x8x128 lengths=8:int32<8193",
+        "query=3x5x6x128 key=3x1000x2x128 value=3x1000x2x128 lengths=3:int32<1001 sinks=6:float32",
+        "local_window_size=255 logits_soft_cap=30.0",
+    ),
+    *_two(
+        "paged_attention",
+        "query=8x32x128 key_pages=4096x16x8x128 value_pages=4096x16x8x128 page_table=8x512:int32<4096"
+        " lengths=8:int32<8193 query_starts=9:int32<9",
+        "query=77x12x128 key_pages=50x64x4x128:int8 value_pages=50x64x4x128:int8 key_scales=50x4x64:float32"
+        " value_scales=50x4x64:float32 page_table=5x9:int32<50 lengths=5:int32<577 query_starts=6:int32<78",
+        "local_window_size=255",
+    ),
+    *_two(
         "linear_cross_entropy",
         "x=8192x2048 weight=2048x65536 labels=8192:int32",
         "x=1000x512 weight=512x50257 labels=1000:int32",

@@ -99,7 +99,8 @@ def reddened(before: Cells, now: Cells) -> list[str]:
 
 
 def summary(cells: Cells) -> dict[tuple[str, str], dict[str, str]]:
-    """(operator, dtype) → chip → what runs there: "kernel", "kernel, some shapes in XLA", "XLA" or "fails"."""
+    """(operator, dtype) → chip → what runs there: "kernel", "kernel, gradient in XLA", "kernel, some shapes in
+    XLA", "XLA" or "fails"."""
     found: dict[tuple[str, str], dict[str, list[tuple[str, str]]]] = {}
     names: dict[str, None] = {}
     for key, cell in cells.items():
@@ -117,6 +118,8 @@ def _mark(cells: list[tuple[str, str]]) -> str:
     compiled = {direction: {s == "compiled" for d, s in cells if d == direction} for direction in DIRECTIONS}
     if compiled == {"forward": {True}, "backward": {True}}:
         return "kernel"
+    if compiled == {"forward": {True}, "backward": {False}}:
+        return "kernel, gradient in XLA"
     if not any(True in statuses for statuses in compiled.values()):
         return "XLA"
     return "kernel, some shapes in XLA"

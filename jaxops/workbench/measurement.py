@@ -48,15 +48,29 @@ class Usual:
 _ROWS = {"R": 4096, "D": 2048}, {"R": 8192, "D": 4096}
 _PRODUCT = {"M": 1024, "K": 1024, "N": 1024}, {"M": 4096, "K": 4096, "N": 4096}
 _HEADS = {"B": 1, "T": 1024, "N": 8, "H": 64}, {"B": 4, "T": 4096, "N": 8, "H": 128}
+_PAGES = {"T": 256, "M": 32, "N": 8, "H": 64}, {"T": 4096, "M": 512, "N": 8, "H": 128}
 _VOCABULARY = {"T": 1024, "D": 256, "V": 16384}, {"T": 8192, "D": 2048, "V": 65536}
 _ATTENTION = ("query=BxTxNxH", "key=BxTxNxH", "value=BxTxNxH")
 USUAL = {
+    "decode_attention": Usual(("query=BxNxH", *_ATTENTION[1:], "lengths=B:int32"), (), *_HEADS),
     "dot_product_attention": Usual(_ATTENTION, ("is_causal=True",), *_HEADS),
     "gated_linear_unit": Usual(("x=MxK", "w_gate=KxN", "w_up=KxN"), (), *_PRODUCT),
     "gelu": Usual(("x=RxD",), (), *_ROWS),
     "layer_norm": Usual(("x=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "linear_cross_entropy": Usual(("x=TxD", "weight=DxV", "labels=T:int32"), (), *_VOCABULARY),
     "matmul": Usual(("x=MxK", "w=KxN"), (), *_PRODUCT),
+    "paged_attention": Usual(
+        (
+            "query=8xNxH",
+            "key_pages=Tx16xNxH",
+            "value_pages=Tx16xNxH",
+            "page_table=8xM:int32",
+            "lengths=8:int32",
+            "query_starts=9:int32",
+        ),
+        (),
+        *_PAGES,
+    ),
     "relu": Usual(("x=RxD",), (), *_ROWS),
     "rms_norm": Usual(("x=RxD", "scale=D"), (), *_ROWS),
     "rope": Usual(("x=BxTxNxH", "positions=T:int32"), (), *_HEADS),
@@ -266,8 +280,8 @@ def random_operands(shapes: Mapping[str, Any], seed: int = 0) -> dict[str, np.nd
     """Numbers for the operands of a call, by their names where these mean something.
 
     Floating: normal, of variance one over the contracted size in a weight; labels below the vocabulary, positions one
-    after the other, lengths up to the length, segments of growing id, masks that show nine in ten; other integers are 0
-    or 1.
+    after the other, lengths up to the length, segments of growing id, pages that there are, masks that show nine in
+    ten; other integers are 0 or 1.
     """
     random = np.random.default_rng(seed)
 
@@ -284,6 +298,16 @@ def random_operands(shapes: Mapping[str, Any], seed: int = 0) -> dict[str, np.nd
             return np.sort(random.integers(0, 4, x.shape), axis=-1).astype(x.dtype)
         if name.endswith("_seq_lengths"):
             longest = shapes[name.split("_")[0] if name.startswith("query") else "key"].shape[-3]
+            return random.integers(longest // 2, longest + 1, x.shape).astype(x.dtype)
+        if name == "query_starts":  # sequences of about the same number of tokens
+            return np.linspace(0, shapes["query"].shape[0], x.size).astype(x.dtype)
+        if name == "page_table":
+            return random.integers(0, shapes["key_pages"].shape[0], x.shape).astype(x.dtype)
+        if name == "lengths":
+            paged = "page_table" in shapes
+            longest = shapes["key_pages" if paged else "key"].shape[-3] * (
+                shapes["page_table"].shape[1] if paged else 1
+            )
             return random.integers(longest // 2, longest + 1, x.shape).astype(x.dtype)
         bound = shapes["weight"].shape[-1] if name == "labels" and "weight" in shapes else 2
         return random.integers(0, bound, x.shape).astype(x.dtype)

@@ -81,6 +81,24 @@ def jax_dot_product_attention(
     )
 
 
+def jax_decode_attention(query, key, value, lengths, *, scale=None):
+    groups, position = key.shape[2], jnp.arange(key.shape[1])
+    grouped = query.reshape(query.shape[0], groups, -1, query.shape[-1])
+    s = jnp.einsum("bkgh,bskh->bkgs", grouped, key, preferred_element_type=jnp.float32)
+    s = jnp.where(position < lengths[:, None, None, None], s * (scale or query.shape[-1] ** -0.5), -jnp.inf)
+    return jnp.einsum("bkgs,bskh->bkgh", jax.nn.softmax(s).astype(value.dtype), value).reshape(query.shape)
+
+
+def jax_paged_attention(query, key_pages, value_pages, page_table, lengths, query_starts, *, scale=None):
+    """The pages of each token's sequence, gathered, then attention to a cache."""
+    token = jnp.arange(query.shape[0])
+    sequence = jnp.searchsorted(query_starts[1:], token, side="right")
+    seen = lengths[sequence] - (query_starts[sequence + 1] - token) + 1
+    key, value = (x[page_table[sequence]] for x in (key_pages, value_pages))
+    key, value = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (key, value))
+    return jax_decode_attention(query, key, value, seen, scale=scale)
+
+
 def jax_rms_norm(x, scale=None, *, eps=1e-6, scale_offset=0.0):
     wide = x.astype(jnp.float32)
     y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
@@ -311,12 +329,14 @@ def _reduced(loss, reduction: str):
 
 PEERS: dict[str, dict[str, Callable]] = {
     "jax": {
+        "decode_attention": jax_decode_attention,
         "dot_product_attention": jax_dot_product_attention,
         "gated_linear_unit": jax_gated_linear_unit,
         "gelu": jax_gelu,
         "layer_norm": jax_layer_norm,
         "linear_cross_entropy": jax_linear_cross_entropy,
         "matmul": jax_matmul,
+        "paged_attention": jax_paged_attention,
         "relu": jax_relu,
         "rms_norm": jax_rms_norm,
         "rope": jax_rope,

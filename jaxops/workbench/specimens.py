@@ -20,12 +20,18 @@ SIZES = (1, 2, 3, 7, 8, 16, 31, 64, 127, 128, 129, 160, 255, 256, 257, 300, 511,
 DTYPES = ("float32", "bfloat16")
 # What `jaxops verify` takes where no operands are given, in words; no size divides a tile.
 USUAL: dict[str, tuple[str, str]] = {
+    "decode_attention": ("query=3x2x4x128 key=3x304x2x128 value=3x304x2x128 lengths=3:int32<305", ""),
     "dot_product_attention": ("query=2x70x3x32 key=2x130x1x32 value=2x130x1x32", "is_causal=True"),
     "gated_linear_unit": ("x=30x65 w_gate=65x129 w_up=65x129", ""),
     "gelu": ("x=30x129", ""),
     "layer_norm": ("x=40x129 scale=129 bias=129", ""),
     "linear_cross_entropy": ("x=33x65 weight=65x300 labels=33:int32<300 bias=300", "reduction=none"),
     "matmul": ("x=30x65 w=65x129 bias=129", ""),
+    "paged_attention": (
+        "query=9x4x128 key_pages=9x32x2x128 value_pages=9x32x2x128 page_table=3x3:int32<9 lengths=3:int32<97"
+        " query_starts=4:int32<10",
+        "",
+    ),
     "relu": ("x=30x129", ""),
     "rms_norm": ("x=40x129 scale=129", ""),
     "rope": ("x=2x40x3x32 positions=40:int32<1000", ""),
@@ -61,6 +67,16 @@ def of(shape: Sequence[int], dtype: Any, below: int) -> Operand:
     if jnp.issubdtype(dtype, jnp.floating):
         return normal(shape, str(dtype))
     return booleans(shape) if dtype == jnp.bool_ else dataclasses.replace(integers(below, shape), dtype=str(dtype))
+
+
+def rising(most: int, count: int) -> Operand:
+    """`count` integers that rise from 0 to `most`: where the sequences of a ragged batch start."""
+    return Operand((count,), "int32", f"np.sort(np.append([0, {most}], random.integers(0, {most + 1}, {count - 2})))")
+
+
+def named(name: str, shape: Sequence[int], dtype: Any, below: int) -> Operand:
+    """`of`, but for an operand that has to rise, up to `below` - 1."""
+    return rising(below - 1, shape[0]) if name == "query_starts" else of(shape, dtype, below)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +239,51 @@ def _attention(c: _Chance) -> tuple[dict, dict]:
     return operands, options
 
 
+def _decode(c: _Chance) -> tuple[dict, dict]:
+    batch, keys, tokens = c.of(1, 3), c.size(), c.of(1, 2, 5)
+    leading = (batch, tokens) if tokens > 1 else (batch,)
+    operands, options = _cached(c, leading, (batch, keys), ("key", "value"))
+    operands["lengths"] = integers(keys + 1, (batch,))
+    return operands, options
+
+
+def _paged(c: _Chance) -> tuple[dict, dict]:
+    sequences, page_size, most, tokens = c.of(1, 3), c.of(16, 1, 7, 32, 64), c.of(1, 2, 5), c.of(1, 3, 20, 40)
+    pages = sequences * most + 1
+    operands, options = _cached(c, (tokens,), (pages, page_size), ("key_pages", "value_pages"))
+    operands |= {
+        "page_table": integers(pages, (sequences, most)),
+        "lengths": integers(page_size * most + 1, (sequences,)),
+        "query_starts": rising(tokens, sequences + 1),
+    }
+    return operands, options
+
+
+def _cached(c: _Chance, leading: tuple, cache: tuple, names: tuple[str, str]) -> tuple[dict, dict]:
+    """Queries of shape [*leading, N, H] and caches [*cache, K, H], perhaps quantised; what both operators share."""
+    dtype, groups, per_group, size = c.of(*DTYPES, "float16"), c.of(2, 1, 8), c.of(1, 2, 3), c.of(128, 16, 64, 80)
+    quantised = c.of(False, True)
+    shape, heads = (*cache, groups, size), groups * per_group
+    operands = {"query": normal((*leading, heads, size), dtype)}
+    for name in names:
+        whole = Operand(shape, "int8", f"random.integers(-4, 5, {shape})")
+        operands[name] = whole if quantised else normal(shape, dtype)
+    if quantised:
+        scales = (cache[0], groups, cache[1])
+        for name in ("key_scales", "value_scales"):
+            operands[name] = Operand(scales, "float32", f"random.uniform(0.2, 0.6, {scales})")
+    if c.of(False, True):
+        operands["sinks"] = normal((heads,), "float32")
+    options: dict[str, Any] = {}
+    if c.of(False, True):
+        options["local_window_size"] = c.of(20, 0)
+    if c.of(False, True):
+        options["logits_soft_cap"] = 3.0
+    if c.of(False, True):
+        options["return_residual"] = True
+    return operands, options
+
+
 def _norm(c: _Chance, *, with_bias: bool) -> tuple[dict, dict]:
     dtype, features = c.of(*DTYPES, "float16"), c.size()
     parameters = c.of(dtype, "float32")
@@ -304,12 +365,14 @@ def _rope(c: _Chance) -> tuple[dict, dict]:
 
 
 _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
+    "decode_attention": _decode,
     "dot_product_attention": _attention,
     "gated_linear_unit": _gated,
     "gelu": _gelu,
     "layer_norm": functools.partial(_norm, with_bias=True),
     "linear_cross_entropy": _cross_entropy,
     "matmul": _matmul,
+    "paged_attention": _paged,
     "relu": _elementwise,
     "rms_norm": functools.partial(_norm, with_bias=False),
     "rope": _rope,

@@ -183,7 +183,7 @@ def specimen_of(
     made = {}
     for text in operands:
         operand_name, like = operand(text, dtype)
-        made[operand_name] = specimens.of(like.shape, like.dtype, bound(text))
+        made[operand_name] = specimens.named(operand_name, like.shape, like.dtype, bound(text))
     specimen = Specimen(name, made, {option: repr(value) for option, value in static.items()}, seed)
     _problems(specimen)
     return specimen

@@ -1,5 +1,6 @@
 """Kernels for GPUs, in Mosaic GPU: one module per operator, each with unsupported, forward, backward and Tiles."""
 
 from pallas_kernels.gpu import attention as attention
+from pallas_kernels.gpu import decode_attention as decode_attention
 from pallas_kernels.gpu import layer_norm as layer_norm
 from pallas_kernels.gpu import rms_norm as rms_norm

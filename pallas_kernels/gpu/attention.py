@@ -28,7 +28,7 @@ from pallas_kernels import chips, modifiers, tuned
 from pallas_kernels.gpu import attention_ampere as ampere
 from pallas_kernels.gpu import attention_blackwell as blackwell
 from pallas_kernels.gpu import attention_hopper as hopper
-from pallas_kernels.gpu.attention_scores import LOG2E, Problem, not_lowered
+from pallas_kernels.gpu.attention_scores import LOG2E, Problem, not_lowered, whole_rows
 from pallas_kernels.masks import Band
 from pallas_kernels.padding import pad_to, round_up
 
@@ -78,7 +78,7 @@ class Tiles:
             stages = 1 if phase == "forward" else 2
         row = sum(dims) * itemsize  # of key and value, or of query and dout
         if phase == "forward":
-            stays = dims[0] + (dims[1] if dims[0] < dims[1] and capability != (8, 0) else 0)
+            stays = dims[0] + (dims[1] if dims[0] != dims[1] and capability != (8, 0) else 0)
             return rows * stays * itemsize + stages * self.keys * row + 4096
         return rows * row + stages * max(self.keys_dq, self.queries_dkv) * (row + 8) + 4096
 
@@ -259,13 +259,16 @@ def backward(
         lse = jnp.where(jnp.arange(T) < lengths[:, None, None], lse, jnp.inf)
     rows = round_up(T, 128)  # whole blocks of any kernel, and the stride of a copy is a multiple of 16 bytes
     arguments = (
-        pad_to(dout.astype(query.dtype), 3, V),
+        whole_rows(pad_to(dout.astype(query.dtype), 3, V)),
         pad_to(lse * LOG2E, 2, rows, jnp.inf),
         pad_to(-delta, 2, rows),
     )
     gradients["query"] = kernels.backward_q(problem, *arguments, "query")
-    # Beyond a head size of 128 the two sums do not fit the registers together: one kernel each.
-    for wanted in (("key", "value"),) if max(H, V) <= 128 else (("key",), ("value",)):
+    # Beyond a head size of 128 the two sums do not fit the registers together, and on Hopper not either beside a slope
+    # or the numbers of dropout: one kernel each.
+    crowded = kernels is hopper and (problem.score_mod is not None or problem.dropout_rate > 0)
+    together = max(H, V) <= 128 and not crowded
+    for wanted in (("key", "value"),) if together else (("key",), ("value",)):
         gradients |= kernels.backward_kv(problem, *arguments, wanted)
     for name, x in (("query", query), ("key", key), ("value", value)):
         gradients[name] = gradients[name][:, : x.shape[1], :, : x.shape[3]]

@@ -111,7 +111,7 @@ def forward(problem: Problem):
     """
     B, T, S, N, K, H, V = problem.shape
     keys, dtype, groups = problem.tiles.keys, problem.dtype, 2 if max(H, V) <= 128 else 1
-    block_rows = groups * ROWS
+    block_rows, width = groups * ROWS, 128 if V % 128 == 0 else 64  # of what is rescaled at a time, in registers
     stages, query_tiles = min(problem.tiles.stages, pl.cdiv(S, keys)), pl.cdiv(T, block_rows)
     inputs = problem.operands | problem.schedule(block_rows, keys)
     ragged = S % keys != 0 or "key_lengths" in inputs
@@ -159,7 +159,9 @@ def forward(problem: Problem):
                 @pl.when(n > own.start)
                 def _():
                     plgpu.barrier_wait(refs.out_ready.at[group])
-                    plgpu.async_store_tmem(out, _load(out) * down(alpha, (ROWS, V)))
+                    for start in range(0, V, width):
+                        piece = out.at[:, pl.ds(start, width)]
+                        plgpu.async_store_tmem(piece, _load(piece) * down(alpha, (ROWS, width)))
 
                 plgpu.async_store_tmem(_part(refs.weights, group, keys), p)
                 plgpu.commit_tmem()
@@ -171,6 +173,7 @@ def forward(problem: Problem):
             carry = _row(LOWEST if sink is None else sink), _row(0.0 if sink is None else 1.0)
             top, total = go_through(own.sections(mine.first, ROWS), step, None, carry)
             pl.when(own.steps > 0)(lambda: plgpu.barrier_wait(refs.out_ready.at[group]))
+            plgpu.barrier_wait(refs.query_ready)  # also where there was nothing to do, a copy may be under way
 
             lse = (top + jnp.log2(total)) * LN2
             inverse = jnp.where(total > 0, 1 / (total * problem.kept_rate), 0.0)
@@ -180,7 +183,7 @@ def forward(problem: Problem):
                 inside = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=NATIVE.reduce(1)) < query_end - mine.first
                 inverse = jnp.where(inside, inverse, 0.0)
                 lse = jnp.where(inside, lse, jnp.inf if sink is None else sink * LN2)
-            tile = refs.query_tile.at[group] if V <= H else refs.out_tile.at[group]
+            tile = refs.query_tile.at[group] if V == H else refs.out_tile.at[group]
             for start in range(0, V, 64):
                 acc = _load(refs.out_acc.at[:, pl.ds(group * V + start, 64)])
                 # Where nothing was added, tensor memory holds anything.
@@ -189,7 +192,7 @@ def forward(problem: Problem):
             plgpu.store(refs.lse_tile.at[group], lse, optimized=False)
             plgpu.commit_smem()
             rows = pl.ds(mine.first, ROWS)
-            plgpu.copy_smem_to_gmem(tile.at[:, pl.ds(0, V)], refs.out.at[batch, rows, head])
+            plgpu.copy_smem_to_gmem(tile, refs.out.at[batch, rows, head])
             plgpu.copy_smem_to_gmem(refs.lse_tile.at[group], refs.lse.at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
@@ -256,13 +259,13 @@ def forward(problem: Problem):
 
         return compute, fetch, issue
 
-    out_tile = {"out_tile": _smem(dtype, groups, ROWS, V)} if H < V else {}  # else it leaves through the query's
+    out_tile = {"out_tile": _smem(dtype, groups, ROWS, V)} if H != V else {}  # else it leaves through the query's
     result = _launch(
         kernel,
         "attention_forward",
         inputs,
         {
-            "out": jax.ShapeDtypeStruct((B, T, N, V), dtype),
+            "out": jax.ShapeDtypeStruct((*problem.operands["query"].shape[:3], V), dtype),
             "lse": jax.ShapeDtypeStruct((B, N, query_tiles * block_rows), jnp.float32),
         },
         out_tile
@@ -436,6 +439,7 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
 
             lax.fori_loop(0, heads, per_member, jnp.int32(0))
             pl.when(steps > 0)(lambda: plgpu.barrier_wait(refs.used))
+            plgpu.barrier_wait(refs.rows_ready)  # also where there was nothing to do, a copy may be under way
             for number, name in enumerate(wanted):
 
                 @pl.when(half == number)
@@ -577,6 +581,7 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
 
             go_through(walk.sections(first, ROWS), step, None, None)
             pl.when(walk.steps > 0)(lambda: plgpu.barrier_wait(refs.used))
+            plgpu.barrier_wait(refs.rows_ready)  # also where there was nothing to do, a copy may be under way
             if dense:
                 return
 
@@ -613,7 +618,7 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
     if dense:
         result = {"dx": jax.ShapeDtypeStruct((B, N, query_tiles * ROWS, key_tiles * keys), jnp.float32)}
     else:
-        result = {"dquery": jax.ShapeDtypeStruct((B, T, N, H), dtype)}
+        result = {"dquery": jax.ShapeDtypeStruct(problem.operands["query"].shape, dtype)}
         memory |= {
             "dweights": plgpu.TMEM((ROWS, keys), dtype, packed=True),
             "query_sum": plgpu.TMEM((ROWS, H), jnp.float32),

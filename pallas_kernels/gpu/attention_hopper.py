@@ -134,7 +134,7 @@ def forward(problem: Problem):
         def consumer(group):
             first = block * BLOCK + group * ROWS
             rows = pl.ds(first, ROWS)
-            query, out = refs.query_tile.at[group], refs.out_tile.at[group] if H < V else refs.query_tile.at[group]
+            query, out = refs.query_tile.at[group], (refs.query_tile if H == V else refs.out_tile).at[group]
             plgpu.copy_gmem_to_smem(refs.query.at[batch, rows, head], query, refs.query_ready.at[group])
             mine = Rows.of(problem, refs, WGMMA, batch, head, first, ROWS)
             plgpu.barrier_wait(refs.query_ready.at[group])
@@ -208,9 +208,7 @@ def forward(problem: Problem):
                 out[:, piece] = (acc * down(inverse, acc.shape)).astype(dtype)
             refs.lse_tile[group] = lse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                out if out.shape[1] == V else out.at[:, pl.ds(0, V)], refs.out.at[batch, rows, head]
-            )
+            plgpu.copy_smem_to_gmem(out, refs.out.at[batch, rows, head])
             plgpu.copy_smem_to_gmem(refs.lse_tile.at[group], refs.lse.at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
@@ -229,13 +227,13 @@ def forward(problem: Problem):
 
         return consumer, producer
 
-    out_tile = {"out_tile": _smem(dtype, CONSUMERS, ROWS, V)} if H < V else {}  # else it leaves through the query's
+    out_tile = {"out_tile": _smem(dtype, CONSUMERS, ROWS, V)} if H != V else {}  # else it leaves through the query's
     result = _launch(
         kernel,
         "attention_forward",
         inputs,
         {
-            "out": jax.ShapeDtypeStruct((B, T, N, V), dtype),
+            "out": jax.ShapeDtypeStruct((*problem.operands["query"].shape[:3], V), dtype),
             "lse": jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK), jnp.float32),
         },
         out_tile
@@ -263,7 +261,7 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
     """
     B, T, S, N, K, H, V = problem.shape
     band, queries, dtype, heads = problem.band.transposed(), problem.tiles.queries_dkv, problem.dtype, N // K
-    query_tiles, wide = pl.cdiv(T, queries), max(H, V) > 128
+    query_tiles, wide, tight = pl.cdiv(T, queries), max(H, V) > 128, H + V > 128
     stages = min(problem.tiles.stages_backward, query_tiles * heads)
     inputs = by_keys(problem.operands) | problem.schedule(BLOCK, queries, by_keys=True)
     inputs |= {"dout": dout, "lse": lse, "minus_delta": minus_delta}
@@ -302,6 +300,8 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
                         plgpu.barrier_wait(refs.ready.at[slot])
                         column = lambda ref: across(plgpu.load(ref.at[slot], layout=WGMMA.reduce(0)), shape)
                         query, dout = refs.query_tiles.at[slot], refs.dout_tiles.at[slot]
+                        mine_now = _anew(group) if tight else group
+                        key, value = refs.key_tile.at[mine_now], refs.value_tile.at[mine_now]
                         (s,) = _products((key, query.T))
                         tile = dataclasses.replace(tile, loaded=tile.load())
                         x, factor, of_mod, of_cap = tile.exponents(s, slopes="key" in sums)
@@ -508,7 +508,7 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
     result = (
         {"dx": jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK, key_tiles * keys), jnp.float32)}
         if dense
-        else {"dquery": jax.ShapeDtypeStruct((B, T, N, H), dtype)}
+        else {"dquery": jax.ShapeDtypeStruct(problem.operands["query"].shape, dtype)}
     )
     return _launch(
         kernel,

@@ -59,14 +59,12 @@ class Problem:
         query, key, value, *, tiles, scale, is_causal, local_window_size=None, logits_soft_cap=None, score_mod=None,
         mask_mod=None, dropout_rate=0.0, bias=None, mask=None, query_seq_lengths=None, key_value_seq_lengths=None,
         query_segment_ids=None, key_value_segment_ids=None, prefix_lengths=None, sinks=None, alibi_slopes=None,
-        dropout_rows=None, lengths_padded_to: tuple[int, int] | None = None,
+        dropout_rows=None,
     ) -> "Problem":  # fmt: skip
-        """`lengths_padded_to`: multiples to which queries and keys are filled up, for kernels whose copies need whole
-        tiles; what is filled up is masked by lengths."""
         B, T, S = query.shape[0], query.shape[1], key.shape[1]
         dim, value_dim = query.shape[-1], value.shape[-1]
         operands = {
-            name: pad_to(x, 3, round_up(x.shape[3], 64))
+            name: whole_rows(pad_to(x, 3, round_up(x.shape[3], 64)))
             for name, x in {"query": query, "key": key, "value": value}.items()
         }
         integers = lambda x: x.astype(jnp.int32)
@@ -74,13 +72,6 @@ class Problem:
             operands["query_lengths"] = jnp.clip(integers(query_seq_lengths), 0, T)
         if key_value_seq_lengths is not None:
             operands["key_lengths"] = jnp.clip(integers(key_value_seq_lengths), 0, S)
-        if lengths_padded_to is not None:
-            for names, size, multiple in (
-                (("query",), T, lengths_padded_to[0]),
-                (("key", "value"), S, lengths_padded_to[1]),
-            ):
-                for name in names:
-                    operands[name] = pad_to(operands[name], 1, round_up(size, multiple))
         if query_segment_ids is not None:
             operands["query_segments"] = _whole_tiles(integers(query_segment_ids), 1)
             operands["key_segments"] = _whole_tiles(integers(key_value_segment_ids), 1)
@@ -144,6 +135,11 @@ class Problem:
         return {"count": jnp.asarray(count), "order": jnp.asarray(order)}
 
 
+def whole_rows(x):
+    """[batch, length, heads, size] with the length filled up to what copies can cut, rows of eight."""
+    return pad_to(x, 1, round_up(x.shape[1], 8))
+
+
 def _whole_tiles(x, axis):
     return pad_to(x, axis, round_up(x.shape[axis], WIDEST))
 
@@ -196,7 +192,6 @@ _LOWERED = frozenset(
         "sqrt",
         "square",
         "sub",
-        "tanh",
         "xor",
     }
 )
@@ -207,9 +202,9 @@ def not_lowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | 
     for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if function is None:
             continue
-        programs = [modifiers.traced(function, scored=name == "score_mod")]
+        programs = [modifiers.traced(_lowered(function), scored=name == "score_mod")]
         if name == "score_mod":
-            programs.append(modifiers.traced(functools.partial(modifiers.score_and_slope, function), scored=True))
+            programs.append(modifiers.traced(_score_and_slope(function), scored=True))
         for program in programs:
             for equation in _equations(program.jaxpr):
                 if equation.primitive.name not in _LOWERED:
@@ -424,11 +419,11 @@ class Tile:
         if added:
             s, factor = s * factor + functools.reduce(operator.add, added) * LOG2E, 1.0
         if problem.score_mod is not None:
-            s, mod = s * (factor * LN2), _accurate(problem.score_mod)
+            s = s * (factor * LN2)
             if slopes:
-                s, of_mod = modifiers.score_and_slope(mod, s, *self.positions())
+                s, of_mod = _score_and_slope(problem.score_mod)(s, *self.positions())
             else:
-                s = mod(s, *self.positions())
+                s = _lowered(problem.score_mod)(s, *self.positions())
             factor = LOG2E
         return s, factor, of_mod, of_cap
 
@@ -463,7 +458,7 @@ class Tile:
         if "mask" in self.loaded:
             conditions.append(jnp.broadcast_to(self.loaded["mask"] > 0, shape))
         if problem.mask_mod is not None:
-            conditions.append(problem.mask_mod(*self.positions()))
+            conditions.append(_lowered(problem.mask_mod)(*self.positions()))
         return functools.reduce(operator.and_, conditions) if conditions else None
 
     def kept(self):
@@ -476,8 +471,9 @@ class Tile:
         return random.kept(*words, key, self.rows.problem.dropout_rate)
 
 
-def _accurate(score_mod):
-    """`score_mod` with a tanh of its own: the hardware's is wrong by 2⁻¹¹."""
+def _lowered(function):
+    """`function` of arrays, with two primitives replaced: tanh, which the hardware gets wrong by 2⁻¹¹, and the addition
+    of tangents, which Mosaic GPU does not know."""
 
     def evaluate(jaxpr, *values):
         found = dict(zip(jaxpr.invars, values, strict=True))
@@ -485,22 +481,26 @@ def _accurate(score_mod):
         for equation in jaxpr.eqns:
             inputs, name = [read(x) for x in equation.invars], equation.primitive.name
             if name == "tanh":
-                outputs = _tanh(*inputs)
-            elif name in ("jit", "pjit"):
-                inner = equation.params["jaxpr"]
-                outputs = evaluate(inner.jaxpr, *inputs)
+                outputs = [_tanh(*inputs)]
+            elif name == "add_any":
+                outputs = [lax.add(*inputs)]
+            elif name == "jit":
+                outputs = evaluate(equation.params["jaxpr"].jaxpr, *inputs)
             else:
                 outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
-            many = equation.primitive.multiple_results
-            found |= zip(equation.outvars, outputs if many else [outputs], strict=True)
+                outputs = outputs if equation.primitive.multiple_results else [outputs]
+            found |= zip(equation.outvars, outputs, strict=True)
         return [read(x) for x in jaxpr.outvars]
 
-    def mod(*arguments):
-        program = jax.make_jaxpr(score_mod)(*arguments)
-        (score,) = evaluate(program.jaxpr, *arguments)
-        return score
+    def call(*arguments):
+        program, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        return jax.tree.unflatten(jax.tree.structure(shape), evaluate(program.jaxpr, *arguments))
 
-    return mod
+    return call
+
+
+def _score_and_slope(score_mod):
+    return _lowered(functools.partial(modifiers.score_and_slope, _lowered(score_mod)))
 
 
 def _tanh(x):

@@ -293,7 +293,7 @@ def test_tiles_that_do_not_divide_are_not_taken(chip):
 
 
 @pytest.mark.parametrize(
-    "length, tiles", [(4096, (1024, 512, 4096)), (8192, (1024, 512, 8192)), (1100, (768, 768, 1536))]
+    "length, tiles", [(4096, (1024, 512, 4096)), (8192, (1024, 512, 8192)), (1100, (768, 384, 1536))]
 )
 def test_the_span_follows_the_problem_and_nothing_is_padded_more_than_by_default(length, tiles):
     with chips.target(V5E):

@@ -1,5 +1,6 @@
 """jaxops: the operator library of JAX. Table of contents, one line per public name."""
 
+from jaxops.dropout import dropout_rows as dropout_rows
 from jaxops.inspection import explain as explain
 from jaxops.inspection import target as target
 from jaxops.ops.activations import gelu as gelu

@@ -64,7 +64,8 @@ class Operator:
     XLA serves it) or the sentence why there is none. `partition` maps the PartitionSpec of the first operand to those
     of the outputs, under explicit sharding.
     cost(**operands, **static) -> the flops of the matrix products of (forward, backward), from the operands' shapes;
-    without it those of the reference are counted.
+    without it those of the reference are counted. note(phase, tile, **operands, **static) -> what else `explain` should
+    say, or None; `tile` is what the kernel's own `tile` says, None in XLA.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Operator:
     gpu: ModuleType | SimpleNamespace | str
     partition: Callable[[PartitionSpec], tuple[PartitionSpec, ...]] = lambda spec: (spec,)
     cost: Callable[..., tuple[int, int]] | None = None
+    note: Callable[..., str | None] | None = None
 
     def __call__(
         self, operands: Mapping[str, Any], *, implementation: dispatch.Implementation = None, **static: Any

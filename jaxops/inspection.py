@@ -42,7 +42,8 @@ class Line:
     `chip_bytes` what that is estimated to take of the chip's own memory (VMEM of a TPU core, shared memory of a GPU
     block), None where XLA runs or the kernel does not say. `flops` of matrix products and `bytes` to and from device
     memory are what the call needs at least (`jaxops.cost`), and `bound_seconds` the time below which the chip
-    cannot do that, set by `bound`, "compute" or "memory"; None where no peak is published, as for a CPU.
+    cannot do that, set by `bound`, "compute" or "memory"; None where no peak is published, as for a CPU. `note` is what
+    the operator has to add: which tiles a mask leaves, what a definition in plain JAX holds at once.
     """
 
     operator: str
@@ -59,11 +60,13 @@ class Line:
     bytes: int
     bound_seconds: float | None
     bound: str | None
+    note: str | None
 
     def __str__(self) -> str:
         why = f"  ({self.reason})" if self.reason else ""
         times = f" ×{self.count}" if self.count > 1 else ""
-        return f"{self.operator} {self.phase}{times} [{self.operands}] on {self.chip}: {self.implementation}{why}"
+        text = f"{self.operator} {self.phase}{times} [{self.operands}] on {self.chip}: {self.implementation}{why}"
+        return f"{text}; {self.note}" if self.note else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +134,10 @@ def _line(equation: Any, chip: chips.Chip | None) -> Line:
     else:
         reason = autodiff.refusal(chip.platform, call, avals)
     choice = dispatch.choose(call.order, reason)
-    tiles, chip_bytes = (None, None) if choice.implementation != "pallas" else _cut(call, avals, chip)
+    tiles, chip_bytes, tile = (None, None, None) if choice.implementation != "pallas" else _cut(call, avals, chip)
+    note = None
+    if call.operator.note and (tile or choice.implementation == "xla"):
+        note = call.operator.note(call.phase, tile, **autodiff.unmapped_operands(call, avals)[0], **dict(call.static))
     needed = cost.of_call(equation)
     peak = None if chip is None else cost.published(chip, avals[0].dtype)
     bound_seconds, bound = (None, None) if peak is None or peak.flops is None else peak.bound(needed)
@@ -152,20 +158,23 @@ def _line(equation: Any, chip: chips.Chip | None) -> Line:
         bytes=needed.bytes,
         bound_seconds=bound_seconds,
         bound=bound,
+        note=note,
     )
 
 
-def _cut(call: Any, avals: Any, chip: Any) -> tuple[str | None, int | None]:
-    """The tiles that the kernel of a call takes, and the bytes of the chip's own memory that it plans with."""
+def _cut(call: Any, avals: Any, chip: Any) -> tuple[str | None, int | None, tuple[int, int] | None]:
+    """The tiles that the kernel of a call takes, the bytes of the chip's own memory that it plans with, and the rows
+    and columns of a tile if it says."""
     kernel = getattr(call.operator, chip.platform)
     if not hasattr(kernel, "tiles"):
-        return None, None
+        return None, None, None
     operands, _ = autodiff.unmapped_operands(call, avals)
     tiles = kernel.tiles(call.phase, **operands, **dict(call.static))
     chip_bytes = (
         kernel.memory(call.phase, tiles, **operands, **dict(call.static)) if hasattr(kernel, "memory") else None
     )
-    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(tiles).items()), chip_bytes
+    tile = kernel.tile(call.phase, tiles, **operands, **dict(call.static)) if hasattr(kernel, "tile") else None
+    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(tiles).items()), chip_bytes, tile
 
 
 def operator_calls(jaxpr: Any) -> Iterator[Any]:

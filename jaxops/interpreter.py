@@ -1,20 +1,29 @@
 """Pallas' interpreters as kernels are proved in them: races raise, memory starts as NaN, no state is left behind.
 
-`tpu` is JAX's own interpreter. The GPU interpreter of JAX 0.12 lacks two things, which `gpu` supplies while it is open:
-wgmma with a left operand in registers, and race checks of what wgmma reads from shared memory: a product is an event of
-the asynchronous proxy, as a copy is, so a missing fence or a tile freed too early is a race.
+`tpu` is JAX's own interpreter. The GPU interpreter of JAX 0.12 lacks a few things, which `gpu` supplies while open:
+
+- wgmma with a left operand in registers, and values stored to its accumulators;
+- race checks of what wgmma reads from shared memory: a product is an event of the asynchronous proxy, as a copy is, so
+  a missing fence or a tile freed too early is a race;
+- what GPUs before Hopper have instead: mma, and copies without a barrier (cp.async), which arrive as late as they may;
+- `inline_mgpu` of a function that says in plain JAX what it does, as its attribute `meaning`.
 """
 
+import collections
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import callback
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu import primitives
+from jax._src.pallas.mosaic_gpu.core import WGMMAAbstractAccumulatorRef
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
+from jax._src.state.primitives import ref_set
 from jax._src.state.types import AbstractRef
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -41,14 +50,23 @@ def gpu(**parameters: Any) -> Iterator[None]:
     parameters: of `plgpu.InterpretGPUParams`. The interpreter's state is fresh, also after an error.
     """
     theirs: Any = jaxpr_interpret.JaxprInterpreter
-    original = theirs._interpret_wgmma_ref_p
-    theirs._interpret_wgmma_ref_p = _interpret_wgmma
+    originals = {name: getattr(theirs, name) for name in _OURS}
+    store, wait = primitives.wgmma_accumulator_store, plgpu.wait_gmem_to_smem
+    for name, function in _OURS.items():
+        setattr(theirs, name, functools.partialmethod(function, originals[name]))
+    # An accumulator is memory like any other there. (It is an ordinary value only when a kernel is lowered.)
+    primitives.wgmma_accumulator_store = lambda ref, value: ref_set(ref, None, value)
+    # The other direction's wait is one that the interpreter knows and does in order; None tells them apart.
+    plgpu.wait_gmem_to_smem = lambda n: primitives.wait_smem_to_gmem_p.bind(n=n, wait_read_only=None)
+    _in_flight.clear()
     gpu_callbacks.reset_gpu_interpret_mode_state()
     try:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**{"detect_races": True, **parameters})):
             yield
     finally:
-        theirs._interpret_wgmma_ref_p = original
+        for name, function in originals.items():
+            setattr(theirs, name, function)
+        primitives.wgmma_accumulator_store, plgpu.wait_gmem_to_smem = store, wait
         gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
@@ -101,7 +119,8 @@ def _multiply(
     return token
 
 
-def _interpret_wgmma(self, equation, token, read_inputs):
+def _interpret_wgmma(self, original, equation, token, read_inputs):
+    del original
     acc, lhs, rhs, *leaves = read_inputs()
     trees = [equation.params[f"{name}_transforms_tree"] or jax.tree.structure([]) for name in ("acc", "a", "b")]
     acc_transforms, lhs_transforms, rhs_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
@@ -125,3 +144,115 @@ def _interpret_wgmma(self, equation, token, read_inputs):
         lhs_transforms=lhs_transforms,
         rhs_transforms=rhs_transforms,
     ), []
+
+
+@gpu_callbacks.fail_on_exception
+def _set_accumulator(*, token, mesh_location, thread, ref, value, source_info):
+    """Registers belong to one warpgroup: there is nobody to race with."""
+    key = gpu_callbacks.HostAllocationKey.from_array(ref)
+    memory = gpu_callbacks._get_shared_memory()
+    log = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
+    memory.store_buffer_content(key, memory.access(key, ()), np.asarray(value), thread, logging_info=log)
+    return token
+
+
+def _interpret_swap(self, original, equation, token, read_inputs):
+    if not isinstance(equation.invars[0].aval, WGMMAAbstractAccumulatorRef):
+        return original(self, equation, token, read_inputs)
+    ref, value = read_inputs()
+    token = callback.io_callback(
+        functools.partial(_set_accumulator, source_info=equation.source_info),
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        ref=ref,
+        value=value,
+    )
+    return token, value  # nobody asks what was there before
+
+
+_in_flight: dict[Any, list[Callable[[], None]]] = collections.defaultdict(list)  # copies of each thread, in order
+
+
+@gpu_callbacks.fail_on_exception
+def _start_copy(*, token, mesh_location, thread, source, source_transforms, target, target_transforms, source_info):
+    log = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
+
+    def place(ref, transforms):
+        key = gpu_callbacks.HostAllocationKey.from_array(ref)
+        transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
+        return key, gpu_callbacks._get_shared_memory().access(key, transforms)
+
+    def copy():
+        memory, ((key, access), (target_key, target_access)) = gpu_callbacks._get_shared_memory(), places
+        value = memory.get_buffer_content(key, access, thread, logging_info=log)[0]
+        if value is None or value.shape != access.shape:
+            raise IndexError(f"a copy reads out of bounds: {access}")
+        memory.store_buffer_content(target_key, target_access, value, thread, logging_info=log)
+
+    places = place(source, source_transforms), place(target, target_transforms)
+    _in_flight[thread].append(copy)
+    return token
+
+
+@gpu_callbacks.fail_on_exception
+def _finish_copies(*, token, thread, but):
+    copies = _in_flight[thread]
+    while len(copies) > but:
+        copies.pop(0)()
+    return token
+
+
+def _interpret_copy(self, original, equation, token, read_inputs):
+    if equation.params["has_barrier"]:
+        return original(self, equation, token, read_inputs)
+    source, target, *leaves = read_inputs()
+    trees = [equation.params[f"{name}_transforms_treedef"] for name in ("src", "dst")]
+    source_transforms, target_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+    source, source_transforms = jaxpr_interpret.resolve_ref(equation.invars[0].aval, source, source_transforms)
+    target, target_transforms = jaxpr_interpret.resolve_ref(equation.invars[1].aval, target, target_transforms)
+    token = callback.io_callback(
+        functools.partial(_start_copy, source_info=equation.source_info),
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        source=source,
+        source_transforms=source_transforms,
+        target=target,
+        target_transforms=target_transforms,
+    )
+    return token, []
+
+
+def _interpret_wait(self, original, equation, token, read_inputs):
+    if equation.params["wait_read_only"] is not None:
+        return original(self, equation, token, read_inputs)
+    finish = functools.partial(_finish_copies, but=equation.params["n"])
+    return callback.io_callback(finish, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, thread=self.thread), []
+
+
+def _interpret_arithmetic(self, original, equation, read_inputs):
+    if equation.primitive is not primitives.mma_p:
+        return original(self, equation, read_inputs)
+    acc, left, right = read_inputs()
+    return acc + jnp.matmul(left.astype(acc.dtype), right.astype(acc.dtype), precision="highest")
+
+
+def _interpret_inline(self, original, equation, token, read_inputs):
+    meaning = getattr(equation.params["mgpu_fn"], "meaning", None)
+    if meaning is None:
+        return original(self, equation, token, read_inputs)
+    result = meaning(*read_inputs()[: equation.params["pytree_args"].num_leaves])
+    return token, jax.tree.leaves(result)
+
+
+_OURS = {
+    "_interpret_wgmma_ref_p": _interpret_wgmma,
+    "_interpret_swap_p": _interpret_swap,
+    "_interpret_copy_gmem_to_smem_p": _interpret_copy,
+    "_interpret_wait_smem_to_gmem_p": _interpret_wait,
+    "_interpret_arithmetic_primitive": _interpret_arithmetic,
+    "_interpret_inline_mgpu_p": _interpret_inline,
+}

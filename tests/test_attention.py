@@ -1,12 +1,17 @@
 """dot_product_attention against its reference in float64, against `jax.nn.dot_product_attention`, and on bad input."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import jaxops
 from jaxops.ops.attention import dot_product_attention
-from jaxops.reference.attention import dot_product_attention as reference
+from jaxops.reference.attention import dot_product_attention as reference_of_rows
 from tests.compare import check, error
 
 PLAIN = {"scale": 0.3, "is_causal": False, "local_window_size": None, "logits_soft_cap": None}
@@ -14,13 +19,27 @@ CAUSAL = dict(PLAIN, is_causal=True)
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 
 
+def reference(dropout_key=None, **operands):
+    return reference_of_rows(dropout_rows=dropout_key, **operands)
+
+
+def bent(score, batch, head, query, key):
+    return jnp.sin(score) * (1 + head) + 0.01 * (query - key) - 0.2 * batch
+
+
+def blockwise(batch, head, query, key):
+    """Whole blocks of 128 that are seen, that are not, and with every third key; other ones for every head."""
+    kind = (query // 128 + 2 * (key // 128) + head) % 3
+    return (kind == 0) | ((kind == 1) & (key % 3 == 0))
+
+
 def operands_of(shape, *extras, seed=0):
-    """query, key, value for shape = (B, T, S, N, K, H), and the named extras; a bias or a mask brings its shape."""
-    batch, queries, keys, heads, groups, size = shape
+    """query, key, value for shape = (B, T, S, N, K, H) or (…, H, V), and the named extras, a bias or mask by shape."""
+    batch, queries, keys, heads, groups, size, *value_size = shape
     random = np.random.default_rng(seed)
     normal, integers = random.standard_normal, random.integers
-    made = {"query": normal((batch, queries, heads, size))}
-    made |= {name: normal((batch, keys, groups, size)) for name in ("key", "value")}
+    made = {"query": normal((batch, queries, heads, size)), "key": normal((batch, keys, groups, size))}
+    made["value"] = normal((batch, keys, groups, *(value_size or [size])))
     for extra in extras:
         name, *detail = extra if isinstance(extra, tuple) else (extra,)
         if name == "bias":
@@ -32,6 +51,12 @@ def operands_of(shape, *extras, seed=0):
         elif name == "lengths":
             made["query_seq_lengths"] = integers(0, queries + 1, batch).astype(np.int32)
             made["key_value_seq_lengths"] = integers(0, keys + 1, batch).astype(np.int32)
+        elif name == "prefix":
+            made["prefix_lengths"] = integers(0, keys + 1, batch).astype(np.int32)
+        elif name == "alibi":
+            made["alibi_slopes"] = 0.5 ** np.arange(heads)
+        elif name == "dropout":
+            made["dropout_key"] = np.asarray(jaxops.dropout_rows(jax.random.key(seed), batch, heads, queries))
         else:  # sorted segment ids, as in packed batches, and an id of the keys that no query has
             made["query_segment_ids"] = np.sort(integers(0, 3, (batch, queries))).astype(np.int32)
             made["key_value_segment_ids"] = np.sort(integers(0, 4, (batch, keys))).astype(np.int32)
@@ -69,7 +94,29 @@ CASES = [
         dict(CAUSAL, local_window_size=(0, 0)),
         ("lengths", ("bias", (1, 4, 1, 1)), "sinks"),
     ),
+    ((2, 600, 700, 2, 1, 16, 24), "float32", dict(CAUSAL, dropout_rate=0.3), ("prefix", "dropout", "sinks")),
+    ((1, 600, 600, 2, 2, 16), "bfloat16", dict(CAUSAL, local_window_size=(100, 0)), ("prefix", "segments", "alibi")),
+    (
+        (1, 600, 600, 2, 1, 32, 16),
+        "float32",
+        dict(PLAIN, logits_soft_cap=2.0, score_mod=bent),
+        (("bias", (1, 2, 600, 600)), "alibi"),
+    ),
+    (
+        (2, 600, 520, 2, 1, 16),
+        "float32",
+        dict(PLAIN, mask_mod=blockwise, score_mod=bent, dropout_rate=0.1),
+        ("lengths", "dropout"),
+    ),
+    (
+        (2, 40, 50, 4, 2, 16, 8),
+        "float16",
+        dict(CAUSAL, mask_mod=blockwise, score_mod=bent, dropout_rate=0.5),
+        ("prefix", "alibi", "dropout", "lengths", ("mask", (2, 1, 40, 50)), "sinks"),
+    ),
+    ((2, 3, 50, 4, 2, 16), "float32", dict(PLAIN, score_mod=bent, dropout_rate=0.5), ("alibi", "dropout", "sinks")),
     ((0, 4, 5, 2, 1, 8), "float32", CAUSAL, ()),
+    ((2, 4, 0, 2, 1, 8, 9), "float32", dict(PLAIN, score_mod=bent, mask_mod=blockwise), ("alibi", "prefix")),
     ((2, 4, 0, 2, 1, 8), "float32", PLAIN, ()),
     ((2, 4, 5, 2, 1, 0), "float32", PLAIN, ()),
 ]
@@ -89,18 +136,35 @@ def test_values_and_gradients(shape, dtype, static, extras):
     )
 
 
+# One of each kind: the others differ in nothing that a modifier would meet.
+WITH_MODIFIERS = ("linearize", "vmap of grad", "grad of grad", "shard_map, Explicit mesh")
+
+
+def bent_alike(score, batch, head, query, key):
+    """As on one device where the batch is split over several: a modifier counts within its call."""
+    return bent(score, 0, head, query, key)
+
+
 # 32 heads of the batch make the tiles 128 × 128: every transform meets several, and their loops.
 TRANSFORMED = [
     (CAUSAL, ("lengths", "sinks")),
     (dict(PLAIN, logits_soft_cap=2.0), (("bias", (1, 4, 140, 150)), ("mask", (8, 1, 1, 150)))),
+    (dict(CAUSAL, score_mod=bent_alike, mask_mod=blockwise, dropout_rate=0.25), ("prefix", "alibi", "dropout")),
 ]
 
 
-@pytest.mark.parametrize(("static", "extras"), TRANSFORMED, ids=["lengths and sinks", "bias and mask"])
+@pytest.mark.parametrize(("static", "extras"), TRANSFORMED, ids=["lengths and sinks", "bias and mask", "modifiers"])
 def test_transforms(static, extras):
     operands = operands_of((8, 140, 150, 4, 2, 8), *extras)
     sharded = {name: 0 for name, x in operands.items() if x.shape[0] == 8}
-    check(dot_product_attention, reference, operands, differentiable=given(operands), sharded=sharded, **static)
+    chosen = None if "score_mod" not in static else WITH_MODIFIERS
+    check(
+        *(dot_product_attention, reference, operands),
+        differentiable=given(operands),
+        sharded=sharded,
+        transforms=chosen,
+        **static,
+    )
 
 
 def test_lengths_under_vmap():
@@ -112,6 +176,52 @@ def test_lengths_under_vmap():
         return dot_product_attention(**o, key_value_seq_lengths=length)
 
     assert error(jax.jit(jax.vmap(one))(lengths), jnp.stack([one(length) for length in lengths])) < 1e-6
+
+
+def test_the_same_key_drops_the_same_pairs_everywhere():
+    # An identity as the values shows the weights.
+    batch, heads, queries, keys = 8, 4, 40, 150
+    random = np.random.default_rng(0)
+    query, key = (jnp.asarray(random.standard_normal((batch, n, heads, 8)), jnp.float32) for n in (queries, keys))
+    value = jnp.broadcast_to(jnp.eye(keys)[:, None], (batch, keys, heads, keys))
+    dropout = {"dropout_rate": 0.3, "dropout_key": jax.random.key(5)}
+
+    @jax.jit
+    def weights(query, key, value, dropout_key):
+        return dot_product_attention(query, key, value, dropout_rate=0.3, dropout_key=dropout_key)
+
+    whole, some = dot_product_attention(query, key, value), weights(query, key, value, dropout["dropout_key"])
+    dropped = np.asarray(some == 0)
+    assert abs(dropped.mean() - 0.3) < 0.005
+    np.testing.assert_allclose(some, jnp.where(dropped, 0, whole / 0.7), rtol=1e-5, atol=1e-7)
+    again = functools.partial(np.testing.assert_allclose, desired=some, rtol=1e-5, atol=1e-7)
+
+    rows = jaxops.dropout_rows(dropout["dropout_key"], batch, heads, queries)
+    again(weights(query, key, value, rows))
+    again(weights(query, key, value, jax.random.key_data(dropout["dropout_key"])))
+    one_by_one = jax.vmap(lambda *xs: weights(*(x[None] for x in xs))[0])
+    again(one_by_one(query, key, value, rows))
+    keys_of = jax.random.split(jax.random.key(7), 3)
+    mapped = jax.vmap(weights, (None, None, None, 0))(query, key, value, keys_of)
+    np.testing.assert_allclose(mapped[2], weights(query, key, value, keys_of[2]), rtol=1e-5, atol=1e-7)
+
+    # The backward drops the same: dv = (z ∘ p)ᵀ dout.
+    cotangent = jnp.asarray(random.standard_normal(some.shape), jnp.float32)
+    for f in (weights, jax.checkpoint(weights)):
+        loss = lambda value, f=f: jnp.vdot(f(query, key, value, dropout["dropout_key"]), cotangent)
+        want = jnp.einsum("btns,btnv->bsnv", some, cotangent)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(value), want, rtol=1e-4, atol=1e-5)
+
+    spec, spec_of_rows = PartitionSpec("batch", None, "heads"), PartitionSpec("batch", "heads")
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(kind, kind))
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (query, key, value)]
+            if kind == AxisType.Auto:
+                by_hand = jax.shard_map(weights, in_specs=(spec, spec, spec, spec_of_rows), out_specs=spec)
+                placed_rows = jax.device_put(rows, NamedSharding(mesh, spec_of_rows))
+                again(jax.device_get(jax.jit(by_hand)(*placed, placed_rows)))
+            again(jax.device_get(weights(*placed, dropout["dropout_key"])))
 
 
 # What jax.nn.dot_product_attention understands, argument by argument: (B, T, S, N, K, H), options.
@@ -222,6 +332,32 @@ def test_a_sink_is_a_key_without_a_value():
         assert error(a, b) < 1e-6
 
 
+def test_modifiers_are_what_the_options_say():
+    o = {name: jnp.asarray(x, jnp.float32) for name, x in operands_of((2, 600, 700, 2, 1, 16)).items()}
+    slopes, prefix, doc = jnp.array([0.5, 0.1]), jnp.array([300, 0]), np.sort(np.arange(700) % 5)
+    pairs = {  # a captured array is allowed in XLA
+        "alibi": (  # 0 / 0 beyond the last query or key, where no modifier is asked
+            {"alibi_slopes": slopes},
+            {"score_mod": lambda s, b, h, q, k: s - slopes[h] * abs(q - k) + 0 / (600 - q) + 0 / (700 - k)},
+        ),
+        "prefix": (
+            {"is_causal": True, "prefix_lengths": prefix},
+            {"mask_mod": lambda b, h, q, k: (q >= k) | (k < prefix[b])},
+        ),
+        "segments": (
+            {"query_segment_ids": np.stack([doc[:600]] * 2), "key_value_segment_ids": np.stack([doc] * 2)},
+            {"mask_mod": lambda b, h, q, k: jnp.asarray(doc)[q] == jnp.asarray(doc)[k]},
+        ),
+    }
+    for name, ways in pairs.items():
+        one, other = (
+            jax.jit(jax.value_and_grad(lambda o, way=way: jnp.sum(jnp.sin(dot_product_attention(**o, **way)))))(o)
+            for way in ways
+        )
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            assert error(a, b) < 1e-5, name
+
+
 def test_traced_scale_and_array_scale():
     o = {name: jnp.asarray(x, jnp.float32) for name, x in operands_of((1, 20, 30, 2, 2, 16)).items()}
     want = jax.nn.dot_product_attention(**o, scale=0.37)
@@ -265,7 +401,7 @@ BAD = [
     ({"key": X.astype(np.float16)}, TypeError, "key must have the dtype of query, float32, got float16"),
     ({"key": X[:, :, :, :4], "value": X[:, :, :, :4]}, ValueError, "key must have the head size of query"),
     ({"key": X[:1], "value": X[:1]}, ValueError, "key must have the batch of query"),
-    ({"value": SHORT}, ValueError, "value must have the shape of key"),
+    ({"value": SHORT}, ValueError, "value must have the shape of key but for the last axis"),
     ({"key": X[:, :, :3], "value": X[:, :, :3]}, ValueError, "multiple of the 3 heads of key, got 4"),
     ({"query": LONG, "key": LONG[:, :2, :70], "value": LONG[:, :2, :70]}, ValueError, "this looks like BNTH"),
     (
@@ -290,6 +426,43 @@ BAD = [
     ({"query_segment_ids": np.ones((2, 5), np.int32)}, ValueError, "query_segment_ids must have shape"),
     ({"key": SHORT, "value": SHORT, "query_segment_ids": np.ones((2, 6), np.int32)}, ValueError, "must come together"),
     ({"sinks": np.ones(3, np.float32)}, ValueError, "sinks must have shape"),
+    ({"prefix_lengths": np.ones(3, np.int32)}, ValueError, "prefix_lengths must have shape"),
+    ({"prefix_lengths": np.ones(2)}, TypeError, "prefix_lengths must be of an integer dtype"),
+    ({"alibi_slopes": np.ones(2, np.float32)}, ValueError, "alibi_slopes must have shape"),
+    ({"dropout_rate": 0.1}, ValueError, "dropout_key must be given, as dropout_rate is 0.1"),
+    ({"dropout_rate": 1.0, "dropout_key": jax.random.key(0)}, ValueError, "dropout_rate must be below 1, got 1.0"),
+    ({"dropout_rate": -0.1, "dropout_key": jax.random.key(0)}, ValueError, "dropout_rate must be at least 0"),
+    ({"dropout_rate": "0.1", "dropout_key": jax.random.key(0)}, TypeError, "dropout_rate must be a Python number"),
+    ({"dropout_rate": 0.1, "dropout_key": 0}, TypeError, "dropout_key must be one key of jax.random or .* got int"),
+    (
+        {"dropout_rate": 0.1, "dropout_key": jax.random.split(jax.random.key(0))},
+        TypeError,
+        r"dropout_key must be one key of jax.random or .* got key<fry> of shape \(2,\)",
+    ),
+    ({"score_mod": 3}, TypeError, "score_mod must be a function"),
+    ({"score_mod": lambda s: s}, TypeError, r"score_mod must be a hashable function \(score, batch, head"),
+    ({"score_mod": lambda s, b, h, q, k: s[:1]}, ValueError, "score_mod must keep the shape of score"),
+    ({"score_mod": lambda s, b, h, q, k: s.sum()}, ValueError, "score_mod must keep the shape of score"),
+    (
+        {"score_mod": lambda s, b, h, q, k: s - s.max()},
+        ValueError,
+        "score_mod must be elementwise, but it calls reduce",
+    ),
+    (
+        {"score_mod": lambda s, b, h, q, k: s.astype(jnp.bfloat16)},
+        TypeError,
+        "score_mod must return one array of float",
+    ),
+    ({"score_mod": lambda s, b, h, q, k: (s, s)}, TypeError, "score_mod must return one array of float32"),
+    ({"mask_mod": np.ones((6, 6), bool)}, TypeError, "mask_mod must be a function"),
+    ({"mask_mod": lambda b, h, q, k: q - k}, TypeError, "mask_mod must return one array of bool, got int32"),
+    ({"mask_mod": lambda b, h, q, k: (q > k)[None, None]}, ValueError, "mask_mod must keep the shape of its positions"),
+    ({"mask": np.ones((2, 6), bool), "query": X[:, :2]}, ValueError, r"could be \[T, S\] or \[B, S\]"),
+    (
+        {"bias": np.ones((2, 6, 6), np.float32)} | dict.fromkeys(("query", "key", "value"), X[:, :, :2]),
+        ValueError,
+        r"could be \[N, T, S\] or \[B, T, S\]",
+    ),
     ({"implementation": "cudnn"}, ValueError, "implementation must be None, one of .*'pallas'"),
 ]
 
@@ -299,3 +472,50 @@ def test_bad_input(change, kind, message):
     arguments = {"query": X, "key": X, "value": X} | change
     with pytest.raises(kind, match=message):
         dot_product_attention(**arguments)
+
+
+def test_a_modifier_may_not_capture_what_is_traced():
+    for option, way in (("score_mod", "bias"), ("mask_mod", "mask")):
+
+        def traced(slope, option=option):
+            mod = {"score_mod": lambda s, *_: s * slope, "mask_mod": lambda b, h, q, k: q > k * slope}[option]
+            return dot_product_attention(X, X, X, **{option: mod})
+
+        with pytest.raises(ValueError, match=f"{option} must not use a traced array .* as {way}"):
+            jax.jit(traced)(2.0)
+
+
+def test_a_mask_with_one_meaning_and_the_words_of_rows():
+    one = np.ones((2, 6), bool)  # a batch of 1 leaves one meaning
+    assert dot_product_attention(X[:1, :2], X[:1], X[:1], mask=one).shape == (1, 2, 4, 8)
+    assert jaxops.dropout_rows(jax.random.key(0), 2, 4, 6).shape == (2, 4, 2, 6)
+    with pytest.raises(TypeError, match=r"dropout_rows: key must be one key of jax\.random, got int"):
+        jaxops.dropout_rows(0, 2, 4, 6)
+
+
+def test_explain_says_which_tiles_are_visited_and_what_is_held_at_once():
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((1, 2, 1, 1024), jnp.float32)
+
+    def loss(x, bias=None, **options):
+        out = dot_product_attention(x, x, x, bias, is_causal=True, **options)
+        return jnp.sum(out.astype(jnp.float32))
+
+    def notes(function, *operands, **where):
+        return [line.note for line in jaxops.explain(function, *operands, **where).lines]
+
+    halves = functools.partial(loss, mask_mod=lambda b, h, q, k: q // 512 == k // 512)
+    assert notes(halves, x) == ["visits 2 of 4 tiles of 512 × 512 and masks 2"]
+    for note in notes(jax.grad(halves), x, target="h100"):  # the kernels have tiles of their own
+        visited, total, rows, _, masked = map(int, re.findall(r"\d+", note))
+        assert rows == 128 and 64 * visited == 20 * total and 64 * masked == 8 * total
+    assert notes(loss, x) == [None]
+    ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    (note,) = notes(lambda x, ids: loss(x, query_segment_ids=ids), x, ids)
+    assert note == "without query_segment_ids, visits 3 of 4 tiles of 512 × 512 and masks 2"
+    whole = "the gradient of bias is made for every batch, head, query and key, 8.4 MB, then summed"
+    assert notes(jax.grad(loss, argnums=(0, 1)), x, bias, target="v5e") == [None, whole]
+    assert notes(jax.grad(loss, argnums=(0, 1)), x, bias) == [None, None]
+    assert notes(lambda x: jax.jvp(loss, (x,), (x,)), x)[1] == (
+        "by its definition, 1024 queries at a time: 8.4 MB of logits"
+    )

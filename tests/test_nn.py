@@ -137,11 +137,28 @@ def test_rope_is_flax_rope():
     assert jnp.abs(here - spread).max() > 1e-3
 
 
-def test_dropout_and_sown_weights_are_flax_ones():
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_dropout(broadcast):
+    query, key = data(2, 3, 40, 4, 8), data(2, 3, 50, 2, 8)
+    weights_of = functools.partial(  # an identity as the values
+        jaxops.nn.attention_fn, query, key, jnp.broadcast_to(jnp.eye(50)[:, None], (2, 3, 50, 2, 50))
+    )
+    dropped = {"dropout_rng": jax.random.key(1), "dropout_rate": 0.3, "broadcast_dropout": broadcast}
+    whole, some = weights_of(**dropped, deterministic=True), weights_of(**dropped)
+    kept = some != 0
+    assert abs(kept.mean() - 0.7) < 0.03
+    np.testing.assert_allclose(some, jnp.where(kept, whole / 0.7, 0), rtol=1e-5, atol=1e-6)
+    assert (kept == kept[:1, :1, :, :1]).all() == broadcast
+    assert not jnp.array_equal(some, weights_of(**dropped | {"dropout_rng": jax.random.key(2)}))
+
+
+def test_dropout_draws_from_its_stream_and_sown_weights_are_flax_ones():
     ours, theirs = twins(jaxops.nn.MultiHeadAttention, nnx.MultiHeadAttention, 4, WIDTH, dropout_rate=0.5, decode=False)
     x = data(2, 7, WIDTH)
-    both = [layer(x, deterministic=False, rngs=nnx.Rngs(dropout=3)) for layer in (ours, theirs)]
-    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-5)
+    rngs = nnx.Rngs(dropout=3)
+    first, second = (ours(x, deterministic=False, rngs=rngs) for _ in range(2))
+    assert not jnp.allclose(first, second)
+    assert jnp.array_equal(first, ours(x, deterministic=False, rngs=nnx.Rngs(dropout=3)))
     np.testing.assert_allclose(*[layer(x, deterministic=True) for layer in (ours, theirs)], rtol=1e-5, atol=1e-5)
     sown = []
     for layer in (ours, theirs):
@@ -231,7 +248,12 @@ def test_hook_of_nnx(call):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dropout_rate": 0.3, "deterministic": False}, {"force_fp32_for_softmax": True}, {"precision": "highest"}],
+    [
+        {},
+        {"force_fp32_for_softmax": True},
+        {"precision": "highest"},
+        {"precision": "highest", "dropout_rate": 0.3, "deterministic": False},
+    ],
     ids=str,
 )
 def test_hook_of_linen(options):
@@ -337,15 +359,26 @@ def decode_other_batch():
     layer(data(3, 1, WIDTH), decode=True)
 
 
-def soft_cap_with_dropout():
-    layer = jaxops.nn.MultiHeadAttention(4, WIDTH, dropout_rate=0.5, logits_soft_cap=2.0, rngs=nnx.Rngs(0))
-    layer(data(2, 3, WIDTH), deterministic=False)
+def soft_cap_with_precision():
+    jaxops.nn.MultiHeadAttention(4, WIDTH, precision="highest", logits_soft_cap=2.0, rngs=nnx.Rngs(0))(
+        data(2, 3, WIDTH)
+    )
+
+
+def decode_with_a_modifier():
+    layer = jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))
+    layer.init_cache((2, 5, WIDTH))
+    layer(data(2, 1, WIDTH), decode=True, mask_mod=lambda batch, head, query, key: query >= key)
 
 
 BAD = {
     "call `init_cache` first": decode_without_cache,
     "with a cache of shape": decode_other_batch,
-    "logits_soft_cap cannot be had together with dropout": soft_cap_with_dropout,
+    "logits_soft_cap cannot be had together with precision": soft_cap_with_precision,
+    "mask_mod: expected none with a cache": decode_with_a_modifier,
+    "dropout_rng: with a dropout_rate of 0.5": lambda: jaxops.nn.attention_fn(
+        *[data(2, 3, 4, 8)] * 3, dropout_rate=0.5
+    ),
     "inputs_q: expected 24 features": lambda: jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))(data(2, 3, 5)),
     "inputs_k: must be given": lambda: jaxops.nn.MultiHeadAttention(4, WIDTH, rngs=nnx.Rngs(0))(
         data(2, 3, WIDTH), None, data(2, 3, WIDTH)

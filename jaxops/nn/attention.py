@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import warnings
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from flax import linen, nnx
 from flax.nnx.nn import attention as flax_attention
 from jax import lax
 
+from jaxops import dropout
 from jaxops.dispatch import Implementation
 from jaxops.nn.implementation import static, strict, without_kernels
 from jaxops.ops.attention import dot_product_attention
@@ -17,6 +20,7 @@ from jaxops.ops.decode_attention import decode_attention
 from jaxops.ops.rope import RopeScaling, rope
 from pallas_kernels.masks import Band
 
+_MUCH = 1 << 28  # bytes of weights of which flax's own code is not used without a warning
 _FEW_TOKENS = 32  # of a decoding step; more are a prompt, whose products are worth the kernels of training
 Cache = tuple[jax.Array, jax.Array, jax.Array]  # key[batch…, length, heads, dim], value[…], index[]: positions written
 
@@ -67,9 +71,10 @@ def attention_fn(
     row that may attend to nothing gives zeros (flax: the mean of all values), and the softmax is always in float32
     (`force_fp32_for_softmax`).
 
-    Active dropout, sown weights (`module`), a `precision` other than the default, and custom einsums need the [T, S]
-    matrix of weights: these calls go to flax's own code, as they would have without this hook, with windows, lengths
-    and segments as a mask.
+    Sown weights (`module`), a `precision` other than the default, and custom einsums need the [T, S] matrix of weights:
+    these calls go to flax's own code, as they would have without this hook, with windows, lengths and segments as a
+    mask, and a warning where the matrix is large. Dropout needs it not: with the same chance other weights are dropped
+    than by flax's random numbers.
 
     Args:
       query: [batch…, T, heads, dim]; key, value: [batch…, S, key heads, dim], key heads dividing heads.
@@ -77,12 +82,11 @@ def attention_fn(
       implementation: None | "pallas" | "xla" | a sequence of them.
       **options: any other option of `jaxops.dot_product_attention` (`local_window_size`, `logits_soft_cap`, …).
 
-    Raises `ValueError` if flax's code is needed but lacks an option that was given.
+    Raises `ValueError` if flax's code is needed but lacks an option that was given, or active dropout has no
+    `dropout_rng`.
     """
     reason = None
-    if dropout_rate > 0.0 and not deterministic:
-        reason = "dropout on the attention weights"
-    elif module is not None:
+    if module is not None:
         reason = "sowing the attention weights"
     elif qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
         reason = "custom einsums"
@@ -90,6 +94,12 @@ def attention_fn(
         reason = f"precision={precision!r}"
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     if reason is None:
+        if dropout_rate > 0.0 and not deterministic:
+            if dropout_rng is None:
+                raise ValueError(f"dropout_rng: with a dropout_rate of {dropout_rate} a key must be given, got None")
+            options["dropout_rate"], rows = dropout_rate, (math.prod(query.shape[:-3]), query.shape[-2])
+            words = dropout.dropout_rows(dropout_rng, *((1, 1) if broadcast_dropout else rows), query.shape[-3])
+            options["dropout_key"] = jnp.broadcast_to(words, (*rows, *words.shape[2:]))
         return _fused(query, key, value, bias, mask, is_causal=is_causal, implementation=implementation, **options)
 
     # [T, S] is there in any case: what else says who sees whom becomes part of its mask.
@@ -100,7 +110,10 @@ def attention_fn(
         raise ValueError(
             f"attention_fn: {what} cannot be had together with {reason}, which flax's own attention serves"
         )
-    dropout: dict[str, Any] = {
+    size = 4 * math.prod(query.shape[:-3]) * query.shape[-2] * query.shape[-3] * key.shape[-3]
+    if size >= _MUCH:
+        warnings.warn(f"attention_fn: {reason} makes all weights at once, about {size / 1e9:.1f} GB", stacklevel=2)
+    dropping: dict[str, Any] = {
         "broadcast_dropout": broadcast_dropout,
         "dropout_rng": dropout_rng,
         "dropout_rate": dropout_rate,
@@ -114,7 +127,7 @@ def attention_fn(
             jnp.repeat(value, group, axis=-2),
             bias,
             mask,
-            **dropout,
+            **dropping,
             precision=precision,
             module=module,
             force_fp32_for_softmax=force_fp32_for_softmax,
@@ -122,7 +135,7 @@ def attention_fn(
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
     weights = flax_attention.dot_product_attention_weights(
-        query, key, bias, mask, **dropout, precision=precision, module=module
+        query, key, bias, mask, **dropping, precision=precision, module=module
     )
     # [batch…, key heads, group, T, S]: a group of query heads shares a key head
     weights = weights.reshape(*weights.shape[:-3], key.shape[-2], -1, *weights.shape[-2:])
@@ -179,6 +192,11 @@ def attend(
             query, key, value, mask=mask, is_causal=options.is_causal, local_window_size=window, **choice, **call
         ), None
 
+    by_position = [
+        name for name in ("prefix_lengths", "alibi_slopes", "score_mod", "mask_mod") if call.get(name) is not None
+    ]
+    if by_position:
+        raise ValueError(f"{by_position[0]}: expected none with a cache, as its queries do not begin at position 0")
     cached_key, cached_value, index = cache
     expected = (*cached_key.shape[:-3], tokens, *cached_key.shape[-2:])
     if key.shape != expected or tokens > cached_key.shape[-3]:
@@ -213,8 +231,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
     A drop-in for `nnx.MultiHeadAttention`: every argument of it is accepted except `attention_fn`, and the parameters
     have the same names and shapes (`query.kernel[in, heads, dim]`, `key`, `value`, `out`), with fewer key heads by
-    `num_kv_heads`. Dropout, sown weights and a `precision` other than the default are served by flax's own attention
-    (see `attention_fn`).
+    `num_kv_heads`. Sown weights and a `precision` other than the default are served by flax's own attention (see
+    `attention_fn`).
 
     Args:
       num_heads, in_features, qkv_features, out_features, num_kv_heads, in_kv_features: as in flax.
@@ -291,7 +309,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         Arguments as in flax, and: `decode` defaults to False, `is_causal` to the constructor's;
         `input_positions[batch…, T]` are the rotary positions; **attention_arguments are further ones of
         `jaxops.dot_product_attention`: `bias`, `query_seq_lengths`, `key_value_seq_lengths`, `query_segment_ids`,
-        `key_value_segment_ids` (default: the queries'). Returns [batch…, T, out_features].
+        `key_value_segment_ids` (default: the queries'), `sinks`, and except with a cache, whose queries do not begin
+        at position 0, `prefix_lengths`, `alibi_slopes`, `score_mod` and `mask_mod`. Returns [batch…, T, out_features].
         """
         inputs_k, inputs_v = sources(inputs_q, inputs_k, inputs_v, self.in_features)
         query = self.query(inputs_q, out_sharding=qkv_sharding)

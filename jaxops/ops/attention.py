@@ -5,11 +5,13 @@ arXiv:2205.14135):
 
     m' = max(m, max_j s_ij);  p = exp(s - m');  l' = e^(m - m') l + Σ_j p;  acc' = e^(m - m') acc + p v;  out = acc / l
 
-Backward: p = exp(s - lse);  dv = pᵀ dout;  ds = p ∘ (dout vᵀ - Σ_h dout ∘ out);  dq = scale ds k;  dk = scale dsᵀ q.
+Backward: p = exp(s - lse);  dv = (z ∘ p)ᵀ dout;  ds = p ∘ (z ∘ dout vᵀ - Σ_h dout ∘ out) ∘ ∂s/∂(scale q kᵀ);
+dq = scale ds k;  dk = scale dsᵀ q.  z is what dropout multiplies p with: 0, or 1 / (1 - rate).
 """
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -22,12 +24,13 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from jaxops import dropout
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
-from jaxops.reference.attention import FLOOR
+from jaxops.reference.attention import FLOOR, query_tile
 from jaxops.reference.attention import dot_product_attention as reference
-from pallas_kernels import gpu, tpu
-from pallas_kernels.masks import Band
+from pallas_kernels import gpu, modifiers, random, tpu
+from pallas_kernels.masks import Band, Blocks
 from pallas_kernels.padding import from_tiles, pad_to, round_up, to_tiles
 
 _NAME = "dot_product_attention"
@@ -63,6 +66,10 @@ class _Call:
     key_lengths: jax.Array | None  # [B]
     query_segments: jax.Array | None  # [B, 1, 1, 1, T]
     key_segments: jax.Array | None  # [B, 1, S, 1, 1]
+    prefix: jax.Array | None  # [B, 1, 1, 1, 1]
+    slopes: jax.Array | None  # [K, 1, G, 1]
+    words: jax.Array | None  # of dropout, [2, B, K, 1, G, T]
+    batch: int
     heads: int  # N
     groups: int  # K
     queries: int  # before padding
@@ -72,12 +79,26 @@ class _Call:
     scale: float
     soft_cap: float | None
     band: Band
+    score_mod: Callable | None
+    mask_mod: Callable | None
+    dropout_rate: float
+    schedule: tuple | None  # count [row tiles, 2] and order [row tiles, column tiles], as `Blocks.schedule` gives them
 
     @staticmethod
-    def of(operands: dict[str, Any], scale, is_causal, local_window_size, logits_soft_cap) -> "_Call":
+    def of(
+        operands: dict[str, Any],
+        scale,
+        is_causal,
+        local_window_size,
+        logits_soft_cap,
+        score_mod=None,
+        mask_mod=None,
+        dropout_rate=0.0,
+    ) -> "_Call":
         query, key = operands["query"], operands["key"]
         (batch, queries, heads, _), (_, keys, groups, _) = query.shape, key.shape
         rows, columns = _tile_sizes(queries, keys, batch * heads)
+        band = Band.of(is_causal, local_window_size)
 
         def grouped(name):  # [B, N, T, S] -> [B, K, G, T, S], whatever is 1 stays 1
             x = operands.get(name)
@@ -94,12 +115,28 @@ class _Call:
             return None if x is None else pad_to(x, 1, round_up(x.shape[1], tile))[:, None, None, None, :]
 
         key_segments = segments("key_value_segment_ids", columns)
+        prefix, slopes, words = (operands.get(name) for name in ("prefix_lengths", "alibi_slopes", "dropout_rows"))
+        if words is not None:
+            words = pad_to(words, 3, round_up(queries, rows)).transpose(2, 0, 1, 3)
+            words = words.reshape(2, batch, groups, 1, heads // groups, -1)
+        schedule = None
+        # What only a band or lengths hide is found by arithmetic.
+        hiding = ("mask", "query_segment_ids", "key_value_segment_ids", "prefix_lengths")
+        if keys > columns and (mask_mod is not None or any(operands.get(name) is not None for name in hiding)):
+            lengths = ("query_seq_lengths", "key_value_seq_lengths")
+            looked_at = {name: operands.get(name) for name in (*hiding, *lengths)}
+            blocks = Blocks.of((batch, heads, queries, keys), rows, columns, band, mask_mod=mask_mod, **looked_at)
+            schedule = tuple(x[0, 0] for x in blocks.merged().schedule())
         return _Call(
             bias=grouped("bias"),
             mask=grouped("mask"),
             key_lengths=operands.get("key_value_seq_lengths"),
             query_segments=segments("query_segment_ids", rows),
             key_segments=None if key_segments is None else key_segments.transpose(0, 1, 4, 2, 3),
+            prefix=None if prefix is None else prefix[:, None, None, None, None],
+            slopes=None if slopes is None else slopes.reshape(groups, 1, -1, 1),
+            words=words,
+            batch=batch,
             heads=heads,
             groups=groups,
             queries=queries,
@@ -108,7 +145,11 @@ class _Call:
             columns=columns,
             scale=scale,
             soft_cap=logits_soft_cap,
-            band=Band.of(is_causal, local_window_size),
+            band=band,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            dropout_rate=dropout_rate,
+            schedule=schedule,
         )
 
     def by_rows(self, x: jax.Array, fill=0) -> jax.Array:
@@ -132,9 +173,9 @@ class _Call:
         """`x`, an array of `empty_rows`, with tile i replaced by `tile` [B, K, H, G, rows]."""
         return lax.dynamic_update_slice_in_dim(x, tile.transpose(0, 4, 1, 3, 2).astype(x.dtype), i * self.rows, 1)
 
-    def empty_rows(self, batch: int, heads: int, size: int, dtype) -> jax.Array:
-        """[B, T, K, G, H], T whole tiles; every tile has yet to be put."""
-        shape = (batch, round_up(self.queries, self.rows), self.groups, heads // self.groups, size)
+    def empty_rows(self, size: int, dtype) -> jax.Array:
+        """[B, T, K, G, size], T whole tiles; every tile has yet to be put."""
+        shape = (self.batch, round_up(self.queries, self.rows), self.groups, self.heads // self.groups, size)
         return lax.empty(shape, dtype)
 
     def from_rows(self, x: jax.Array) -> jax.Array:
@@ -148,17 +189,25 @@ class _Call:
     def over_key_tiles(self, i, f: Callable, carry: Any) -> Any:
         """`carry = f(j, carry, masked=…)` for every key tile j that query tile i sees any of, unmasked if all of it."""
         row, columns = i * self.rows, self.columns
+        if self.schedule is not None:
+            count, order = self.schedule
+            known = isinstance(count, np.ndarray)
+            places = jnp.asarray(order)[i]
+            whole, end = jnp.asarray(count)[i, 0], jnp.asarray(count)[i].sum()
+            for kind, start, stop in ((0, 0, whole), (1, whole, end)):
+                if not known or count[:, kind].any():  # else no tile of any query is of this kind
+                    step = lambda k, carry, masked=bool(kind): f(places[k], carry, masked=masked)
+                    carry = _loop(start, stop, step, carry)
+            return carry
         first, end = self.band.touched(row, self.rows, self.keys)
         whole, whole_end = self.band.whole(row, self.rows, self.keys)
         if self.keys <= columns:  # one step, known before any number is
             all_seen = isinstance(i, int) and whole == 0 and whole_end == self.keys and self.key_lengths is None
-            return f(0, carry, masked=self.always_masked or not all_seen)
+            return f(0, carry, masked=self.masked or not all_seen)
         if self.key_lengths is not None:
             end = jnp.minimum(end, jnp.max(self.key_lengths))
             whole_end = jnp.minimum(whole_end, jnp.min(self.key_lengths))
         first, end = first // columns, (end + columns - 1) // columns
-        if self.always_masked:
-            return _loop(first, end, functools.partial(f, masked=True), carry)
         if self.band.left is None:
             whole = first
         else:
@@ -170,8 +219,9 @@ class _Call:
         return carry
 
     @property
-    def always_masked(self) -> bool:
-        return self.mask is not None or self.query_segments is not None
+    def masked(self) -> bool:
+        """Whether more than the band and lengths says which keys are seen."""
+        return any(x is not None for x in (self.mask, self.query_segments, self.prefix, self.mask_mod))
 
     def corner(self, x: jax.Array, i, j) -> tuple:
         """Where tile (i, j) starts in an array [B or 1, K or 1, G or 1, T or 1, S or 1]."""
@@ -211,27 +261,57 @@ class _Call:
         value, p = _widened(value)[:, :, :, None, None], _widened(p).transpose(0, 2, 1, 3, 4)
         return jnp.sum(value * p[..., None], axis=1).transpose(0, 1, 4, 2, 3)
 
-    def logits(self, s: jax.Array, i, j, masked: bool) -> tuple[jax.Array, float, jax.Array | None]:
-        """(s, scale, tanh): the logits of tile (i, j), of which `s` are the products, are s · scale, -inf where masked;
-        their tanh if they are capped.
+    def logits(self, s: jax.Array, i, j, masked: bool) -> tuple[jax.Array, float, tuple]:
+        """(s, scale, slopes): the logits of tile (i, j), of which `s` are the products, are s · scale, -inf where
+        masked; their derivatives by what the bias is added to, and of that by the scaled product, each None if it is 1.
 
         The scale is left to whoever reads s, in the same pass as the rest, where nothing is added to the product.
         """
-        scale, tanh = self.scale, None
+        scale, slope, cap_slope = self.scale, None, None
         if self.soft_cap is not None:
             tanh = jnp.tanh(s * (scale / self.soft_cap))
-            s, scale = self.soft_cap * tanh, 1.0
+            s, scale, cap_slope = self.soft_cap * tanh, 1.0, 1 - tanh * tanh
         if self.bias is not None:
             s, scale = s * scale + self.tile_of(self.bias, i, j).astype(s.dtype), 1.0
+        batch, head, row, column = self.positions(i, j)
+        if self.slopes is not None:
+            s, scale = s * scale - self.slopes.astype(s.dtype) * jnp.abs(row - column).astype(s.dtype), 1.0
+        if self.score_mod is not None:
+            s, slope = modifiers.score_and_slope(self.score_mod, s * scale, batch, head, *self.inside(row, column))
+            scale = 1.0
         if masked:
-            s = jnp.where(self.seen(i, j), s, -jnp.inf)
-        return s, scale, tanh
+            seen = self.seen(i, j)
+            s = jnp.where(seen, s, -jnp.inf)
+            if slope is not None:  # it may be anything where nothing is seen
+                slope = jnp.where(seen, slope, 0)
+        return s, scale, (slope, cap_slope)
+
+    def positions(self, i, j) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """The indices of batch, head, query and key in tile (i, j), broadcastable to it; also beyond the last."""
+        head = jnp.arange(self.heads, dtype=jnp.int32).reshape(self.groups, 1, -1, 1)
+        row = i * self.rows + jnp.arange(self.rows, dtype=jnp.int32)
+        column = j * self.columns + jnp.arange(self.columns, dtype=jnp.int32)
+        batch = jnp.arange(self.batch, dtype=jnp.int32)
+        return (
+            batch[:, None, None, None, None],
+            head[None],
+            row.reshape(1, 1, 1, 1, -1).astype(jnp.int32),
+            column[None, None, :, None, None].astype(jnp.int32),
+        )
+
+    def inside(self, row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Positions for a modifier, which need not expect any beyond the last."""
+        return jnp.minimum(row, self.queries - 1), jnp.minimum(column, self.keys - 1)
 
     def seen(self, i, j) -> jax.Array:
         """Which logits of tile (i, j) take part, broadcastable to the tile."""
-        row = i * self.rows + jnp.arange(self.rows)
-        column = j * self.columns + jnp.arange(self.columns)[:, None, None]
-        seen = (column < self.keys) & self.band.allowed(row, column)
+        batch, head, row, column = self.positions(i, j)
+        seen = self.band.allowed(row, column)
+        if self.prefix is not None:
+            seen = seen | (column < self.prefix)
+        seen = seen & (column < self.keys)
+        if self.mask_mod is not None:
+            seen = seen & self.mask_mod(batch, head, *self.inside(row, column))
         if self.key_lengths is not None:
             seen = seen & (column < self.key_lengths[:, None, None, None, None])
         if self.mask is not None:
@@ -241,6 +321,13 @@ class _Call:
             columns = lax.dynamic_slice_in_dim(self.key_segments, j * self.columns, self.columns, axis=2)
             seen = seen & (rows == columns)
         return seen
+
+    def kept(self, x: jax.Array, i, j) -> jax.Array:
+        """A tile of what belongs to (i, j), 0 where dropout drops it; not yet divided by the chance of being kept."""
+        if self.words is None:
+            return x
+        words = lax.dynamic_slice_in_dim(self.words, i * self.rows, self.rows, axis=5)
+        return jnp.where(random.kept(words[0], words[1], self.positions(i, j)[3], self.dropout_rate), x, 0)
 
 
 def _in_memory(x: jax.Array) -> jax.Array:
@@ -278,11 +365,12 @@ def _query_seen(length: int, query_seq_lengths: jax.Array) -> jax.Array:
     return jnp.arange(length) < query_seq_lengths[:, None]  # [B, T]
 
 
-def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_soft_cap, **optional):
-    call = _Call.of(
-        dict(query=query, key=key, value=value, **optional), scale, is_causal, local_window_size, logits_soft_cap
-    )
-    sinks, query_lengths = optional.get("sinks"), optional.get("query_seq_lengths")
+def _forward(
+    *, scale, is_causal, local_window_size, logits_soft_cap, score_mod=None, mask_mod=None, dropout_rate=0.0, **operands
+):
+    call = _Call.of(operands, scale, is_causal, local_window_size, logits_soft_cap, score_mod, mask_mod, dropout_rate)
+    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    sinks, query_lengths = operands.get("sinks"), operands.get("query_seq_lengths")
     wide = jnp.promote_types(query.dtype, jnp.float32)
     queries = call.by_rows(query)
     if call.few:
@@ -308,17 +396,18 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
             new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True) * scale)
             p, decay = jnp.exp(s * scale - new_top), jnp.exp(top - new_top)
             total = decay * total + jnp.sum(p, axis=2, keepdims=True)
-            part = call.mixed(_at(values, j), p.astype(value.dtype))
+            part = call.mixed(_at(values, j), call.kept(p, i, j).astype(value.dtype))
             return new_top, total, decay * acc + part
 
-        top, total, acc = call.over_key_tiles(i, step, (*start, jnp.zeros(query.shape, wide)))
+        zeros = jnp.zeros((*query.shape[:2], value.shape[3], *query.shape[3:]), wide)
+        top, total, acc = call.over_key_tiles(i, step, (*start, zeros))
         empty = total == 0
         total = jnp.where(empty, 1, total)
         lse = jnp.where(empty, jnp.inf, top + jnp.log(total))
-        return call.put_query_tile(out, acc / total, i), call.put_query_tile(all_lse, lse, i)
+        acc = acc / (total * (1 - dropout_rate))
+        return call.put_query_tile(out, acc, i), call.put_query_tile(all_lse, lse, i)
 
-    batch, _, heads, size = query.shape
-    start_rows = call.empty_rows(batch, heads, size, query.dtype), call.empty_rows(batch, heads, 1, wide)
+    start_rows = call.empty_rows(value.shape[3], query.dtype), call.empty_rows(1, wide)
     out, lse = call.over_query_tiles(attend, start_rows)
     out, lse = call.from_rows(out), call.from_rows(lse)[..., 0].transpose(0, 2, 1)
     if query_lengths is not None:
@@ -330,9 +419,6 @@ def _forward(query, key, value, *, scale, is_causal, local_window_size, logits_s
 
 
 def _backward(
-    query,
-    key,
-    value,
     *,
     outputs,
     residuals,
@@ -341,22 +427,25 @@ def _backward(
     is_causal,
     local_window_size,
     logits_soft_cap,
-    **optional,
+    score_mod=None,
+    mask_mod=None,
+    dropout_rate=0.0,
+    **operands,
 ):
     del residuals
-    call = _Call.of(
-        dict(query=query, key=key, value=value, **optional), scale, is_causal, local_window_size, logits_soft_cap
-    )
-    bias, sinks, query_lengths = (optional.get(name) for name in ("bias", "sinks", "query_seq_lengths"))
+    call = _Call.of(operands, scale, is_causal, local_window_size, logits_soft_cap, score_mod, mask_mod, dropout_rate)
+    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    bias, sinks, query_lengths = (operands.get(name) for name in ("bias", "sinks", "query_seq_lengths"))
     (out, lse), dout = outputs, cotangents[0]
     keys, values = call.by_columns(key), call.by_columns(value)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide, weight = jnp.promote_types(query.dtype, jnp.float32), 1 / (1 - dropout_rate)
     lse = lse.transpose(0, 2, 1)  # [B, T, N]
     if query_lengths is not None:
         seen = _query_seen(call.queries, query_lengths)[:, :, None]
         dout, lse = jnp.where(seen[..., None], dout, 0), jnp.where(seen, lse, jnp.inf)
     delta = jnp.sum(dout.astype(wide) * out.astype(wide), axis=-1)
 
+    whole = call.keys <= call.columns  # a row is in one tile
     by_rows = [call.by_rows(x) for x in (query, dout, delta[..., None])] + [call.by_rows(lse[..., None], jnp.inf)]
 
     def attend(i, carry):
@@ -367,14 +456,23 @@ def _backward(
         def step(j, carry, masked):
             dquery, (dkey, dvalue, dbias) = carry
             key, value = call.key_tile(keys, j), call.key_tile(values, j)
-            s, factor, tanh = call.logits(_dot("bksh,bkhgt->bksgt", key, query), i, j, masked)
+            s, factor, (slope, cap_slope) = call.logits(_dot("bksh,bkhgt->bksgt", key, query), i, j, masked)
             p = jnp.exp(s * factor - lse)
-            dvalue = _add_at(dvalue, j, _dot("bksgt,bkgth->bksh", p.astype(dout.dtype), dout_rows))
-            ds = p * (_dot("bksh,bkhgt->bksgt", value, dout) - delta)
+            if whole:  # the rounding of lse, by which p would not sum to 1, need not be seen
+                total = jnp.sum(p, axis=2, keepdims=True)
+                if sinks is not None:
+                    total = total + jnp.exp(sinks.astype(wide).reshape(call.groups, 1, -1, 1) - lse)
+                p = p / jnp.where(total == 0, 1, total)
+            dvalue = _add_at(dvalue, j, _dot("bksgt,bkgth->bksh", call.kept(p, i, j).astype(dout.dtype), dout_rows))
+            dp = call.kept(_dot("bksh,bkhgt->bksgt", value, dout), i, j) * weight
+            # A row of one large weight has dp ≈ delta: nor need the rounding of out be seen.
+            ds = p * (dp - (jnp.sum(p * dp, axis=2, keepdims=True) if whole else delta))
+            if slope is not None:
+                ds = ds * slope
             if dbias is not None:
                 dbias = call.add_tile(dbias, ds, i, j)
-            if tanh is not None:
-                ds = ds * (1 - tanh * tanh)
+            if cap_slope is not None:
+                ds = ds * cap_slope
             ds = (ds * scale).astype(key.dtype)
             dkey = _add_at(dkey, j, _dot("bksgt,bkgth->bksh", ds, query_rows))
             return dquery + _dot("bkhs,bksgt->bkhgt", key.mT, ds), (dkey, dvalue, dbias)
@@ -382,15 +480,15 @@ def _backward(
         dquery, carry = call.over_key_tiles(i, step, (jnp.zeros(query.shape, wide), carry))
         return call.put_query_tile(all_dquery, dquery, i), carry
 
-    tiled = (-(-call.keys // call.columns), query.shape[0], call.groups, call.columns, query.shape[3])
-    empty = call.empty_rows(query.shape[0], query.shape[2], query.shape[3], query.dtype)
-    dkey, dvalue = jnp.zeros(tiled, wide), jnp.zeros(tiled, wide)
+    tiled = (-(-call.keys // call.columns), call.batch, call.groups, call.columns)
+    empty = call.empty_rows(query.shape[3], query.dtype)
+    dkey, dvalue = (jnp.zeros((*tiled, x.shape[3]), wide) for x in (key, value))
     dbias = None if call.bias is None else jnp.zeros(call.bias.shape, wide)
     dquery, (dkey, dvalue, dbias) = call.over_query_tiles(attend, (empty, (dkey, dvalue, dbias)))
     gradients = {
         "query": call.from_rows(dquery),
         "key": from_tiles(dkey.swapaxes(2, 3), 1, call.keys).astype(key.dtype),
-        "value": from_tiles(dvalue.swapaxes(2, 3), 1, call.keys).astype(value.dtype),
+        "value": (from_tiles(dvalue.swapaxes(2, 3), 1, call.keys) * weight).astype(value.dtype),
     }
     if bias is not None:
         dbias = dbias.reshape(*bias.shape[:2], *dbias.shape[3:])[:, :, : bias.shape[2], : bias.shape[3]]
@@ -404,11 +502,44 @@ def _add_at(x: jax.Array, j, update: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(x, _at(x, j) + update, j, 0, allow_negative_indices=False)
 
 
-def _cost(query, key, *, is_causal, local_window_size, **_):
-    """Two products forward, five backward, over the pairs in the band; masks and lengths are not known."""
+def _cost(query, key, value, *, is_causal, local_window_size, mask_mod=None, prefix_lengths=None, **_):
+    """Two products forward, five backward, over the pairs that the band and `mask_mod` leave; the rest is not known."""
     batch, queries, heads, size = query.shape
-    product = 2 * batch * heads * size * Band.of(is_causal, local_window_size).pairs(queries, key.shape[1])
-    return 2 * product, 5 * product
+    keys, band = key.shape[1], Band.of(is_causal, local_window_size)
+    if mask_mod is None:
+        pairs = batch * heads * band.pairs(queries, keys)
+    else:
+        within = band if prefix_lengths is None else Band()
+        count = modifiers.count_seen(mask_mod, within, (batch, heads, queries, keys), _MOST_SIDE, _MOST_SIDE)
+        pairs = batch * heads // math.prod(count.shape[:2]) * int(count.sum(dtype=np.int64))
+    return 2 * pairs * (size + value.shape[3]), 2 * pairs * (3 * size + 2 * value.shape[3])
+
+
+def _note(phase, tile, query, key, value, *, is_causal, local_window_size, mask_mod=None, **others):
+    """How many tiles the schedule leaves, where there is one; what the gradient of a bias and higher orders hold."""
+    batch, queries, heads, _ = query.shape
+    keys = key.shape[1]
+    if phase == "tangent":
+        rows = min(queries, query_tile(keys))
+        return f"by its definition, {rows} queries at a time: {4e-6 * batch * heads * rows * keys:.1f} MB of logits"
+    looked_at = [
+        name
+        for name in ("mask", "query_segment_ids", "prefix_lengths", "query_seq_lengths", "key_value_seq_lengths")
+        if others.get(name) is not None
+    ]
+    texts = []
+    if mask_mod is not None or looked_at:
+        rows, columns = tile or _tile_sizes(queries, keys, batch * heads)
+        band, shape = Band.of(is_causal, local_window_size), (batch, heads, queries, keys)
+        blocks = Blocks.of(shape, rows, columns, band, mask_mod=mask_mod)
+        visited, masked = int(blocks.touched.sum()), int((blocks.touched & ~blocks.whole).sum())
+        unknown = f"without {', '.join(looked_at)}, " if looked_at else ""
+        total = blocks.touched.size
+        texts.append(f"{unknown}visits {visited} of {total} tiles of {rows} × {columns} and masks {masked}")
+    if phase == "backward" and tile is not None and others.get("bias") is not None:
+        size = f"{4e-6 * batch * heads * queries * keys:.1f} MB"
+        texts.append(f"the gradient of bias is made for every batch, head, query and key, {size}, then summed")
+    return "; ".join(texts) or None
 
 
 _OPERATOR = Operator(
@@ -420,6 +551,7 @@ _OPERATOR = Operator(
     gpu=gpu.attention,
     partition=lambda query: (query, PartitionSpec(query[0], query[2], query[1])),  # out [B, T, N, H], lse [B, N, T]
     cost=_cost,
+    note=_note,
 )
 
 
@@ -441,16 +573,26 @@ def dot_product_attention(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    prefix_lengths: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: ArrayLike | None = None,
 ) -> Any:
-    """out_i = Σ_j p_ij v_j,  p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)),  s = cap(scale · q kᵀ) + bias where seen.
+    """out_i = Σ_j z_ij p_ij v_j,  p_ij = exp(s_ij) / (exp(sink) + Σ_j exp(s_ij)) where query i sees key j,
+
+    s_ij = score_mod(cap(scale · q_i · k_j) + bias_ij - alibi_slope · |i - j|);  z_ij = 1 / (1 - dropout_rate), or 0
+    where dropped.
 
     A drop-in for `jax.nn.dot_product_attention` that never holds the T × S logits: memory is O(T + S). One difference:
-    a query that sees no key gives zeros. B batch, T queries, S keys, N heads, K key/value heads (dividing N), H head
-    size.
+    a query that sees no key gives zeros. B batch, T queries, S keys, N heads, K key/value heads (dividing N), H and V
+    head sizes.
 
     Args:
       query: [B, T, N, H] or [T, N, H]; float32, bfloat16 or float16.
-      key, value: [B, S, K, H] or [S, K, H], of the query's dtype. Query head n uses key/value head n // (N / K).
+      key, value: [B, S, K, H] and [B, S, K, V], or without B; of the query's dtype. Query head n uses key/value head
+        n // (N / K).
       bias: floating, up to 4-D, broadcastable to [B, N, T, S]; added to the logits. Its gradient has its own shape.
       mask: boolean, broadcastable likewise; True = attend.
       scale: of the logits; None: 1 / sqrt(H).
@@ -464,26 +606,42 @@ def dot_product_attention(
       query_segment_ids, key_value_segment_ids: integers [B, T] and [B, S]; only equal ids see each other. If T = S one
         serves for both.
       sinks: floating [N]; one more logit per head, without a value (as if a key of value zero were always seen).
+      prefix_lengths: integers [B]; the keys before are seen whatever causality and the window say (a prefix LM).
+      alibi_slopes: floating [N], constant to derivatives; see the formula.
+      score_mod: (score, batch, head, query, key) -> score, applied last; elementwise, in float32, the positions int32
+        arrays that broadcast with score. Differentiated by JAX. It must be finite where the key is seen.
+      mask_mod: (batch, head, query, key) -> bool, True = attend; elementwise. It is known before any number is seen:
+        what it hides is skipped. Both may use numbers and constant arrays from around them (arrays: in XLA only), no
+        traced ones, and each new function object is traced and compiled anew: define it once.
+      dropout_rate: a Python number in [0, 1), the chance that z_ij is 0.
+      dropout_key: with a rate above 0, a key of `jax.random`, or `jaxops.dropout_rows` of one. The same key drops the
+        same pairs on every chip, under every transform and sharding.
 
     Returns:
-      out, of the query's shape and dtype; with `return_residual`, (out, lse): lse is [B, T, N] or [T, N] in the key's
-      dtype, constant to derivatives, and JAX's large negative number where nothing is seen.
+      out [B, T, N, V] or [T, N, V] of the query's dtype; with `return_residual`, (out, lse): lse is [B, T, N] or
+      [T, N] in the key's dtype, constant to derivatives, and JAX's large negative number where nothing is seen.
 
     Raises:
-      ValueError: shapes, lengths, windows or the cap do not fit, or `implementation` is unknown or refuses.
-      TypeError: a dtype is not one of those above.
+      ValueError: shapes, lengths, windows, the cap or the rate do not fit, a mask or bias could be meant in two ways, a
+        modifier is not elementwise or captures a traced array, dropout has no key, or `implementation` is unknown or
+        refuses.
+      TypeError: a dtype is not one of those above, also of what a modifier returns.
 
     A bias hides a key if it is -inf or below -1e30. A query all of whose keys have a bias of about -1e9 still sees
     them, but float32 has no digits left for its gradient: hide such keys by `mask`.
 
     FlashAttention-2 (Dao, arXiv:2307.08691); grouped heads (Ainslie et al., arXiv:2305.13245); soft cap as in Gemma 2
-    (arXiv:2408.00118); sinks as learned in gpt-oss (arXiv:2508.10925) after StreamingLLM (arXiv:2309.17453).
+    (arXiv:2408.00118); sinks as learned in gpt-oss (arXiv:2508.10925) after StreamingLLM (arXiv:2309.17453); prefix LM
+    as in T5 (arXiv:1910.10683); ALiBi (Press et al., arXiv:2108.12409); modifiers after FlexAttention
+    (arXiv:2412.05496); dropout of the weights as in the Transformer (arXiv:1706.03762).
     """
     query, shape = _heads("query", query), jnp.shape(query)
     key, value = _heads("key", key, query), _heads("value", value, query)
     (batch, queries, heads, size), (_, keys, groups, _) = query.shape, key.shape
-    if value.shape != key.shape:
-        raise ValueError(f"{_NAME}: value must have the shape of key, {key.shape}, got {value.shape}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"{_NAME}: value must have the shape of key but for the last axis, {key.shape}, got {value.shape}"
+        )
     if heads % groups if groups else heads:
         hint = _SWAPPED if keys and queries % keys == 0 else ""
         raise ValueError(f"{_NAME}: query must have a multiple of the {groups} heads of key, got {heads}{hint}")
@@ -502,20 +660,33 @@ def dot_product_attention(
         query_segment_ids = key_value_segment_ids = shared
     if sinks is not None:
         sinks = checks.floating(_NAME, "sinks", sinks, shape=(heads,), of="one per query head")
+    if alibi_slopes is not None:
+        alibi_slopes = checks.floating(_NAME, "alibi_slopes", alibi_slopes, shape=(heads,), of="one per query head")
+        alibi_slopes = alibi_slopes.astype(jnp.promote_types(query.dtype, jnp.float32))
     query, scale = _fold_scale(query, scale, size)
     logits = (batch, heads, queries, keys), (batch, queries, heads, groups)
     operands = {
         "query": query,
         "key": key,
         "value": value,
-        "bias": _over_logits("bias", bias, *logits),
-        "mask": _over_logits("mask", mask, *logits),
+        "bias": _over_logits("bias", bias, *logits, batched=len(shape) == 4),
+        "mask": _over_logits("mask", mask, *logits, batched=len(shape) == 4),
         "query_seq_lengths": _integers("query_seq_lengths", query_seq_lengths, (batch,), "[B]"),
         "key_value_seq_lengths": _integers("key_value_seq_lengths", key_value_seq_lengths, (batch,), "[B]"),
         "query_segment_ids": _integers("query_segment_ids", query_segment_ids, (batch, queries), "[B, T]"),
         "key_value_segment_ids": _integers("key_value_segment_ids", key_value_segment_ids, (batch, keys), "[B, S]"),
         "sinks": sinks,
+        "prefix_lengths": _integers("prefix_lengths", prefix_lengths, (batch,), "[B]"),
+        "alibi_slopes": alibi_slopes,
     }
+    # An option that is off is left out.
+    more: dict[str, Any] = {}
+    for name, modifier in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+        if modifier is not None:
+            more[name] = _modifier(name, modifier)
+    if rate := dropout.rate_of(_NAME, dropout_rate):
+        more["dropout_rate"] = rate
+        operands["dropout_rows"] = dropout.rows_of(_NAME, dropout_key, rate, batch, heads, queries)
     out, lse = _OPERATOR(
         operands,
         implementation=implementation,
@@ -523,8 +694,9 @@ def dot_product_attention(
         is_causal=bool(is_causal),
         local_window_size=_window(local_window_size),
         logits_soft_cap=logits_soft_cap,
+        **more,
     )
-    out = out.reshape(shape)
+    out = out.reshape(*shape[:-1], value.shape[3])
     if not return_residual:
         return out
     lse = jnp.where(lse == jnp.inf, -0.7 * float(jnp.finfo(jnp.float32).max), lse)
@@ -536,7 +708,7 @@ _SWAPPED = "; BTNH is expected, this looks like BNTH: swap axes 1 and 2 of query
 
 
 def _heads(name: str, x: ArrayLike, query: jax.Array | None = None) -> jax.Array:
-    """`x` as [batch, length, heads, size], with the dtype, batch and head size of `query`."""
+    """`x` as [batch, length, heads, size], with the dtype and batch of `query`, and its head size if it is the key."""
     x = checks.floating(_NAME, name, x)
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise TypeError(f"{_NAME}: {name} must be float32, bfloat16 or float16, got {x.dtype}")
@@ -548,14 +720,17 @@ def _heads(name: str, x: ArrayLike, query: jax.Array | None = None) -> jax.Array
     if query is not None:
         if x.dtype != query.dtype:
             raise TypeError(f"{_NAME}: {name} must have the dtype of query, {query.dtype}, got {x.dtype}")
-        for axis, what in ((0, "batch"), (3, "head size")):
+        for axis, what in ((0, "batch"), (3, "head size"))[: 2 if name == "key" else 1]:
             if x.shape[axis] != query.shape[axis]:
                 raise ValueError(f"{_NAME}: {name} must have the {what} of query {query.shape}, got {x.shape}")
     return x
 
 
-def _over_logits(name: str, x: ArrayLike | None, full: tuple, swapped: tuple) -> jax.Array | None:
-    """`x` as a 4-D array that broadcasts to `full`; `swapped` is what the logits would be if BNTH had been given."""
+def _over_logits(name: str, x: ArrayLike | None, full: tuple, swapped: tuple, *, batched: bool) -> jax.Array | None:
+    """`x` as a 4-D array that broadcasts to `full`; `swapped` is what the logits would be if BNTH had been given.
+
+    An array of fewer axes that could as well begin with the batch is refused: broadcasting would take the other.
+    """
     if x is None:
         return None
     x = checks.array(_NAME, name, x)
@@ -566,7 +741,49 @@ def _over_logits(name: str, x: ArrayLike | None, full: tuple, swapped: tuple) ->
         raise TypeError(f"{_NAME}: bias must be of a floating dtype, got {x.dtype}{hint}")
     fits_swapped = x.ndim == 4 and all(have in (1, want) for have, want in zip(x.shape, swapped, strict=True))
     checks.broadcastable(_NAME, name, x, to=full, of="[B, N, T, S]" + (_SWAPPED if fits_swapped else ""))
+    if batched and x.ndim in (2, 3) and x.shape[0] == full[0] > 1:
+        means, meant = ("[T, S]", "[B, S]") if x.ndim == 2 else ("[N, T, S]", "[B, T, S]")
+        raise ValueError(
+            f"{_NAME}: {name} of shape {x.shape} could be {means} or {meant}, as the batch is {full[0]}, too: "
+            "give it four axes, [B or 1, N or 1, T or 1, S or 1]"
+        )
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _modifier(name: str, function: Any) -> Callable:
+    """`function`, a `score_mod` or `mask_mod` that keeps the rules."""
+    scored = name == "score_mod"
+    expected = f"({'score, ' if scored else ''}batch, head, query, key) -> {'score' if scored else 'bool'}"
+    if not callable(function):
+        raise TypeError(f"{_NAME}: {name} must be a function {expected}, got {type(function).__name__}")
+    try:
+        hash(function)
+        inspect.signature(function).bind(*range(5 if scored else 4))
+    except TypeError as error:
+        raise TypeError(f"{_NAME}: {name} must be a hashable function {expected}: {error}") from error
+    except ValueError:  # a function without a signature
+        pass
+    program = modifiers.traced(function, scored=scored)
+    returned, want = program.out_avals, jnp.dtype(jnp.float32 if scored else jnp.bool_)
+    if len(returned) != 1 or returned[0].dtype != want:
+        got = ", ".join(str(x.dtype) for x in returned) or "nothing"
+        raise TypeError(f"{_NAME}: {name} must return one array of {want}, got {got}")
+    shape = returned[0].shape
+    if shape != modifiers.TILE if scored else not _fits(shape, modifiers.TILE):
+        raise ValueError(
+            f"{_NAME}: {name} must keep the shape of {'score' if scored else 'its positions'}, {modifiers.TILE} in a "
+            f"trial, got {shape}"
+        )
+    if mixing := modifiers.mixing(program):
+        raise ValueError(f"{_NAME}: {name} must be elementwise, but it calls {mixing}")
+    if any(isinstance(x, jax.core.Tracer) for x in modifiers.captured(program)):
+        way = "bias, which has a gradient" if scored else "mask"
+        raise ValueError(f"{_NAME}: {name} must not use a traced array from around it: give what it makes as {way}")
+    return function
+
+
+def _fits(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False))
 
 
 def _integers(name: str, x: ArrayLike | None, shape: tuple[int, ...], of: str) -> jax.Array | None:

@@ -115,8 +115,7 @@ def _print(title: str, names: Sequence[str], found: Sequence[Explanation], temps
 
 
 def _remark(line: Line) -> str:
-    """How the kernel is cut and what it takes of the chip, or why none runs."""
-    if line.reason:
-        return line.reason
+    """How the kernel is cut and what it takes of the chip, or why none runs; and what the operator has to add."""
     memory = "" if line.chip_bytes is None else f" ({line.chip_bytes / 1024:.0f} KiB of the chip's own memory)"
-    return f"tiles: {line.tiles}{memory}" if line.tiles else f"runs as {line.implementation}"
+    runs = line.reason or (f"tiles: {line.tiles}{memory}" if line.tiles else f"runs as {line.implementation}")
+    return f"{runs}; {line.note}" if line.note else runs

@@ -192,7 +192,7 @@ def resized(specimen: Specimen, sizes: Mapping[int, int]) -> Specimen:
 def _attention(c: _Chance) -> tuple[dict, dict]:
     dtype = c.of(*DTYPES, "float16")
     batch, groups, per_group, size = c.of(1, 2), c.of(1, 2), c.of(1, 2, 3), c.of(16, 64, 32, 80, 128)
-    queries, keys = c.size(), c.size()
+    queries, keys, value_size = c.size(), c.size(), c.of(size, 16, 48)
     heads, logits = groups * per_group, (batch, groups * per_group, queries, keys)
     over_logits = lambda: tuple(c.of(1, full) for full in logits)
     lengths = c.of(False, True)
@@ -203,7 +203,7 @@ def _attention(c: _Chance) -> tuple[dict, dict]:
     operands = {
         "query": normal((batch, queries, heads, size), dtype),
         "key": normal((batch, keys, groups, size), dtype),
-        "value": normal((batch, keys, groups, size), dtype),
+        "value": normal((batch, keys, groups, value_size), dtype),
         "bias": normal(over_logits(), c.of(dtype, "float32")) if c.of(False, True) else None,
         "mask": booleans(over_logits()) if c.of(False, True) else None,
         "query_seq_lengths": integers(queries + 1, (batch,)) if lengths else None,
@@ -211,6 +211,8 @@ def _attention(c: _Chance) -> tuple[dict, dict]:
         "query_segment_ids": ids(queries) if segments else None,
         "key_value_segment_ids": ids(keys) if segments else None,
         "sinks": normal((heads,), "float32") if c.of(False, True) else None,
+        "prefix_lengths": integers(keys + 1, (batch,)) if c.of(False, True) else None,
+        "alibi_slopes": Operand((heads,), "float32", f"0.5 ** np.arange({heads})") if c.of(False, True) else None,
     }
     options: dict[str, Any] = {"is_causal": c.of(False, True)}
     window = c.of(None, (7, None), (40, 17), 5, (None, 100))
@@ -220,6 +222,20 @@ def _attention(c: _Chance) -> tuple[dict, dict]:
         options["logits_soft_cap"] = 3.0
     if c.of(False, True):
         options["return_residual"] = True
+    if c.of(False, True):
+        options["score_mod"] = c.of(
+            "lambda score, batch, head, query, key: score * (0.5 + head) + 0.01 * (query - key)",
+            "lambda score, batch, head, query, key: 3 * score / (2 + abs(score)) - 0.1 * batch",
+        )
+    if c.of(False, True):
+        options["mask_mod"] = c.of(
+            "lambda batch, head, query, key: (query - key) % 3 == 0",
+            "lambda batch, head, query, key: (query // 64 + key // 64 + head) % 2 == batch",
+            "lambda batch, head, query, key: key < 100",
+        )
+    if c.of(False, True):
+        options["dropout_rate"] = c.of(0.1, 0.75)
+        operands["dropout_key"] = Operand((2,), "uint32", "random.integers(0, 2**32, (2,))")
     return operands, options
 
 

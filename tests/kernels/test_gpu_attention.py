@@ -4,20 +4,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxops.interpreter import gpu as interpreter
-from pallas_kernels import chips
+from pallas_kernels import chips, random
 from pallas_kernels.gpu import attention
 from pallas_kernels.gpu.attention import Tiles
 from tests.compare import no_worse
 
 SMALL = Tiles(keys=64, keys_dq=64, queries_dkv=64)  # many steps: every slot and barrier phase is used again
+TINY = Tiles(keys=32, keys_dq=32, queries_dkv=32)
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 
 
 def case(T, S, *, heads=(2, 1), dim=64, dtype="bfloat16", batch=1, tiles=SMALL, causal=False, window=None, cap=None,
-         mask=None, bias=None, bias_dtype="float32", lengths=None, segments=0, sinks=False, shift=0.0):  # fmt: skip
+         mask=None, bias=None, bias_dtype="float32", lengths=None, segments=0, sinks=False, shift=0.0, value_dim=None,
+         prefix=None, alibi=False, score_mod=None, mask_mod=None, dropout=0.0, chip="h100"):  # fmt: skip
     return locals()
+
+
+def capped(score, batch, head, query, key):
+    return 3 * jnp.tanh(score / 3) + jnp.where(query > key, 0.01 * (head + 1), -0.5) * (batch + 1)
+
+
+def chunks(batch, head, query, key):
+    return (query // 50 == key // 50) | ((head == 1) & (key < 30))
 
 
 CASES = {
@@ -38,8 +49,22 @@ CASES = {
     "mask-of-columns-bias-of-rows": case(70, 130, mask=(1, 2, 1, 130), bias=(1, 1, 70, 1), bias_dtype="bfloat16"),
     "bias": case(70, 70, bias=(1, 2, 70, 70), causal=True, batch=2),
     "low-scores": case(70, 70, heads=(1, 1), shift=-400.0),  # exp(0 - lse) overflows where a tile is filled up
+    "mask-mod": case(130, 200, mask_mod=chunks, causal=True, heads=(2, 1)),
+    "prefix": case(130, 140, prefix=(0, 100), batch=2, causal=True, alibi=True, heads=(2, 2)),
+    "score-mod-dropout": case(70, 130, score_mod=capped, dropout=0.3, value_dim=128, bias=(1, 1, 1, 130)),
+    "constant-bias": case(70, 330, bias=(1, 2, 1, 1), mask=(1, 1, 1, 1), sinks=True, value_dim=16),
     "all": case(140, 129, bias=(1, 1, 140, 129), mask=(2, 1, 1, 129), lengths=((140, 90), (129, 100)), segments=2,
                 sinks=True, cap=4.0, window=(90, 30), batch=2, heads=(1, 1), dim=32),
+    # other chips
+    "a100": case(130, 140, causal=True, tiles=None, dim=96, chip="a100"),
+    "a100-all": case(70, 129, bias=(1, 1, 70, 129), mask=(2, 1, 1, 129), lengths=((70, 60), (129, 100)), segments=2,
+                     sinks=True, score_mod=capped, mask_mod=chunks, dropout=0.2, alibi=True, prefix=(0, 20),
+                     window=(90, 30), batch=2, heads=(2, 1), value_dim=128, tiles=TINY, chip="a100"),
+    "b200": case(300, 260, causal=True, chip="b200", heads=(2, 1)),
+    "b200-all": case(140, 129, bias=(1, 1, 140, 129), mask=(2, 1, 1, 129), lengths=((140, 90), (129, 100)), segments=2,
+                     sinks=True, score_mod=capped, mask_mod=chunks, dropout=0.2, alibi=True, prefix=(0, 20),
+                     window=(90, 30), batch=2, heads=(2, 1), value_dim=128, chip="b200"),
+    "b200-wide": case(70, 130, causal=True, dim=256, tiles=None, heads=(1, 1), chip="b200"),
 }  # fmt: skip
 
 
@@ -48,7 +73,8 @@ def build(c):
     rng = np.random.default_rng(c["T"] * 1000 + c["S"])
     (N, K), B, T, S, H, dtype = c["heads"], c["batch"], c["T"], c["S"], c["dim"], c["dtype"]
     normal = lambda *shape: rng.standard_normal(shape)
-    operands = {"query": normal(B, T, N, H), "key": normal(B, S, K, H), "value": normal(B, S, K, H)}
+    V = c["value_dim"] or H
+    operands = {"query": normal(B, T, N, H), "key": normal(B, S, K, H), "value": normal(B, S, K, V)}
     if c["shift"]:  # one column of query · key is the same for all: it shifts every score
         operands["query"][..., 0], operands["key"][..., 0] = c["shift"], H**0.5
     operands = {name: jnp.asarray(x, dtype) for name, x in operands.items()}
@@ -68,16 +94,25 @@ def build(c):
         operands |= {"query_segment_ids": ids(T).at[:, -3:].set(-1), "key_value_segment_ids": ids(S)}  # -1 sees nothing
     if c["sinks"]:
         operands["sinks"] = jnp.asarray(normal(N), jnp.float32)
+    if c["prefix"]:
+        operands["prefix_lengths"] = jnp.asarray(c["prefix"], jnp.int32)
+    if c["alibi"]:
+        operands["alibi_slopes"] = 0.5 ** jnp.arange(3, 3 + N, dtype=jnp.float32)
+    if c["dropout"]:
+        operands["dropout_rows"] = random.row_words(jax.random.key_data(jax.random.key(1)), B, N, T)
     options = {
         "scale": H**-0.5,
         "is_causal": c["causal"],
         "local_window_size": c["window"],
         "logits_soft_cap": c["cap"],
+        "score_mod": c["score_mod"],
+        "mask_mod": c["mask_mod"],
+        "dropout_rate": c["dropout"],
     }
-    return operands, jnp.asarray(normal(B, T, N, H), dtype), options
+    return operands, jnp.asarray(normal(B, T, N, V), dtype), options
 
 
-def plain(operands, scale, is_causal, local_window_size, logits_soft_cap):
+def plain(operands, scale, is_causal, local_window_size, logits_soft_cap, score_mod, mask_mod, dropout_rate):
     """(out, lse) by the formula, scores in float32 or more: the XLA form, or for float64 operands the oracle."""
     query, key, value = operands["query"], operands["key"], operands["value"]
     (_, T, N, _), S = query.shape, key.shape[1]
@@ -87,11 +122,20 @@ def plain(operands, scale, is_causal, local_window_size, logits_soft_cap):
     if logits_soft_cap is not None:
         s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
     s = s + operands.get("bias", jnp.zeros((), wide)).astype(wide)
-    i, j = jnp.arange(T)[:, None], jnp.arange(S)
+    i, j = jnp.arange(T, dtype=jnp.int32)[:, None], jnp.arange(S, dtype=jnp.int32)[None]
+    b, n = (
+        jnp.arange(size, dtype=jnp.int32).reshape(shape)
+        for size, shape in ((len(query), (-1, 1, 1, 1)), (N, (-1, 1, 1)))
+    )
+    if "alibi_slopes" in operands:
+        s = s - operands["alibi_slopes"].astype(wide)[:, None, None] * jnp.abs(i - j)
+    s = s if score_mod is None else score_mod(s, b, n, i, j)
     left, right = local_window_size or (None, None)
     seen = (j <= i) | (not is_causal)
     seen &= (j >= i - (T + S if left is None else left)) & (j <= i + (T + S if right is None else right))
-    seen = seen & operands.get("mask", True)
+    if "prefix_lengths" in operands:
+        seen = seen | (j < operands["prefix_lengths"][:, None, None, None])
+    seen = seen & operands.get("mask", True) & (True if mask_mod is None else mask_mod(b, n, i, j))
     if "query_seq_lengths" in operands:
         seen = seen & (i < operands["query_seq_lengths"][:, None, None, None])
         seen = seen & (j < operands["key_value_seq_lengths"][:, None, None, None])
@@ -106,6 +150,9 @@ def plain(operands, scale, is_causal, local_window_size, logits_soft_cap):
     e = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0) - top), 0.0)
     total = e.sum(-1, keepdims=True) + jnp.exp(sinks - top)
     p = e / jnp.where(total > 0, total, 1.0)
+    if dropout_rate:
+        words = operands["dropout_rows"][..., None]
+        p = jnp.where(random.kept(words[:, :, 0], words[:, :, 1], j, dropout_rate), p / (1 - dropout_rate), 0)
     out = jnp.einsum("bnts,bsnh->btnh", p.astype(value.dtype), value, preferred_element_type=wide).astype(query.dtype)
     return out, jnp.where(total > 0, top + jnp.log(total), jnp.inf)[..., 0]
 
@@ -160,8 +207,8 @@ def compare(operands, dout, options, got):
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name):
     operands, dout, options = build(CASES[name])
-    assert attention.unsupported(**operands, **options) is None
-    with interpreter():
+    with chips.target(chips.named(CASES[name]["chip"])), interpreter():
+        assert attention.unsupported(**operands, **options) is None
         got = jax.block_until_ready(fused(operands, dout, options, CASES[name]["tiles"]))
     compare(operands, dout, options, got)
 
@@ -178,20 +225,42 @@ def test_vmap():
         compare(operands | {"query": two[i]}, dout, options, jax.tree.map(lambda x: x[i], got))
 
 
+FAULTS = {  # what is left out of the forward kernel, and what the interpreter says then
+    "h100": ("commit_smem", "RACE DETECTED"),
+    "b200": ("commit_tmem", "RACE DETECTED"),
+    "a100": ("wait_gmem_to_smem", None),  # nothing: what is read has not arrived, and is NaN
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("chip", FAULTS)
+def test_a_planted_fault_is_found(chip, monkeypatch):
+    operands, _, options = build(case(70, 70, heads=(1, 1)))
+    name, report = FAULTS[chip]
+    with chips.target(chips.named(chip)), interpreter():
+        monkeypatch.setattr(plgpu, name, lambda *_: None)
+        run = lambda: jax.block_until_ready(attention.forward(**operands, **options)[0][0])
+        if report is None:
+            assert np.isnan(np.asarray(run(), np.float32)).any()
+        else:
+            with pytest.raises(Exception, match=report):
+                run()
+        monkeypatch.undo()
+
+
 def shapes(dim=64, dtype="bfloat16", queries=1000, keys=1000, heads=(4, 2)):
     make = lambda size, heads: jax.ShapeDtypeStruct((2, size, heads, dim), dtype)
     return {"query": make(queries, heads[0]), "key": make(keys, heads[1]), "value": make(keys, heads[1])}
 
 
 REFUSED = {
-    "a100": ("a100", shapes(), {}, "compute capability 9.0 have, not 8.0 (a100)"),
-    "b200": ("b200", shapes(), {}, "compute capability 9.0 have, not 10.0 (b200)"),
+    "score-mod": ("h100", shapes(), {"score_mod": lambda x, b, h, i, j: jnp.sin(x)}, "score_mod uses sin"),
     "float32": ("h100", shapes(dtype="float32"), {}, "must share bfloat16 or float16, got float32, float32, float32"),
     "wide": ("h100", shapes(dim=320), {}, "at most 256, got 320"),
     "scale": ("h100", shapes(), {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
     "cap": ("h100", shapes(), {"logits_soft_cap": -1.0}, "logits_soft_cap must be positive, got -1.0"),
     "bias": ("h100", shapes(), {"bias": jax.ShapeDtypeStruct((1, 1, 1, 1000), "float64")}, "float32, got float64"),
-    "grid": ("h100", shapes(queries=128 * 65536), {}, "limited to 65535"),
+    "grid": ("h100", shapes(queries=64 * 65536), {}, "limited to 65535 batches"),
 }
 
 

@@ -100,7 +100,7 @@ def reddened(before: Cells, now: Cells) -> list[str]:
 
 
 def summary(cells: Cells) -> dict[tuple[str, str], dict[str, str]]:
-    """(operator, dtype) → chip → what runs there: "kernel", "kernel, gradient in XLA", "kernel, some shapes in
+    """(operator, dtype) → chip → what runs there: "kernel", "forward" (the gradient in XLA), "kernel, some shapes in
     XLA", "XLA" or "fails"."""
     found: dict[tuple[str, str], dict[str, list[tuple[str, str]]]] = {}
     names: dict[str, None] = {}
@@ -120,7 +120,7 @@ def _mark(cells: list[tuple[str, str]]) -> str:
     if compiled == {"forward": {True}, "backward": {True}}:
         return "kernel"
     if compiled == {"forward": {True}, "backward": {False}}:
-        return "kernel, gradient in XLA"
+        return "forward"
     if not any(True in statuses for statuses in compiled.values()):
         return "XLA"
     return "kernel, some shapes in XLA"

@@ -128,7 +128,7 @@ def test_a_strict_kernel_raises_on_a_platform_without_kernels():
 def test_a_strict_kernel_raises_the_kernels_own_reason_while_tracing():
     q = jnp.ones((1, 16, 2, 64), jnp.float32)
     strict = functools.partial(jaxops.dot_product_attention, q, q, q, implementation="pallas")
-    with jaxops.target("h100"), pytest.raises(ValueError, match="'pallas' was asked for, but gpu: .*float32"):
+    with jaxops.target("h100"), pytest.raises(ValueError, match=r"'pallas' was asked for, but gpu: .*float32"):
         jax.eval_shape(strict)
 
 

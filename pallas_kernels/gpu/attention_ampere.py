@@ -44,7 +44,7 @@ def _left(x):
         registers = x.registers.reshape(layout.to_mgpu().registers_shape(x.shape))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=x.is_signed)
 
-    regrouped.meaning = lambda x: x
+    regrouped.meaning = lambda x: x  # type: ignore[attr-defined]  # what the interpreter does instead
     result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout)
     return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=result)(regrouped)(x)
 

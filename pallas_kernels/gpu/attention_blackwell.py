@@ -9,6 +9,7 @@ overwritten when the product that reads it is done, a score is when it is in reg
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -157,7 +158,7 @@ def forward(problem: Problem):
                 p = p.astype(dtype)
 
                 @pl.when(n > own.start)
-                def _():
+                def rescale():
                     plgpu.barrier_wait(refs.out_ready.at[group])
                     for start in range(0, V, width):
                         piece = out.at[:, pl.ds(start, width)]
@@ -234,7 +235,7 @@ def forward(problem: Problem):
                 pl.when(more)(lambda: plgpu.barrier_wait(refs.key_ready.at[ahead]))
                 plgpu.barrier_wait(refs.value_ready.at[slot])
                 for group in range(groups):
-                    pl.when(within(group, n))(lambda group=group: plgpu.barrier_wait(refs.weights_ready.at[group]))
+                    pl.when(within(group, n))(functools.partial(plgpu.barrier_wait, refs.weights_ready.at[group]))
                     score(group, n + 1, ahead)
 
                     @pl.when(within(group, n))

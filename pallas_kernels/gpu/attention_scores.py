@@ -87,18 +87,18 @@ class Problem:
             operands["bias"] = _term(bias.astype(jnp.float32) if bias.shape[2:] == (1, 1) else bias)
         if mask is not None:
             operands["mask"] = _term(mask.astype(jnp.float32 if mask.shape[2:] == (1, 1) else query.dtype))
-        blocks = {
-            "mask_mod": mask_mod,
-            "mask": mask,
-            "query_segment_ids": query_segment_ids,
-            "key_value_segment_ids": key_value_segment_ids,
-            "prefix_lengths": prefix_lengths,
-        }
-        if all(x is None for x in blocks.values()):
-            blocks = None
-        else:
-            blocks |= {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
-            blocks |= {"shape": (B, query.shape[2], T, S)}
+        blocks: dict[str, Any] | None = None
+        if any(x is not None for x in (mask_mod, mask, query_segment_ids, prefix_lengths)):
+            blocks = {
+                "shape": (B, query.shape[2], T, S),
+                "mask_mod": mask_mod,
+                "mask": mask,
+                "query_seq_lengths": query_seq_lengths,
+                "key_value_seq_lengths": key_value_seq_lengths,
+                "query_segment_ids": query_segment_ids,
+                "key_value_segment_ids": key_value_segment_ids,
+                "prefix_lengths": prefix_lengths,
+            }
         band = Band.of(is_causal, local_window_size)
         left, right = band.left, band.right  # sides that cut nothing are open; no number may overflow
         band = Band(
@@ -316,6 +316,9 @@ class Refs:
     def __init__(self, **refs):
         self.__dict__.update(refs)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the kernel was not given {name}")
+
     def __contains__(self, name):
         return name in self.__dict__
 
@@ -367,7 +370,8 @@ class Tile:
 
     def load(self) -> dict[str, Any]:
         """Bias, mask, segments and words of dropout of the columns: apart, so that a product runs meanwhile."""
-        rows, refs, columns, found = self.rows, self.rows.refs, pl.ds(self.first, self.columns), {}
+        rows, refs, columns = self.rows, self.rows.refs, pl.ds(self.first, self.columns)
+        found: dict[str, Any] = {}
         load = lambda ref: plgpu.load(ref, layout=rows.layout.reduce(0), optimized=False)
         side = "query" if rows.by_keys else "key"
         if self.masked and rows.segments is not None:
@@ -463,12 +467,9 @@ class Tile:
 
     def kept(self):
         """Which elements dropout keeps."""
-        if self.rows.by_keys:
-            words = [across(word, self.shape) for word in self.loaded["words"]]
-        else:
-            words = [down(word, self.shape) for word in self.rows.words]
+        spread, (first, second) = (across, self.loaded["words"]) if self.rows.by_keys else (down, self.rows.words)
         *_, key = self.positions()
-        return random.kept(*words, key, self.rows.problem.dropout_rate)
+        return random.kept(spread(first, self.shape), spread(second, self.shape), key, self.rows.problem.dropout_rate)
 
 
 def _lowered(function):

@@ -122,7 +122,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "static", "extras"), CASES, ids=str)
+def words(value):
+    """A parameter in words that are the same in every process: functions by their names."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name} {getattr(x, '__name__', x)}" for name, x in value.items())
+
+
+@pytest.mark.parametrize(("shape", "dtype", "static", "extras"), CASES, ids=words)
 def test_values_and_gradients(shape, dtype, static, extras):
     operands = operands_of(shape, *extras)
     check(

@@ -5,15 +5,18 @@ BIN := $(VENV)/bin
 COMPILERS := .venv-compilers
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: help demo test lint types certify certificates bench docs clean
+.PHONY: help demo test test-slow lint types certify certificates bench docs clean
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
 demo: $(VENV)/installed  ## train a small language model on 8 virtual devices, beside the same model in plain Flax
 	$(BIN)/python examples/train_gpt.py --demo
 
-test: $(VENV)/installed  ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: $(VENV)/installed  ## the test suite without its slow cases
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-slow: $(VENV)/installed  ## the slow cases: further kernels in the interpreters
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m slow
 
 lint: $(VENV)/installed  ## style and imports
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

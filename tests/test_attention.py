@@ -155,7 +155,11 @@ def bent_alike(score, batch, head, query, key):
 # 32 heads of the batch make the tiles 128 × 128: every transform meets several, and their loops.
 TRANSFORMED = [
     (CAUSAL, ("lengths", "sinks")),
-    (dict(PLAIN, logits_soft_cap=2.0), (("bias", (1, 4, 140, 150)), ("mask", (8, 1, 1, 150)))),
+    pytest.param(
+        dict(PLAIN, logits_soft_cap=2.0),
+        (("bias", (1, 4, 140, 150)), ("mask", (8, 1, 1, 150))),
+        marks=pytest.mark.slow,
+    ),
     (dict(CAUSAL, score_mod=bent_alike, mask_mod=blockwise, dropout_rate=0.25), ("prefix", "alibi", "dropout")),
 ]
 

@@ -201,11 +201,11 @@ def compare(operands, dout, options, got):
         no_worse(name, mine, yardstick, exact, operands["query"].dtype)
 
 
-QUICK = ("causal", "window-causal", "cap", "mask-mod", "score-mod-dropout", "all", "a100-all", "b200-all")
+IN_EVERY_RUN = ("causal", "window-causal", "cap", "mask-mod", "score-mod-dropout", "all", "a100-all", "b200-all")
 
 
 @pytest.mark.timeout(300)  # a lost arrival is a deadlock
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", [n if n in IN_EVERY_RUN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_interpreted(name):
     operands, dout, options = build(CASES[name])
     with chips.target(chips.named(CASES[name]["chip"])), interpreter():

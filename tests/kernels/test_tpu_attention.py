@@ -245,13 +245,13 @@ def run(x, dout, options, tiles):
         return jax.block_until_ready(jax.jit(mapped, compiler_options=QUICK)(x, dout))
 
 
-QUICK = (
+IN_EVERY_RUN = (
     *("full-float32", "causal-127", "causal-fewer-keys", "window-left-sinks", "bias-mask", "all", "prefix"),
     *("score-mod-bias", "mask-mod", "value-size-dropout", "strips-window", "bounded", "unbounded", "spans"),
 )
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", [n if n in IN_EVERY_RUN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_against_float64(name):
     c = CASES[name]
     x, dout, options = build(c)

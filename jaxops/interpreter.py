@@ -119,6 +119,18 @@ def _multiply(
     return token
 
 
+def _called(self, function, equation, token, **arrays):
+    """The next token, after `function` has run on the host for the thread that `self` interprets."""
+    return callback.io_callback(
+        functools.partial(function, source_info=equation.source_info),
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        **arrays,
+    )
+
+
 def _interpret_wgmma(self, original, equation, token, read_inputs):
     del original
     acc, lhs, rhs, *leaves = read_inputs()
@@ -130,20 +142,16 @@ def _interpret_wgmma(self, original, equation, token, read_inputs):
     lhs_is_ref = isinstance(avals[1], AbstractRef)
     if lhs_is_ref:
         lhs, lhs_transforms = jaxpr_interpret.resolve_ref(avals[1], lhs, lhs_transforms)
-    multiply = functools.partial(_multiply, lhs_is_ref=lhs_is_ref, source_info=equation.source_info)
-    return callback.io_callback(
-        multiply,
-        gpu_callbacks.TOKEN_SHAPE_DTYPE,
-        token=token,
-        mesh_location=self.mesh_location,
-        thread=self.thread,
+    token = _called(
+        *(self, functools.partial(_multiply, lhs_is_ref=lhs_is_ref), equation, token),
         acc=acc,
         lhs=lhs,
         rhs=rhs,
         acc_transforms=acc_transforms,
         lhs_transforms=lhs_transforms,
         rhs_transforms=rhs_transforms,
-    ), []
+    )
+    return token, []
 
 
 @gpu_callbacks.fail_on_exception
@@ -160,15 +168,7 @@ def _interpret_swap(self, original, equation, token, read_inputs):
     if not isinstance(equation.invars[0].aval, WGMMAAbstractAccumulatorRef):
         return original(self, equation, token, read_inputs)
     ref, value = read_inputs()
-    token = callback.io_callback(
-        functools.partial(_set_accumulator, source_info=equation.source_info),
-        gpu_callbacks.TOKEN_SHAPE_DTYPE,
-        token=token,
-        mesh_location=self.mesh_location,
-        thread=self.thread,
-        ref=ref,
-        value=value,
-    )
+    token = _called(self, _set_accumulator, equation, token, ref=ref, value=value)
     return token, value  # nobody asks what was there before
 
 
@@ -212,12 +212,8 @@ def _interpret_copy(self, original, equation, token, read_inputs):
     source_transforms, target_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
     source, source_transforms = jaxpr_interpret.resolve_ref(equation.invars[0].aval, source, source_transforms)
     target, target_transforms = jaxpr_interpret.resolve_ref(equation.invars[1].aval, target, target_transforms)
-    token = callback.io_callback(
-        functools.partial(_start_copy, source_info=equation.source_info),
-        gpu_callbacks.TOKEN_SHAPE_DTYPE,
-        token=token,
-        mesh_location=self.mesh_location,
-        thread=self.thread,
+    token = _called(
+        *(self, _start_copy, equation, token),
         source=source,
         source_transforms=source_transforms,
         target=target,

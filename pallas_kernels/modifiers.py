@@ -52,7 +52,7 @@ def mixing(program: core.ClosedJaxpr) -> str | None:
     for equation in program.jaxpr.eqns:
         if any(not isinstance(x, core.Literal) and x in depends for x in equation.invars):
             depends.update(equation.outvars)
-            for one in (equation, *_equations(list(equation.params.values()))):
+            for one in (equation, *equations(list(equation.params.values()))):
                 name = one.primitive.name
                 if name.startswith(_MIXING) and name != "reduce_precision":
                     return name
@@ -61,7 +61,7 @@ def mixing(program: core.ClosedJaxpr) -> str | None:
 
 def captured(program: core.ClosedJaxpr) -> list[Any]:
     """The arrays, concrete or traced, that a modifier took from around it; Python and NumPy numbers are none."""
-    literals = [x.val for e in _equations(program) for x in e.invars if isinstance(x, core.Literal)]
+    literals = [x.val for e in equations(program) for x in e.invars if isinstance(x, core.Literal)]
     found = [*literals, *(x for inner in _programs(program) for x in getattr(inner, "consts", ()))]
     return [x for x in found if np.ndim(x) or isinstance(x, jax.Array)]
 
@@ -131,6 +131,7 @@ def _programs(value: Any) -> Iterator[Any]:
             yield from _programs(list(equation.params.values()))
 
 
-def _equations(value: Any) -> Iterator[Any]:
+def equations(value: Any) -> Iterator[Any]:
+    """Every equation of a program, of those inside it, or of all programs anywhere in a list."""
     for program in _programs(value):
         yield from getattr(program, "jaxpr", program).eqns

@@ -269,6 +269,7 @@ def decode_attention(
 
 
 def new_tokens(name: str, query: jax.Array, rank: int, shape: str) -> jax.Array:
+    """`query` if it is floating and has `rank` axes, else `TypeError` or `ValueError`; `shape` is what is expected."""
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise TypeError(f"{name}: query must be float32, bfloat16 or float16, got {query.dtype}")
     if query.ndim != rank:
@@ -316,6 +317,7 @@ def within(name: str, argument: str, x: jax.Array, low: int, high: int, what: st
 
 
 def sinks_of(name: str, sinks: ArrayLike | None, query: jax.Array) -> jax.Array | None:
+    """The sinks as floating [N], if there are any; raises `TypeError` or `ValueError` for others."""
     if sinks is None:
         return None
     return checks.floating(name, "sinks", sinks, shape=query.shape[-2:-1], of="one per query head")

@@ -21,6 +21,22 @@ def query_tile(keys: int) -> int:
     return max(1, _LOGITS // max(keys, 1))
 
 
+def weights(s: jax.Array, seen: jax.Array, sink: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """(p, lse):  p_j = exp(s_j) / (exp(sink) + Σ_j exp(s_j)) over the seen j of the last axis;  lse = log of the sum.
+
+    s [..., S]; seen, bool, and sink [..., 1] broadcast with it. Where nothing is seen p is 0 and lse +inf or the sink.
+    """
+    top = jnp.max(s, axis=-1, keepdims=True, where=seen, initial=FLOOR)
+    top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, s, top) - top), 0)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + jnp.exp(sink - top)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    return p / total, jnp.where(empty, jnp.inf, top + jnp.log(total))[..., 0]
+
+
 def dot_product_attention(
     query: jax.Array,
     key: jax.Array,
@@ -103,22 +119,12 @@ def dot_product_attention(
         if segments is not None and key_value_segment_ids is not None:
             seen = seen & (segments[:, None, :, None] == key_value_segment_ids[:, None, None, :])
 
-        top = jnp.max(s, axis=-1, keepdims=True, where=seen, initial=FLOOR)
-        sink = None if sinks is None else sinks.astype(accumulator)[:, None, None]
-        top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
-        p = jnp.where(seen, jnp.exp(jnp.where(seen, s, top) - top), 0)
-        total = jnp.sum(p, axis=-1, keepdims=True)
-        if sink is not None:
-            total = total + jnp.exp(sink - top)
-        empty = total == 0
-        total = jnp.where(empty, 1, total)
-        p = p / total
+        p, lse = weights(s, seen, None if sinks is None else sinks.astype(accumulator)[:, None, None])
         if words is not None:
             kept = random.kept(words[:, :, 0, :, None], words[:, :, 1, :, None], column, dropout_rate)
             p = jnp.where(kept, p / (1 - dropout_rate), 0)
         p = p.astype(value.dtype).reshape(batch, groups, per_group, rows, keys)
         out = jnp.einsum("bkgts,bskh->btkgh", p, value, preferred_element_type=accumulator)
-        lse = jnp.where(empty, jnp.inf, top + jnp.log(total))[..., 0]
         return out.reshape(batch, rows, heads, value.shape[3]).astype(query.dtype), lse
 
     tile = query_tile(keys)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxops.reference.attention import FLOOR
+from jaxops.reference.attention import weights
 
 
 def decode_attention(
@@ -51,16 +51,7 @@ def decode_attention(
     if left is not None:
         seen = seen & (column >= position - left)
 
-    top = jnp.max(s, axis=-1, keepdims=True, where=seen, initial=FLOOR)
-    sink = None if sinks is None else sinks.astype(wide)[:, None]
-    top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
-    p = jnp.where(seen, jnp.exp(jnp.where(seen, s, top) - top), 0)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    if sink is not None:
-        total = total + jnp.exp(sink - top)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    p = (p / total).astype(value.dtype).reshape(*grouped.shape[:4], keys)
+    p, lse = weights(s, seen, None if sinks is None else sinks.astype(wide)[:, None])
+    p = p.astype(value.dtype).reshape(*grouped.shape[:4], keys)
     out = jnp.einsum("btkgs,bskh->btkgh", p, value, preferred_element_type=wide)
-    lse = jnp.where(empty, jnp.inf, top + jnp.log(total))[..., 0]
     return out.reshape(query.shape).astype(query.dtype), lse

@@ -16,23 +16,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu.attention_scores import (
     LN2,
     LOWEST,
-    MASKED,
     Problem,
-    Refs,
     Rows,
-    Walk,
     across,
     by_keys,
     down,
+    find_walk,
     go_through,
-    walk_of_band,
-    walk_of_table,
+    launch,
+    smem,
+    walk_of_all,
 )
 from pallas_kernels.padding import pad_to, round_up
 
 BLOCK = 64  # rows
 LAYOUT = plgpu.Layout.WGMMA  # of scores and accumulators: that of mma's results, too
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
 
 def _left(x):
@@ -69,26 +67,9 @@ def _fetch(source, target):
     plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
-def _launch(kernel, name, operands, results, scratch, grid):
-    names = (*operands, *results)
-
-    def body(*refs, **memory):
-        kernel(Refs(**dict(zip(names, refs, strict=True)), **memory))
-
-    arrays = plgpu.kernel(
-        body,
-        kernel_name=name,
-        out_type=list(results.values()),
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("head", "tile", "batch"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*operands.values())
-    return dict(zip(results, arrays, strict=True))
-
-
-def _smem(dtype, *shape):
-    return plgpu.SMEM(shape, dtype, transforms=TILED)
+def _launch(*call):
+    options = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return launch(*call, compiler_params=options)
 
 
 def _whole(operands: dict[str, jax.Array], rows: int, columns: int) -> dict[str, jax.Array]:
@@ -121,13 +102,10 @@ def forward(problem: Problem):
         rows = pl.ds(first, BLOCK)
         key_end = refs.key_lengths[batch] if "key_lengths" in refs else S
         query_end = refs.query_lengths[batch] if "query_lengths" in refs else None
-        if "count" in refs:
-            walk = walk_of_table(refs, batch, head, block, one_loop=wide)
-        else:
-            walk = walk_of_band(
-                problem.band, first, BLOCK, key_end, keys, ragged=ragged, one_loop=wide,
-                empty=None if query_end is None else first >= query_end,
-            )  # fmt: skip
+        walk = find_walk(
+            refs, batch, head, block, problem.band, first, BLOCK, key_end, keys, limit=query_end, ragged=ragged,
+            one_loop=wide,
+        )  # fmt: skip
 
         def fetch(source, target, n):  # past the end the last one again: how many are in flight never changes
             tile = lax.clamp(0, walk.tile(lax.max(lax.min(n, walk.end - 1), walk.start)), key_tiles - 1)
@@ -190,9 +168,9 @@ def forward(problem: Problem):
             "lse": jax.ShapeDtypeStruct((B, N, query_tiles * BLOCK), jnp.float32),
         },
         {
-            "query_tile": _smem(dtype, BLOCK, H),
-            "key_tile": _smem(dtype, keys, H),
-            "value_tile": _smem(dtype, keys, V),
+            "query_tile": smem(dtype, BLOCK, H),
+            "key_tile": smem(dtype, keys, H),
+            "value_tile": smem(dtype, keys, V),
         },
         (N, query_tiles, B),
     )
@@ -222,11 +200,9 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
             query_end = pl.cdiv(refs.query_lengths[batch], jnp.int32(queries)) * queries
 
         def walk_of(one):
-            if "count" in refs:
-                return walk_of_table(refs, batch, one, block, one_loop=wide)
-            return walk_of_band(
-                band, first, BLOCK, query_end, queries, ragged=False, one_loop=wide,
-                empty=None if key_end is None else first >= key_end,
+            return find_walk(
+                refs, batch, one, block, band, first, BLOCK, query_end, queries, limit=key_end, ragged=False,
+                one_loop=wide,
             )  # fmt: skip
 
         _fetch(refs.key.at[here["key"]], refs.key_tile)
@@ -299,10 +275,10 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
         inputs,
         {f"d{name}": jax.ShapeDtypeStruct(inputs[name].shape, dtype) for name in wanted},
         {
-            "key_tile": _smem(dtype, BLOCK, H),
-            "value_tile": _smem(dtype, BLOCK, V),
-            "query_tiles": _smem(dtype, 2, queries, H),
-            "dout_tiles": _smem(dtype, 2, queries, V),
+            "key_tile": smem(dtype, BLOCK, H),
+            "value_tile": smem(dtype, BLOCK, V),
+            "query_tiles": smem(dtype, 2, queries, H),
+            "dout_tiles": smem(dtype, 2, queries, V),
         },
         (K, key_tiles, B),
     )
@@ -331,15 +307,11 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
         first = block * BLOCK
         rows = pl.ds(first, BLOCK)
         key_end = refs.key_lengths[batch] if "key_lengths" in refs else S
-        if "count" in refs:
-            walk = walk_of_table(refs, batch, head, block, one_loop=wide)
-        elif dense:
-            walk = Walk(0, key_tiles, lambda n: n, lambda first, rows: [(0, key_tiles, MASKED)])
-        else:
-            walk = walk_of_band(
-                problem.band, first, BLOCK, key_end, keys, ragged=ragged, one_loop=wide,
-                empty=first >= refs.query_lengths[batch] if "query_lengths" in refs else None,
-            )  # fmt: skip
+        query_end = refs.query_lengths[batch] if "query_lengths" in refs else None
+        walk = walk_of_all(key_tiles) if dense else find_walk(
+            refs, batch, head, block, problem.band, first, BLOCK, key_end, keys, limit=query_end, ragged=ragged,
+            one_loop=wide,
+        )  # fmt: skip
 
         def fetch(n):
             tile = lax.clamp(0, walk.tile(lax.max(lax.min(n, walk.end - 1), walk.start)), key_tiles - 1)
@@ -399,10 +371,10 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
         inputs,
         result,
         {
-            "query_tile": _smem(dtype, BLOCK, H),
-            "dout_tile": _smem(dtype, BLOCK, V),
-            "key_tiles": _smem(dtype, 2, keys, H),
-            "value_tiles": _smem(dtype, 2, keys, V),
+            "query_tile": smem(dtype, BLOCK, H),
+            "dout_tile": smem(dtype, BLOCK, V),
+            "key_tiles": smem(dtype, 2, keys, H),
+            "value_tiles": smem(dtype, 2, keys, V),
         },
         (N, query_tiles, B),
     ).values()

@@ -21,31 +21,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu.attention_scores import (
     LN2,
     LOWEST,
-    MASKED,
     Problem,
-    Refs,
     Rows,
-    Walk,
     across,
     by_keys,
     down,
+    find_walk,
     go_through,
-    walk_of_band,
-    walk_of_table,
+    launch,
+    smem,
+    walk_of_all,
 )
 
 ROWS = 128  # of one product, and threads of a warpgroup: a row each
 NATIVE = plgpu.Layout.TCGEN05_TMEM_NATIVE
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 FETCH, ISSUE = 0, 1  # warps of the last warpgroup
 
 
-def _launch(kernel, name, operands, results, scratch, grid, groups):
+def _launch(kernel, *call, groups):
     """`kernel(refs)` returns what a computing warpgroup (given its number), the fetching and the issuing warp do."""
-    names = (*operands, *results)
 
-    def body(*refs, **memory):
-        compute, fetch, issue = kernel(Refs(**dict(zip(names, refs, strict=True)), **memory))
+    def body(refs):
+        compute, fetch, issue = kernel(refs)
         group = lax.axis_index("group")
 
         @pl.when(group < groups)
@@ -62,22 +59,12 @@ def _launch(kernel, name, operands, results, scratch, grid, groups):
                 pl.when(warp == FETCH)(fetch)
                 pl.when(warp == ISSUE)(issue)
 
-    arrays = plgpu.kernel(
-        body,
-        kernel_name=name,
-        out_type=list(results.values()),
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("head", "tile", "batch"),
+    return launch(
+        *(body, *call),
         num_threads=groups + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands.values())
-    return dict(zip(results, arrays, strict=True))
-
-
-def _smem(dtype, *shape):
-    return plgpu.SMEM(shape, dtype, transforms=TILED)
+    )
 
 
 def _fed(barriers=1, arrivals=1):
@@ -125,11 +112,9 @@ def forward(problem: Problem):
         query_end = refs.query_lengths[batch] if "query_lengths" in refs else None
 
         def walk_of(row, rows):
-            if "count" in refs:
-                return walk_of_table(refs, batch, head, block, one_loop=False)
-            return walk_of_band(
-                problem.band, row, rows, key_end, keys, ragged=ragged, one_loop=False,
-                empty=None if query_end is None else row >= query_end,
+            return find_walk(
+                refs, batch, head, block, problem.band, row, rows, key_end, keys, limit=query_end, ragged=ragged,
+                one_loop=False,
             )  # fmt: skip
 
         walk = walk_of(first, block_rows)
@@ -260,7 +245,7 @@ def forward(problem: Problem):
 
         return compute, fetch, issue
 
-    out_tile = {"out_tile": _smem(dtype, groups, ROWS, V)} if H != V else {}  # else it leaves through the query's
+    out_tile = {"out_tile": smem(dtype, groups, ROWS, V)} if H != V else {}  # else it leaves through the query's
     result = _launch(
         kernel,
         "attention_forward",
@@ -271,10 +256,10 @@ def forward(problem: Problem):
         },
         out_tile
         | {
-            "query_tile": _smem(dtype, groups, ROWS, H),
+            "query_tile": smem(dtype, groups, ROWS, H),
             "lse_tile": plgpu.SMEM((groups, ROWS), jnp.float32),
-            "key_tiles": _smem(dtype, stages, keys, H),
-            "value_tiles": _smem(dtype, stages, keys, V),
+            "key_tiles": smem(dtype, stages, keys, H),
+            "value_tiles": smem(dtype, stages, keys, V),
             "scores": plgpu.TMEM((ROWS, groups * keys), jnp.float32),
             "weights": plgpu.TMEM((ROWS, groups * keys), dtype, packed=True),
             "out_acc": plgpu.TMEM((ROWS, groups * V), jnp.float32),
@@ -288,7 +273,7 @@ def forward(problem: Problem):
             "out_ready": _ordered(groups),
         },
         (N, query_tiles, B),
-        groups,
+        groups=groups,
     )
     return result["out"], result["lse"]
 
@@ -372,11 +357,9 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
             query_end = pl.cdiv(refs.query_lengths[batch], jnp.int32(queries)) * queries
 
         def walk_of(member):
-            if "count" in refs:
-                return walk_of_table(refs, batch, head * heads + member, block, one_loop=False)
-            return walk_of_band(
-                band, first, ROWS, query_end, queries, ragged=False, one_loop=False,
-                empty=None if key_end is None else first >= key_end,
+            return find_walk(
+                refs, batch, head * heads + member, block, band, first, ROWS, query_end, queries, limit=key_end,
+                ragged=False, one_loop=False,
             )  # fmt: skip
 
         steps = lax.fori_loop(0, heads, lambda member, sum: sum + walk_of(member).steps, jnp.int32(0))
@@ -497,15 +480,15 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
         inputs,
         {f"d{name}": jax.ShapeDtypeStruct(problem.operands[name].shape, dtype) for name in wanted},
         {
-            "key_tile": _smem(dtype, ROWS, H),
-            "value_tile": _smem(dtype, ROWS, V),
-            "query_tiles": _smem(dtype, stages, queries, H),
-            "dout_tiles": _smem(dtype, stages, queries, V),
+            "key_tile": smem(dtype, ROWS, H),
+            "value_tile": smem(dtype, ROWS, V),
+            "query_tiles": smem(dtype, stages, queries, H),
+            "dout_tiles": smem(dtype, stages, queries, V),
         }
         | _turns(stages)
         | memory,
         (K, pl.cdiv(S, ROWS), B),
-        HALVES,
+        groups=HALVES,
     )
     return {name: result[f"d{name}"] for name in wanted}
 
@@ -532,15 +515,11 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
         first = block * ROWS
         rows = pl.ds(first, ROWS)
         key_end = refs.key_lengths[batch] if "key_lengths" in refs else S
-        if "count" in refs:
-            walk = walk_of_table(refs, batch, head, block, one_loop=False)
-        elif dense:
-            walk = Walk(0, key_tiles, lambda n: n, lambda first, rows: [(0, key_tiles, MASKED)])
-        else:
-            walk = walk_of_band(
-                problem.band, first, ROWS, key_end, keys, ragged=ragged, one_loop=False,
-                empty=first >= refs.query_lengths[batch] if "query_lengths" in refs else None,
-            )  # fmt: skip
+        query_end = refs.query_lengths[batch] if "query_lengths" in refs else None
+        walk = walk_of_all(key_tiles) if dense else find_walk(
+            refs, batch, head, block, problem.band, first, ROWS, key_end, keys, limit=query_end, ragged=ragged,
+            one_loop=False,
+        )  # fmt: skip
 
         def score(slot):
             plgpu.tcgen05_mma(refs.scores, refs.query_tile, refs.key_tiles.at[slot].T, accumulate=False)
@@ -630,14 +609,14 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
         inputs,
         result,
         {
-            "query_tile": _smem(dtype, ROWS, H),
-            "dout_tile": _smem(dtype, ROWS, V),
-            "key_tiles": _smem(dtype, stages, keys, H),
-            "value_tiles": _smem(dtype, stages, keys, V),
+            "query_tile": smem(dtype, ROWS, H),
+            "dout_tile": smem(dtype, ROWS, V),
+            "key_tiles": smem(dtype, stages, keys, H),
+            "value_tiles": smem(dtype, stages, keys, V),
         }
         | _turns(stages)
         | memory,
         (N, query_tiles, B),
-        HALVES,
+        groups=HALVES,
     ).values()
     return result

@@ -21,24 +21,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu.attention_scores import (
     LN2,
     LOWEST,
-    MASKED,
     Problem,
-    Refs,
     Rows,
-    Walk,
     across,
     by_keys,
     down,
+    find_walk,
     go_through,
-    walk_of_band,
-    walk_of_table,
+    launch,
+    smem,
+    walk_of_all,
 )
 
 ROWS = 64  # rows of one warpgroup: the height of a wgmma
 CONSUMERS = 2
 BLOCK = ROWS * CONSUMERS
 WGMMA = plgpu.Layout.WGMMA
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
 
 def _products(*pairs):
@@ -68,12 +66,11 @@ def _anew(group):
     return lax.optimization_barrier(group)
 
 
-def _launch(kernel, name, operands, results, scratch, grid):
+def _launch(kernel, *call):
     """`kernel(refs)` returns what a consumer warpgroup (given its number) and the producer do."""
-    names = (*operands, *results)
 
-    def body(*refs, **memory):
-        consumer, producer = kernel(Refs(**dict(zip(names, refs, strict=True)), **memory))
+    def body(refs):
+        consumer, producer = kernel(refs)
         group = lax.axis_index("group")
 
         @pl.when(group < CONSUMERS)
@@ -86,22 +83,12 @@ def _launch(kernel, name, operands, results, scratch, grid):
             plgpu.set_max_registers(24, action="decrease")
             producer()
 
-    arrays = plgpu.kernel(
-        body,
-        kernel_name=name,
-        out_type=list(results.values()),
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("head", "tile", "batch"),
+    return launch(
+        *(body, *call),
         num_threads=CONSUMERS + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands.values())
-    return dict(zip(results, arrays, strict=True))
-
-
-def _smem(dtype, *shape):
-    return plgpu.SMEM(shape, dtype, transforms=TILED)
+    )
 
 
 def _barriers(stages, arrivals=1):
@@ -123,13 +110,10 @@ def forward(problem: Problem):
         block = query_tiles - 1 - lax.axis_index("tile")  # the longest rows first
         key_end = refs.key_lengths[batch] if "key_lengths" in refs else S
         query_end = refs.query_lengths[batch] if "query_lengths" in refs else None
-        if "count" in refs:
-            walk = walk_of_table(refs, batch, head, block, one_loop=wide)
-        else:
-            walk = walk_of_band(
-                problem.band, block * BLOCK, BLOCK, key_end, keys, ragged=ragged, one_loop=wide,
-                empty=None if query_end is None else block * BLOCK >= query_end,
-            )  # fmt: skip
+        walk = find_walk(
+            refs, batch, head, block, problem.band, block * BLOCK, BLOCK, key_end, keys, limit=query_end,
+            ragged=ragged, one_loop=wide,
+        )  # fmt: skip
 
         def consumer(group):
             first = block * BLOCK + group * ROWS
@@ -227,7 +211,7 @@ def forward(problem: Problem):
 
         return consumer, producer
 
-    out_tile = {"out_tile": _smem(dtype, CONSUMERS, ROWS, V)} if H != V else {}  # else it leaves through the query's
+    out_tile = {"out_tile": smem(dtype, CONSUMERS, ROWS, V)} if H != V else {}  # else it leaves through the query's
     result = _launch(
         kernel,
         "attention_forward",
@@ -238,10 +222,10 @@ def forward(problem: Problem):
         },
         out_tile
         | {
-            "query_tile": _smem(dtype, CONSUMERS, ROWS, H),
+            "query_tile": smem(dtype, CONSUMERS, ROWS, H),
             "lse_tile": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-            "key_tiles": _smem(dtype, stages, keys, H),
-            "value_tiles": _smem(dtype, stages, keys, V),
+            "key_tiles": smem(dtype, stages, keys, H),
+            "value_tiles": smem(dtype, stages, keys, V),
             "query_ready": _barriers(CONSUMERS),
             "ready": _barriers(stages, 2),
             "key_free": _barriers(stages, CONSUMERS),
@@ -273,11 +257,9 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
             query_end = pl.cdiv(refs.query_lengths[batch], jnp.int32(queries)) * queries
 
         def walk_of(member):
-            if "count" in refs:
-                return walk_of_table(refs, batch, head * heads + member, block, one_loop=wide)
-            return walk_of_band(
-                band, block * BLOCK, BLOCK, query_end, queries, ragged=False, one_loop=wide,
-                empty=None if key_end is None else block * BLOCK >= key_end,
+            return find_walk(
+                refs, batch, head * heads + member, block, band, block * BLOCK, BLOCK, query_end, queries,
+                limit=key_end, ragged=False, one_loop=wide,
             )  # fmt: skip
 
         def consumer(group):
@@ -387,10 +369,10 @@ def backward_kv(problem: Problem, dout, lse, minus_delta, wanted: tuple[str, ...
         inputs,
         {f"d{name}": jax.ShapeDtypeStruct(problem.operands[name].shape, dtype) for name in wanted},
         {
-            "key_tile": _smem(dtype, CONSUMERS, ROWS, H),
-            "value_tile": _smem(dtype, CONSUMERS, ROWS, V),
-            "query_tiles": _smem(dtype, stages, queries, H),
-            "dout_tiles": _smem(dtype, stages, queries, V),
+            "key_tile": smem(dtype, CONSUMERS, ROWS, H),
+            "value_tile": smem(dtype, CONSUMERS, ROWS, V),
+            "query_tiles": smem(dtype, stages, queries, H),
+            "dout_tiles": smem(dtype, stages, queries, V),
             "lse_tiles": plgpu.SMEM((stages, queries), jnp.float32),
             "minus_delta_tiles": plgpu.SMEM((stages, queries), jnp.float32),
             "key_value_ready": _barriers(CONSUMERS, 2),
@@ -422,15 +404,11 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         block = query_tiles - 1 - lax.axis_index("tile")
         key_end = refs.key_lengths[batch] if "key_lengths" in refs else S
-        if "count" in refs:
-            walk = walk_of_table(refs, batch, head, block, one_loop=wide)
-        elif dense:
-            walk = Walk(0, key_tiles, lambda n: n, lambda first, rows: [(0, key_tiles, MASKED)])
-        else:
-            walk = walk_of_band(
-                problem.band, block * BLOCK, BLOCK, key_end, keys, ragged=ragged, one_loop=wide,
-                empty=block * BLOCK >= refs.query_lengths[batch] if "query_lengths" in refs else None,
-            )  # fmt: skip
+        query_end = refs.query_lengths[batch] if "query_lengths" in refs else None
+        walk = walk_of_all(key_tiles) if dense else find_walk(
+            refs, batch, head, block, problem.band, block * BLOCK, BLOCK, key_end, keys, limit=query_end, ragged=ragged,
+            one_loop=wide,
+        )  # fmt: skip
 
         def consumer(group):
             first = block * BLOCK + group * ROWS
@@ -516,10 +494,10 @@ def backward_q(problem: Problem, dout, lse, minus_delta, wanted: str):
         inputs,
         result,
         {
-            "query_tile": _smem(dtype, CONSUMERS, ROWS, H),
-            "dout_tile": _smem(dtype, CONSUMERS, ROWS, V),
-            "key_tiles": _smem(dtype, stages, keys, H),
-            "value_tiles": _smem(dtype, stages, keys, V),
+            "query_tile": smem(dtype, CONSUMERS, ROWS, H),
+            "dout_tile": smem(dtype, CONSUMERS, ROWS, V),
+            "key_tiles": smem(dtype, stages, keys, H),
+            "value_tiles": smem(dtype, stages, keys, V),
             "query_ready": _barriers(CONSUMERS, 2),
             "ready": _barriers(stages, 2),
             "free": _barriers(stages, CONSUMERS),

@@ -1,4 +1,4 @@
-"""What the attention kernels of all GPUs share: operands as they take them, their walk over tiles, a tile of scores.
+"""What the attention kernels of all GPUs share: their operands, launch, walk over tiles, and a tile of scores.
 
     x = scale · q kᵀ    x = cap · tanh(x / cap)    x = x + bias - slope · |i - j|    x = score_mod(x, batch, head, i, j)
     x = -inf where masked                                                             (each where given)
@@ -206,7 +206,7 @@ def not_lowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | 
         if name == "score_mod":
             programs.append(modifiers.traced(_score_and_slope(function), scored=True))
         for program in programs:
-            for equation in _equations(program.jaxpr):
+            for equation in modifiers.equations(program):
                 if equation.primitive.name not in _LOWERED:
                     return f"{name} uses {equation.primitive.name}, which the kernel cannot compile"
                 wide = [v.aval.dtype for v in equation.outvars if v.aval.dtype.itemsize not in (1, 4)]
@@ -215,11 +215,47 @@ def not_lowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | 
     return None
 
 
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in core.jaxprs_in_params(equation.params):
-            yield from _equations(inner)
+# ---- launching ----------------------------------------------------------------------------------------------------
+
+
+class Refs:
+    """Operands, results and scratch memory of a kernel, by name; in `x in refs`, operands by name."""
+
+    def __init__(self, **refs):
+        self.__dict__.update(refs)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the kernel was not given {name}")
+
+    def __contains__(self, name):
+        return name in self.__dict__
+
+
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+
+
+def smem(dtype, *shape):
+    """A tile in shared memory, as copies and products want it."""
+    return plgpu.SMEM(shape, dtype, transforms=TILED)
+
+
+def launch(body, name: str, operands, results, scratch, grid, **options) -> dict[str, jax.Array]:
+    """The results, by name, of `body(refs)` over a grid of heads, tiles and batches; `options` of `plgpu.kernel`."""
+    names = (*operands, *results)
+
+    def by_name(*refs, **memory):
+        body(Refs(**dict(zip(names, refs, strict=True)), **memory))
+
+    arrays = plgpu.kernel(
+        by_name,
+        kernel_name=name,
+        out_type=list(results.values()),
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("head", "tile", "batch"),
+        **options,
+    )(*operands.values())
+    return dict(zip(results, arrays, strict=True))
 
 
 # ---- which tiles ---------------------------------------------------------------------------------------------------
@@ -242,8 +278,26 @@ class Walk:
         return self.end - self.start
 
 
-def walk_of_table(refs, batch, head, block, *, one_loop: bool) -> Walk:
-    """Whole tiles come first. `one_loop`: two would not fit the registers."""
+def find_walk(
+    refs, batch, head, block, band: Band, first, rows: int, columns, tile: int, *, limit, ragged: bool, one_loop: bool
+) -> Walk:
+    """The tiles of `tile` columns, of `columns`, that rows first … first + rows - 1 see, the block `block` of rows.
+
+    By the tables if the kernel was given any, else by the band; then there are none from row `limit` on (None: there is
+    no such row). `ragged`: the last tile holds columns past the end. `one_loop`: two would not fit the registers.
+    """
+    if "count" in refs:
+        return _walk_of_table(refs, batch, head, block, one_loop)
+    return _walk_of_band(band, first, rows, columns, tile, None if limit is None else first >= limit, ragged, one_loop)
+
+
+def walk_of_all(tiles: int) -> Walk:
+    """Every tile, masked."""
+    return Walk(0, tiles, lambda step: step, lambda first, rows: [(0, tiles, MASKED)])
+
+
+def _walk_of_table(refs, batch, head, block, one_loop: bool) -> Walk:
+    """Whole tiles come first."""
     b, n, *_ = refs.count.shape
     place = batch if b > 1 else 0, head if n > 1 else 0, block
     whole = refs.count[*place, 0]
@@ -252,11 +306,7 @@ def walk_of_table(refs, batch, head, block, *, one_loop: bool) -> Walk:
     return Walk(0, end, lambda step: refs.order[*place, step], lambda first, rows: sections)
 
 
-def walk_of_band(band: Band, first, rows: int, columns, tile: int, *, empty, ragged: bool, one_loop: bool) -> Walk:
-    """The tiles of `tile` columns, of `columns`, that rows first … first + rows - 1 see, none at all if `empty`.
-
-    `ragged`: the last tile holds columns past the end. `one_loop`: two would not fit the registers.
-    """
+def _walk_of_band(band: Band, first, rows: int, columns, tile: int, empty, ragged: bool, one_loop: bool) -> Walk:
     start, end = _tiles_touched(band, first, rows, columns, tile)
     if empty is not None:
         end = lax.select(empty, jnp.int32(start), jnp.int32(end))
@@ -308,19 +358,6 @@ def go_through(sections, step, skip, carry):
 
 
 # ---- a tile of scores ----------------------------------------------------------------------------------------------
-
-
-class Refs:
-    """Operands, results and scratch memory of a kernel, by name; in `x in refs`, operands by name."""
-
-    def __init__(self, **refs):
-        self.__dict__.update(refs)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the kernel was not given {name}")
-
-    def __contains__(self, name):
-        return name in self.__dict__
 
 
 @dataclasses.dataclass(frozen=True)

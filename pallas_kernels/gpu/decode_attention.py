@@ -26,17 +26,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import chips
+from pallas_kernels.gpu.attention_scores import LN2, LOG2E, LOWEST, smem
 from pallas_kernels.padding import pad_to, round_up
 from pallas_kernels.ragged import Cut
 
-LOG2E = math.log2(math.e)
-LN2 = math.log(2)
 ROWS = 64  # of a tile of queries: the height of a wgmma
-LOWEST = float(jnp.finfo(jnp.float32).min)  # a running maximum that is never -inf, so that no row computes -inf - -inf
 STATISTIC = 32  # copies of a row's log-sum-exp: what a copy moves is aligned to 128 bytes
 MOST_SPLITS = 32
 WGMMA = plgpu.Layout.WGMMA
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,11 +363,10 @@ def _partial(p: Problem, t: Tiles, operands: dict, left, factor: float, cap, dty
         pl.when(thread == 0)(consumer)
         pl.when(thread == 1)(producer)
 
-    tiled = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TILED)
     plain = lambda kind, *shape: plgpu.SMEM(shape, kind)
     scratch: dict[str, Any] = {
         "queries": plain(dtype, ROWS, p.dim),
-        "query_tile": tiled(ROWS, p.dim),
+        "query_tile": smem(dtype, ROWS, p.dim),
         "result": plain(out_dtype, ROWS, p.dim),
         "row_statistic": plain(jnp.float32, ROWS, STATISTIC),
         "asked": plgpu.Barrier(num_arrivals=p.tile_tokens),
@@ -380,10 +376,10 @@ def _partial(p: Problem, t: Tiles, operands: dict, left, factor: float, cap, dty
     for name in ("key", "value"):
         if p.quantised:
             scratch[f"{name}s"] = plain(jnp.int8, stages, keys, p.dim)
-            scratch[f"wide_{name}"] = tiled(keys, p.dim)
+            scratch[f"wide_{name}"] = smem(dtype, keys, p.dim)
             scratch[f"{name}_factors"] = plain(jnp.float32, stages, keys)
         else:
-            scratch[f"{name}s"] = tiled(stages, keys, p.dim)
+            scratch[f"{name}s"] = smem(dtype, stages, keys, p.dim)
     per_row = (t.splits, p.tokens, p.groups, p.per_group)
     return plgpu.kernel(
         body,

@@ -36,7 +36,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend import core
 
 from pallas_kernels import chips, modifiers, random
 from pallas_kernels.padding import pad_to, round_up
@@ -493,41 +492,60 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
 # ---------------------------------------------------------------------------------------------- modifiers
 # What Mosaic lowers, elementwise on float32, int32 and booleans.
 _LOWERED = frozenset(
-    (
-        *(
-            "abs",
-            "add",
-            "add_any",
-            "and",
-            "broadcast_in_dim",
-            "ceil",
-            "clamp",
-            "convert_element_type",
-            "cos",
-            "div",
-            "eq",
-        ),
-        *("erf", "exp", "exp2", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "log2"),
-        *(
-            "logistic",
-            "lt",
-            "max",
-            "min",
-            "mul",
-            "ne",
-            "neg",
-            "not",
-            "one_minus_square",
-            "or",
-            "pow",
-            "rem",
-            "round",
-            "rsqrt",
-            "select_n",
-        ),
-        *("shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sqrt", "square", "sub", "tan"),
-        *("stop_gradient", "tanh", "xor", "custom_jvp_call", "jit"),
-    )
+    {
+        "abs",
+        "add",
+        "add_any",
+        "and",
+        "broadcast_in_dim",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "cos",
+        "div",
+        "eq",
+        "erf",
+        "exp",
+        "exp2",
+        "floor",
+        "ge",
+        "gt",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "log",
+        "log1p",
+        "log2",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "not",
+        "one_minus_square",
+        "or",
+        "pow",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sqrt",
+        "square",
+        "sub",
+        "tan",
+        "stop_gradient",
+        "tanh",
+        "xor",
+        "custom_jvp_call",
+        "jit",
+    }
 )
 _TYPES = frozenset(("float32", "int32", "uint32", "bool"))
 
@@ -544,7 +562,7 @@ def _unlowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | N
     if mask_mod is not None:
         programs += [("mask_mod", modifiers.traced(mask_mod, scored=False))]
     for name, program in programs:
-        for equation in _equations(program.jaxpr):
+        for equation in modifiers.equations(program):
             if equation.primitive.name not in _LOWERED:
                 return f"{name} uses {equation.primitive.name}, which the TPU kernel does not lower"
             if equation.primitive.name == "select_n" and equation.outvars[0].aval.dtype == jnp.bool_:
@@ -553,13 +571,6 @@ def _unlowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | N
                 if jnp.dtype(variable.aval.dtype).name not in _TYPES:
                     return f"{name} computes in {variable.aval.dtype}; the TPU kernel takes {', '.join(sorted(_TYPES))}"
     return None
-
-
-def _equations(jaxpr) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in core.jaxprs_in_params(equation.params):
-            yield from _equations(inner)
 
 
 # ---------------------------------------------------------------------------------------------- the module's functions

@@ -67,6 +67,7 @@ def jax_dot_product_attention(
     key_value_seq_lengths=None,
     local_window_size=None,
 ):
+    """softmax(scale · q kᵀ + bias, where masks allow) · v, of jax.nn and jax.numpy."""
     return jax.nn.dot_product_attention(
         query,
         key,
@@ -82,6 +83,7 @@ def jax_dot_product_attention(
 
 
 def jax_decode_attention(query, key, value, lengths, *, scale=None):
+    """softmax(scale · q kᵀ, up to each length) · v, of jax.nn and jax.numpy."""
     groups, position = key.shape[2], jnp.arange(key.shape[1])
     grouped = query.reshape(query.shape[0], groups, -1, query.shape[-1])
     s = jnp.einsum("bkgh,bskh->bkgs", grouped, key, preferred_element_type=jnp.float32)
@@ -100,12 +102,14 @@ def jax_paged_attention(query, key_pages, value_pages, page_table, lengths, quer
 
 
 def jax_rms_norm(x, scale=None, *, eps=1e-6, scale_offset=0.0):
+    """x / √(mean(x²) + eps) · scale, of jax.nn and jax.numpy."""
     wide = x.astype(jnp.float32)
     y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
     return (y if scale is None else y * (scale.astype(jnp.float32) + scale_offset)).astype(x.dtype)
 
 
 def jax_layer_norm(x, scale=None, bias=None, *, eps=1e-6, scale_offset=0.0):
+    """(x - mean(x)) / √(var(x) + eps) · scale + bias, of jax.nn and jax.numpy."""
     y = jax.nn.standardize(x.astype(jnp.float32), epsilon=eps)
     if scale is not None:
         y = y * (scale.astype(jnp.float32) + scale_offset)
@@ -115,35 +119,43 @@ def jax_layer_norm(x, scale=None, bias=None, *, eps=1e-6, scale_offset=0.0):
 
 
 def jax_softmax(x, axis=-1, where=None):
+    """exp(x) / Σ exp(x), of jax.nn and jax.numpy."""
     return jax.nn.softmax(x, axis, where)
 
 
 def jax_gelu(x, approximate=True):
+    """x · Φ(x), of jax.nn and jax.numpy."""
     return jax.nn.gelu(x, approximate)
 
 
 def jax_silu(x):
+    """x · σ(x), of jax.nn and jax.numpy."""
     return jax.nn.silu(x)
 
 
 def jax_relu(x):
+    """max(x, 0), of jax.nn and jax.numpy."""
     return jax.nn.relu(x)
 
 
 def jax_squared_relu(x):
+    """max(x, 0)², of jax.nn and jax.numpy."""
     return jnp.square(jax.nn.relu(x))
 
 
 def jax_matmul(x, w, *, bias=None, precision=None):
+    """x · w + bias, of jax.nn and jax.numpy."""
     y = jnp.matmul(x, w, precision=precision)
     return y if bias is None else y + bias
 
 
 def jax_gated_linear_unit(x, w_gate, w_up):
+    """silu(x · w_gate) ∘ (x · w_up), of jax.nn and jax.numpy."""
     return jax.nn.silu(x @ w_gate) * (x @ w_up)
 
 
 def jax_rope(x, positions, *, base=10000.0):
+    """pairs of x rotated by position / base^(i / half), of jax.nn and jax.numpy."""
     half = x.shape[-1] // 2
     angle = positions[..., None, None] / base ** (jnp.arange(half, dtype=jnp.float32) / half)
     first, second, cos, sin = x[..., :half], x[..., half:], jnp.cos(angle), jnp.sin(angle)
@@ -153,6 +165,7 @@ def jax_rope(x, positions, *, base=10000.0):
 def jax_linear_cross_entropy(
     x, weight, labels, *, bias=None, label_smoothing=0.0, z_loss=0.0, logits_soft_cap=None, reduction="mean"
 ):
+    """-log softmax(x · weight)[label], reduced, of jax.nn and jax.numpy."""
     z = (x @ weight).astype(jnp.float32)
     if bias is not None:
         z = z + bias.astype(jnp.float32)
@@ -171,6 +184,7 @@ def jax_linear_cross_entropy(
 
 
 def flax_dot_product_attention(query, key, value, bias=None, mask=None, *, is_causal=False):
+    """softmax(scale · q kᵀ + bias, where masks allow) · v, of flax.linen."""
     import flax.linen as nn
 
     if is_causal:
@@ -180,6 +194,7 @@ def flax_dot_product_attention(query, key, value, bias=None, mask=None, *, is_ca
 
 
 def flax_rms_norm(x, scale=None, *, eps=1e-6):
+    """x / √(mean(x²) + eps) · scale, of flax.linen."""
     import flax.linen as nn
 
     module = nn.RMSNorm(epsilon=eps, dtype=x.dtype, use_scale=scale is not None)
@@ -187,6 +202,7 @@ def flax_rms_norm(x, scale=None, *, eps=1e-6):
 
 
 def flax_layer_norm(x, scale=None, bias=None, *, eps=1e-6):
+    """(x - mean(x)) / √(var(x) + eps) · scale + bias, of flax.linen."""
     import flax.linen as nn
 
     parameters = {name: p for name, p in (("scale", scale), ("bias", bias)) if p is not None}
@@ -195,6 +211,7 @@ def flax_layer_norm(x, scale=None, bias=None, *, eps=1e-6):
 
 
 def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"):
+    """-log softmax(x · weight)[label], reduced, with the loss of optax."""
     import optax
 
     z = (x @ weight).astype(jnp.float32)
@@ -230,6 +247,7 @@ def tokamax_dot_product_attention(
     local_window_size=None,
     logits_soft_cap=None,
 ):
+    """softmax(scale · q kᵀ + bias, where masks allow) · v, of tokamax."""
     return _tokamax().dot_product_attention(
         query,
         key,
@@ -246,18 +264,22 @@ def tokamax_dot_product_attention(
 
 
 def tokamax_rms_norm(x, scale=None, *, eps=1e-6, scale_offset=0.0):
+    """x / √(mean(x²) + eps) · scale, of tokamax."""
     return _tokamax().layer_norm(x, scale, None, epsilon=eps, scale_offset=scale_offset, subtract_mean=False)
 
 
 def tokamax_layer_norm(x, scale=None, bias=None, *, eps=1e-6, scale_offset=0.0):
+    """(x - mean(x)) / √(var(x) + eps) · scale + bias, of tokamax."""
     return _tokamax().layer_norm(x, scale, bias, epsilon=eps, scale_offset=scale_offset)
 
 
 def tokamax_gated_linear_unit(x, w_gate, w_up):
+    """silu(x · w_gate) ∘ (x · w_up), of tokamax."""
     return _tokamax().gated_linear_unit(x, (w_gate, w_up), activation=jax.nn.silu)
 
 
 def tokamax_linear_cross_entropy(x, weight, labels, *, reduction="mean"):
+    """-log softmax(x · weight)[label], reduced, of tokamax."""
     return _tokamax().linear_softmax_cross_entropy_loss(x, labels, weight, reduction=reduction)
 
 
@@ -265,6 +287,7 @@ def tokamax_linear_cross_entropy(x, weight, labels, *, reduction="mean"):
 
 
 def torch_dot_product_attention(query, key, value, *, scale=None, is_causal=False):
+    """softmax(scale · q kᵀ + bias, where masks allow) · v, of torch.nn.functional."""
     from torch.nn.functional import scaled_dot_product_attention
 
     query, key, value = (x.transpose(-3, -2) for x in (query, key, value))
@@ -275,47 +298,56 @@ def torch_dot_product_attention(query, key, value, *, scale=None, is_causal=Fals
 
 
 def torch_rms_norm(x, scale=None, *, eps=1e-6):
+    """x / √(mean(x²) + eps) · scale, of torch.nn.functional."""
     from torch.nn.functional import rms_norm
 
     return rms_norm(x, x.shape[-1:], scale, eps)
 
 
 def torch_layer_norm(x, scale=None, bias=None, *, eps=1e-6):
+    """(x - mean(x)) / √(var(x) + eps) · scale + bias, of torch.nn.functional."""
     from torch.nn.functional import layer_norm
 
     return layer_norm(x, x.shape[-1:], scale, bias, eps)
 
 
 def torch_softmax(x, axis=-1):
+    """exp(x) / Σ exp(x), of torch.nn.functional."""
     return x.softmax(axis)
 
 
 def torch_gelu(x, approximate=True):
+    """x · Φ(x), of torch.nn.functional."""
     from torch.nn.functional import gelu
 
     return gelu(x, approximate="tanh" if approximate else "none")
 
 
 def torch_silu(x):
+    """x · σ(x), of torch.nn.functional."""
     from torch.nn.functional import silu
 
     return silu(x)
 
 
 def torch_relu(x):
+    """max(x, 0), of torch.nn.functional."""
     return x.relu()
 
 
 def torch_matmul(x, w, *, bias=None):
+    """x · w + bias, of torch.nn.functional."""
     y = x @ w
     return y if bias is None else y + bias
 
 
 def torch_gated_linear_unit(x, w_gate, w_up):
+    """silu(x · w_gate) ∘ (x · w_up), of torch.nn.functional."""
     return torch_silu(x @ w_gate) * (x @ w_up)
 
 
 def torch_linear_cross_entropy(x, weight, labels, *, bias=None, label_smoothing=0.0, reduction="mean"):
+    """-log softmax(x · weight)[label], reduced, of torch.nn.functional."""
     from torch.nn.functional import cross_entropy
 
     z = torch_matmul(x, weight, bias=bias).float().flatten(0, -2)

@@ -72,7 +72,7 @@ def test_python_imports_the_submodules_it_uses(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=_name)
 def test_commands_exist(path):
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for language, text, line in _blocks(path):
         for command in text.splitlines() if language == "console" else ():
             words = command.partition("#")[0].split()

@@ -46,5 +46,5 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(COMPILERS)/installed: pyproject.toml constraints.txt
 	@sh tools/create_venv.sh $(COMPILERS)
-	$(COMPILERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,tpu-compile,gpu-compile]'
+	$(COMPILERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,verify,tpu-compile,gpu-compile]'
 	@touch $@

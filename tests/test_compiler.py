@@ -6,6 +6,7 @@ metadata.
 
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
@@ -505,6 +506,26 @@ def test_compile_says_what_runs_and_why(service, capsys):
     assert [one["chip"] for one in told] == list(compiler.CHIPS) and told[0]["vmem_bytes"] == 12845056
 
 
+def test_compile_draws_calls_by_chance_and_prints_what_fails_as_a_command(service, capsys):
+    attention = ["compile", "dot_product_attention", "--fuzz", "40", "--gradients", "--target", "v5e,v6e"]
+    service.results = {"v6e": {"status": "failed", "reason": "because"}}
+    assert main(attention) == 1
+    drawn, out = service.jobs, capsys.readouterr().out
+    assert [job.chip for job in drawn] == ["v5e"] * (len(drawn) // 2) + ["v6e"] * (len(drawn) // 2)
+    assert 60 <= len(drawn) == 2 * len({(job.operands, job.options) for job in drawn})
+    commands = [line.removeprefix("failed: ") for line in out.splitlines() if line.startswith("failed: jaxops")]
+    assert len(commands) == len(drawn) // 2 and "v6e: failed: because" in out
+    # The command that is printed asks for that very call, functions included.
+    modified = next(i for i, one in enumerate(commands) if "score_mod=lambda" in one and "mask_mod=lambda" in one)
+    main(shlex.split(commands[modified])[1:])
+    again, drawn_one = service.jobs[0], drawn[len(drawn) // 2 + modified]
+    assert (again.operands, again.options, again.gradients) == (drawn_one.operands, drawn_one.options, True)
+    capsys.readouterr()
+    assert main([*attention[:4], "--target", "v5e", "--json", "--seed", "1"]) == 0
+    assert all(one["operands"] for one in json.loads(capsys.readouterr().out))
+    assert {job.operands for job in service.jobs} != {job.operands for job in drawn}
+
+
 @pytest.mark.parametrize("status", ["failed", "hung", "aborted", "refused"])
 def test_compile_ends_with_1_and_the_reason_where_there_is_no_program(status, service, capsys):
     service.results = {chip: {"status": status, "reason": "because"} for chip in ("v5e", "v6e")}
@@ -553,6 +574,10 @@ def test_compile_tells_collectives_and_schedules(service, capsys):
         ([*NORM, "--axes", "data=8"], ["--axes", "--mesh"]),
         ([*NORM, "--seconds", "0"], ["--seconds", "above 0"]),
         ([*NORM, "--workers", "0"], ["--workers", "at least 1"]),
+        ([*NORM, "--fuzz", "-1"], ["--fuzz", "at least 0"]),
+        ([*NORM, "--fuzz", "3", "--schedule"], ["--fuzz", "--schedule"]),
+        (["compile", "rms_nrom", "--fuzz", "3"], ["rms_nrom", "did you mean rms_norm?"]),
+        (["compile", "matmul", "x=8x8", "w=8x8", "--set", "activation=jaxops.sliu"], ["activation", "sliu"]),
         (["compile", "os.path:join"], ["os.path:join", "needs operands"]),
         (["compile", "no_such_module:f", "x=4"], ["no_such_module", "cannot be imported"]),
     ],

@@ -14,6 +14,9 @@ import numpy as np
 
 import jaxops
 
+# What an expression of an option may name.
+NAMES = {"jaxops": jaxops, "jnp": jnp}
+
 
 class Problem(Exception):
     """What was asked cannot be done, in one line for whoever asked."""
@@ -91,14 +94,23 @@ def _dtype(name: str, dtype: str) -> np.dtype:
 
 
 def option(text: str) -> tuple[str, Any]:
-    """("is_causal", True) of "is_causal=True": a Python literal, else the text itself."""
+    """("is_causal", True) of "is_causal=True": a Python literal, a function, else the text itself.
+
+    A function is a lambda or a name of jaxops or jnp: "score_mod=lambda s, b, h, i, j: jnp.tanh(s)",
+    "activation=jaxops.silu". Raises `Problem` where there is none.
+    """
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise Problem(f"an option must be name=value, as in is_causal=True, got {text!r}")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return name, value
+        if not value.startswith(("lambda ", *(f"{module}." for module in NAMES))):
+            return name, value
+    try:
+        return name, eval(value, dict(NAMES))
+    except Exception as error:
+        raise Problem(f"option {name}: {value} is no function: {type(error).__name__}: {error}") from error
 
 
 def parts(

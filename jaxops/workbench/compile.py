@@ -1,15 +1,18 @@
 """`jaxops compile`: what the real compilers of chips that are not here make of a call."""
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from jaxops.workbench import cases, output
-from jaxops.workbench.call import Problem, call, targets
+from jaxops.workbench import cases, output, specimens
+from jaxops.workbench.call import Problem, call, operators, targets
 from jaxops.workbench.compiler import CHIPS, Job, compile_jobs
 from jaxops.workbench.programs import refusal, size
+from jaxops.workbench.specimens import Specimen
+from jaxops.workbench.verify import specimen_of
 from pallas_kernels import chips
 
 _EXAMPLES = """examples:
@@ -17,6 +20,7 @@ _EXAMPLES = """examples:
   jaxops compile dot_product_attention query=1x8192x8x128 key=1x8192x8x128 value=1x8192x8x128 --set is_causal=True \\
       --gradients --target v6e --schedule
   jaxops compile rms_norm x=8192x4096 scale=4096 --set implementation=pallas       (the kernel, or its refusal)
+  jaxops compile dot_product_attention --fuzz 100 --gradients --target v5e,h100        (calls by chance)
   jaxops compile my_package.model:loss x=131072x4096@data,None w1=4096x8192@data,tensor w2=8192x4096@tensor,data \\
       --gradients --mesh v5p:8x16x16 --axes data=256,tensor=8
 
@@ -60,6 +64,8 @@ def register(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--mesh", metavar="chip:slice", help="compile for a whole slice, as v5p:8x16x16")
     command.add_argument("--axes", default="", metavar="name=size,…", help="of the mesh, as data=256,tensor=8")
     command.add_argument("--schedule", action="store_true", help="also read the schedule: modelled cycles and bounds")
+    command.add_argument("--fuzz", type=int, default=0, metavar="N", help="N calls by chance instead of one")
+    command.add_argument("--seed", type=int, default=0, help="of what is drawn by chance (default: %(default)s)")
     command.add_argument("--seconds", type=float, default=300, help="time limit of one chip (default: %(default)s)")
     command.add_argument("--workers", type=int, help="compilers at a time (default: one for each core)")
     command.add_argument("--no-cache", action="store_true", help="neither read nor write the cache")
@@ -78,9 +84,10 @@ def run(options: argparse.Namespace) -> int:
         if result.get("bad_question"):
             raise Problem(result["reason"])
     if options.json:
-        output.as_json([{"chip": job.chip, **result} for job, result in zip(jobs, results, strict=True)])
+        asked = [{"chip": job.chip, "operands": job.operands, "options": job.options} for job in jobs]
+        output.as_json([{**ask, **result} for ask, result in zip(asked, results, strict=True)])
     else:
-        _print(jobs, results)
+        (_print_drawn if options.fuzz else _print)(jobs, results)
     return 0 if all(result["status"] == "compiled" for result in results) else 1
 
 
@@ -101,6 +108,8 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         raise Problem(f"--seconds must be above 0, got {options.seconds:g}")
     if options.workers is not None and options.workers < 1:
         raise Problem(f"--workers must be at least 1, got {options.workers}")
+    if options.fuzz:
+        return _drawn_jobs(options, names or list(CHIPS))
     operands, settings = tuple(options.operands), tuple(options.set)
     if not operands:
         case = cases.usual(options.operator)
@@ -113,6 +122,19 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         Job(**{**vars(job), "chip": name, "mesh": options.mesh, "axes": options.axes, "schedule": options.schedule})
         for name in names
     ]
+
+
+def _drawn_jobs(options: argparse.Namespace, names: Sequence[str]) -> list[Job]:
+    if options.fuzz < 0:
+        raise Problem(f"--fuzz must be at least 0, got {options.fuzz}")
+    if options.mesh or options.schedule:
+        raise Problem(f"--fuzz draws calls of one device, without {'--mesh' if options.mesh else '--schedule'}")
+    if options.operator in operators():
+        specimen = Specimen(options.operator, {})
+    else:
+        specimen = specimen_of(options.operator, options.operands, options.set, options.dtype)
+    calls = specimens.drawn(specimen, options.fuzz, options.seed, most=1024)
+    return [Job(name, specimen.name, *call.words(), gradients=options.gradients) for name in names for call in calls]
 
 
 def _check(function: str, operands: Sequence[str], settings: Sequence[str], dtype: str, chip: str) -> None:
@@ -172,6 +194,27 @@ def _print(jobs: Sequence[Job], results: Sequence[Mapping[str, Any]]) -> None:
             _print_collectives(one, result)
         if "schedule" in result:
             _print_schedule(one.chip, result["schedule"])
+
+
+def _print_drawn(jobs: Sequence[Job], results: Sequence[Mapping[str, Any]]) -> None:
+    names = list(dict.fromkeys(job.chip for job in jobs))
+    found = {name: [r for job, r in zip(jobs, results, strict=True) if job.chip == name] for name in names}
+    kinds = list(dict.fromkeys(["kernel", "kernel and XLA", "XLA", *map(what_runs, results)]))
+    job = jobs[0]
+    title = f"{job.function}{', gradients' if job.gradients else ''}: {len(jobs) // len(names)} calls by chance"
+    table = output.table(title, ("chip", *kinds, "with spills"), right=(*kinds, "with spills"))
+    for name, ones in found.items():
+        ran = [what_runs(one) for one in ones]
+        spilled = sum(one.get("spill_bytes", 0) > 0 for one in ones)
+        table.add_row(name, *(str(ran.count(kind)) for kind in kinds), str(spilled))
+    output.show(table)
+    for line in reasons(jobs, results):
+        print(line)
+    for job, result in zip(jobs, results, strict=True):
+        if result["status"] != "compiled":
+            words = [job.function, *job.operands, *(f"--set {shlex.quote(text)}" for text in job.options)]
+            words += ["--gradients"] if job.gradients else []
+            print(f"{result['status']}: jaxops compile {' '.join(words)} --target {job.chip}")
 
 
 def _numbers(result: Mapping[str, Any]) -> list[str]:

@@ -324,6 +324,7 @@ def main(chip_name: str, folder: pathlib.Path) -> None:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         print(f"\n{BEGIN}", flush=True)
         result = compile_one(job, chip, dump)
+        jax.clear_caches()
         flush(None)
         print(f"\n{END}{json.dumps(result)}", flush=True)
 

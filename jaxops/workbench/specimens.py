@@ -5,6 +5,7 @@ A specimen holds Python expressions, not arrays: what is tried and the program t
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxops
-from jaxops.workbench.call import Problem, function
+from jaxops.workbench.call import NAMES, Problem, function
 
 # On both sides of the tiles of every kernel, and 1.
 SIZES = (1, 2, 3, 7, 8, 16, 31, 64, 127, 128, 129, 160, 255, 256, 257, 300, 511, 513, 1000)
@@ -100,16 +100,21 @@ class Specimen:
         return functools.partial(function(self.name), **self.static())
 
     def static(self) -> dict[str, Any]:
-        return {name: eval(text, {"jaxops": jaxops}) for name, text in self.options.items()}
+        return {name: eval(text, dict(NAMES)) for name, text in self.options.items()}
 
     def size(self) -> tuple[int, int]:
         """How large it is, to compare with others: arrays and options, and numbers in them."""
         count = sum(int(np.prod(x.shape)) for x in self.operands.values())
         return len(self.operands) + len(self.options), count
 
-    def __str__(self) -> str:
+    def words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(operands, options) as the command line takes them."""
         operands = [f"{name}={'x'.join(map(str, x.shape))}:{x.dtype}" for name, x in self.operands.items()]
-        return " ".join([self.name, *operands, *(f"--set {name}={text}" for name, text in self.options.items())])
+        return tuple(operands), tuple(f"{name}={text}" for name, text in self.options.items())
+
+    def __str__(self) -> str:
+        operands, options = self.words()
+        return " ".join([self.name, *operands, *(f"--set {shlex.quote(option)}" for option in options)])
 
 
 def by_chance(specimen: Specimen, most: int) -> Any:
@@ -123,6 +128,26 @@ def by_chance(specimen: Specimen, most: int) -> Any:
     if draw_one is None:
         return strategies.composite(lambda draw: _resized(_Chance(draw, strategies, most), specimen))()
     return strategies.composite(lambda draw: _library(_Chance(draw, strategies, most), specimen.name, draw_one))()
+
+
+def drawn(specimen: Specimen, count: int, seed: int, most: int) -> list[Specimen]:
+    """Up to `count` different calls of `by_chance`, the same for the same seed; fewer where there are no more."""
+    library = hypothesis()
+    found: dict[str, Specimen] = {}
+
+    def keep(one: Specimen) -> None:
+        found.setdefault(repr(one), one)
+
+    settings = library.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(library.HealthCheck),
+        phases=(library.Phase.generate,),
+        verbosity=library.Verbosity.quiet,
+    )
+    settings(library.seed(seed)(library.given(by_chance(specimen, most))(keep)))()
+    return list(found.values())
 
 
 def hypothesis() -> Any:
@@ -194,7 +219,7 @@ def resized(specimen: Specimen, sizes: Mapping[int, int]) -> Specimen:
 
 def _attention(c: _Chance) -> tuple[dict, dict]:
     dtype = c.of(*DTYPES, "float16")
-    batch, groups, per_group, size = c.of(1, 2), c.of(1, 2), c.of(1, 2, 3), c.of(16, 64, 32, 80, 128)
+    batch, groups, per_group, size = c.of(1, 2), c.of(1, 2), c.of(1, 2, 3), c.of(16, 64, 32, 80, 128, 256)
     queries, keys, value_size = c.size(), c.size(), c.of(size, 16, 48)
     heads, logits = groups * per_group, (batch, groups * per_group, queries, keys)
     over_logits = lambda: tuple(c.of(1, full) for full in logits)

@@ -185,7 +185,9 @@ def specimen_of(
     for text in operands:
         operand_name, like = operand(text, dtype)
         made[operand_name] = specimens.named(operand_name, like.shape, like.dtype, bound(text))
-    specimen = Specimen(name, made, {option: repr(value) for option, value in static.items()}, seed)
+    written = dict(text.split("=", 1) for text in options)  # of a function, whose repr is no expression
+    static = {option: written[option] if callable(value) else repr(value) for option, value in static.items()}
+    specimen = Specimen(name, made, static, seed)
     _problems(specimen)
     return specimen
 

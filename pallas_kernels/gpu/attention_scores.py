@@ -169,7 +169,6 @@ _LOWERED = frozenset(
         "exp2",
         "ge",
         "gt",
-        "integer_pow",
         "jit",
         "le",
         "log",
@@ -510,8 +509,8 @@ class Tile:
 
 
 def _lowered(function):
-    """`function` of arrays, with two primitives replaced: tanh, which the hardware gets wrong by 2⁻¹¹, and the addition
-    of tangents, which Mosaic GPU does not know."""
+    """`function` of arrays, with three primitives replaced: tanh, which the hardware gets wrong by 2⁻¹¹, powers beyond
+    the square and the addition of tangents, which Mosaic GPU does not know."""
 
     def evaluate(jaxpr, *values):
         found = dict(zip(jaxpr.invars, values, strict=True))
@@ -520,6 +519,8 @@ def _lowered(function):
             inputs, name = [read(x) for x in equation.invars], equation.primitive.name
             if name == "tanh":
                 outputs = [_tanh(*inputs)]
+            elif name == "integer_pow":  # Mosaic takes only the square
+                outputs = [_power(inputs[0], equation.params["y"])]
             elif name == "add_any":
                 outputs = [lax.add(*inputs)]
             elif name == "jit":
@@ -547,6 +548,18 @@ def _tanh(x):
     root = lax.rsqrt(1 + e)  # a division costs a subroutine
     size = (1 - e) * (root * root)
     return jnp.where(x >= 0, size, -size)
+
+
+def _power(x, exponent):
+    """x to an integer, by squaring."""
+    if exponent < 0:
+        return 1 / _power(x, -exponent)
+    if exponent == 0:
+        return jnp.ones_like(x)
+    if exponent == 1:
+        return x
+    half = _power(x, exponent // 2)
+    return half * half * x if exponent % 2 else half * half
 
 
 def down(x, shape):

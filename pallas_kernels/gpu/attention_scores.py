@@ -509,57 +509,79 @@ class Tile:
 
 
 def _lowered(function):
-    """`function` of arrays, with three primitives replaced: tanh, which the hardware gets wrong by 2⁻¹¹, powers beyond
-    the square and the addition of tangents, which Mosaic GPU does not know."""
+    """`function` of arrays, in the primitives that Mosaic GPU compiles as they are."""
 
-    def evaluate(jaxpr, *values):
-        found = dict(zip(jaxpr.invars, values, strict=True))
+    def evaluate(program, *values):
+        jaxpr = program.jaxpr
+        found = dict(zip((*jaxpr.invars, *jaxpr.constvars), (*values, *program.consts), strict=True))
         read = lambda x: x.val if isinstance(x, core.Literal) else found[x]
         for equation in jaxpr.eqns:
-            inputs, name = [read(x) for x in equation.invars], equation.primitive.name
-            if name == "tanh":
-                outputs = [_tanh(*inputs)]
-            elif name == "integer_pow":  # Mosaic takes only the square
-                outputs = [_power(inputs[0], equation.params["y"])]
-            elif name == "add_any":
-                outputs = [lax.add(*inputs)]
-            elif name == "jit":
-                outputs = evaluate(equation.params["jaxpr"].jaxpr, *inputs)
+            inputs, name, parameters = [read(x) for x in equation.invars], equation.primitive.name, equation.params
+            if name in _INLINED:
+                outputs = evaluate(parameters[_INLINED[name]], *inputs)
+            elif name in _REPLACED:
+                outputs = [_REPLACED[name](*inputs, **parameters)]
             else:
-                outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
+                outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(parameters))
                 outputs = outputs if equation.primitive.multiple_results else [outputs]
             found |= zip(equation.outvars, outputs, strict=True)
         return [read(x) for x in jaxpr.outvars]
 
     def call(*arguments):
         program, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        return jax.tree.unflatten(jax.tree.structure(shape), evaluate(program.jaxpr, *arguments))
+        return jax.tree.unflatten(jax.tree.structure(shape), evaluate(program, *arguments))
 
     return call
 
 
 def _score_and_slope(score_mod):
-    return _lowered(functools.partial(modifiers.score_and_slope, _lowered(score_mod)))
+    return _lowered(functools.partial(modifiers.score_and_slope, score_mod))
 
 
-def _tanh(x):
-    """±(1 - e) / (1 + e), e = exp(-2 |x|), so written that its derivative is right at 0 and finite everywhere."""
-    e = jnp.exp(2 * jnp.where(x >= 0, -x, x))
+def _tanh(x, **_):
+    """±(1 - e) / (1 + e), e = exp(-2 |x|): the hardware's is wrong by 2⁻¹¹."""
+    e = jnp.exp(-2 * jnp.abs(x))
     root = lax.rsqrt(1 + e)  # a division costs a subroutine
     size = (1 - e) * (root * root)
     return jnp.where(x >= 0, size, -size)
 
 
-def _power(x, exponent):
-    """x to an integer, by squaring."""
-    if exponent < 0:
-        return 1 / _power(x, -exponent)
-    if exponent == 0:
-        return jnp.ones_like(x)
-    if exponent == 1:
-        return x
-    half = _power(x, exponent // 2)
-    return half * half * x if exponent % 2 else half * half
+def _log1p(x, **_):
+    """log(u) x / (u - 1), u = 1 + x: the rounding of u cancels (Goldberg 1991, theorem 4)."""
+    u = 1 + x
+    exact = (u == 1) | (u == jnp.inf)
+    return jnp.where(exact, x, jnp.log(u) * x / jnp.where(exact, 1.0, u - 1))
+
+
+def _power(x, *, y, **_):
+    """x to an integer, by squaring: Mosaic takes only the square."""
+    if y < 0:
+        return 1 / _power(x, y=-y)
+    if y < 2:
+        return x if y else jnp.ones_like(x)
+    half = _power(x, y=y // 2)
+    return half * half * x if y % 2 else half * half
+
+
+def _not(x, **_):
+    return jnp.not_equal(x, True) if x.dtype == jnp.bool_ else ~x
+
+
+def _select(which, *cases, **_):
+    return lax.select_n(jnp.broadcast_to(which, cases[0].shape), *cases)
+
+
+_INLINED = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+_REPLACED = {
+    "add_any": lambda x, y, **_: lax.add(x, y),
+    "integer_pow": _power,
+    "is_finite": lambda x, **_: jnp.abs(x) < jnp.inf,
+    "log1p": _log1p,
+    "not": _not,
+    "one_minus_square": lambda x, **_: (1 - x) * (1 + x),
+    "select_n": _select,
+    "tanh": _tanh,
+}
 
 
 def down(x, shape):

@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxops.interpreter import gpu as interpreter
 from pallas_kernels import chips, random
-from pallas_kernels.gpu import attention
+from pallas_kernels.gpu import attention, attention_scores
 from pallas_kernels.gpu.attention import Tiles
 from tests.compare import no_worse
 
@@ -270,3 +270,32 @@ def test_refused(name):
     chip, operands, options, reason = REFUSED[name]
     with chips.target(chips.named(chip)):
         assert reason in attention.unsupported(**operands, **dict({"scale": 0.125, "is_causal": True}, **options))
+
+
+MODIFIERS = {
+    "tanh": lambda s: jnp.tanh(s),
+    "power": lambda s: s**5 - 1 / (2 + jnp.abs(s)) ** 3,
+    "softplus": lambda s: jax.nn.softplus(3 * s),
+    "log1p": lambda s: jnp.log1p(jnp.exp(-(s * s)) * 1e-6) * 1e6,
+    "relu": lambda s: jax.nn.relu(s),
+    "gelu": lambda s: jax.nn.gelu(s),
+    "finite": lambda s: jnp.where(jnp.isfinite(s) & ~(s > 1), s, 1),
+}
+
+
+@pytest.mark.parametrize("name", MODIFIERS)
+def test_a_modifier_in_what_mosaic_compiles_has_its_value_and_derivative(name):
+    mod = lambda score, batch, head, query, key: MODIFIERS[name](score)
+    assert attention_scores.not_lowered(mod, None) is None
+    score = jnp.asarray(np.append(np.random.default_rng(0).standard_normal(997) * 3, [0.0, -0.0, 1e-30]), jnp.float32)
+    value, slope = attention_scores._score_and_slope(mod)(score, *[jnp.zeros((), jnp.int32)] * 4)
+    with jax.enable_x64(True):
+        exact = jax.jvp(MODIFIERS[name], (jnp.float64(score),), (jnp.ones(1000, jnp.float64),))
+    plain = jax.jvp(MODIFIERS[name], (score,), (jnp.ones_like(score),))
+    for ours, theirs, true in zip((value, slope), plain, exact, strict=True):
+        no_worse("modifier", ours, theirs, true, "float32")
+
+
+def test_a_modifier_that_mosaic_does_not_compile_is_refused():
+    assert "sin" in attention_scores.not_lowered(lambda s, *_: jnp.sin(s), None)
+    assert "bfloat16" in attention_scores.not_lowered(lambda s, *_: s.astype(jnp.bfloat16).astype(jnp.float32), None)

@@ -572,7 +572,7 @@ def _select(which, *cases, **_):
 
 
 _INLINED = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
-_REPLACED = {
+_REPLACED: dict[str, Callable[..., jax.Array]] = {
     "add_any": lambda x, y, **_: lax.add(x, y),
     "integer_pow": _power,
     "is_finite": lambda x, **_: jnp.abs(x) < jnp.inf,

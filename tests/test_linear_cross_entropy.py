@@ -84,6 +84,23 @@ def test_ignored_tokens_count_nowhere():
     assert mean == 0 and not gradient.any()
 
 
+def test_token_weights_count_in_the_loss_its_mean_and_have_a_gradient():
+    o, u = small(), jnp.linspace(0, 2, 12).at[3].set(0)
+    plain = per_token(**o)
+    assert error(per_token(**o, token_weights=u), u * plain) < 1e-6
+    assert error(linear_cross_entropy(**o, token_weights=u), (u * plain).sum() / u.sum()) < 1e-6
+    labels = o["labels"].at[5].set(-1)
+    ignored = {**o, "labels": labels, "ignore_index": -1}
+    kept = u.at[5].set(0)
+    assert error(linear_cross_entropy(**ignored, token_weights=u), (kept * plain).sum() / kept.sum()) < 1e-6
+    assert linear_cross_entropy(**o, token_weights=jnp.zeros(12)) == 0
+    of_u = jax.grad(lambda u: linear_cross_entropy(**ignored, token_weights=u, reduction="sum"))(u)
+    assert error(of_u, plain.at[5].set(0)) < 1e-6
+    of_x = jax.grad(lambda x: linear_cross_entropy(**{**o, "x": x}, token_weights=u, reduction="sum"))(o["x"])
+    plain_of_x = jax.grad(lambda x: linear_cross_entropy(**{**o, "x": x}, reduction="sum"))(o["x"])
+    assert error(of_x, u[:, None] * plain_of_x) < 1e-6 and not of_x[3].any()
+
+
 def test_leading_axes_and_label_dtypes():
     o = small()
     flat = per_token(**o)
@@ -143,6 +160,8 @@ X, W, L = jnp.ones((4, 3)), jnp.ones((3, 7)), jnp.zeros(4, jnp.int32)
         (lambda: linear_cross_entropy(X, W, L[:3]), ValueError, r"labels must have shape \(4,\).*got \(3,\)"),
         (lambda: linear_cross_entropy(X, W, X[:, 0]), TypeError, "labels must be of an integer dtype, got float32"),
         (lambda: linear_cross_entropy(X, W, L, bias=X[0]), ValueError, r"bias must have shape \(7,\)"),
+        (lambda: linear_cross_entropy(X, W, L, token_weights=X), ValueError, r"token_weights must have shape \(4,\)"),
+        (lambda: linear_cross_entropy(X, W, L, token_weights=L), TypeError, "token_weights must be of a floating"),
         (lambda: linear_cross_entropy(L[:, None], W[:1], L), TypeError, "x must be of a floating dtype, got int32"),
         (lambda: linear_cross_entropy(X, W, L, label_smoothing=1.0), ValueError, r"must be in \[0, 1\), got 1"),
         (lambda: linear_cross_entropy(X, W, L, z_loss=-1), ValueError, "z_loss must be at least 0"),

@@ -160,6 +160,7 @@ def linear_cross_entropy(
     labels: jax.Array,
     *,
     bias: jax.Array | None = None,
+    token_weights: jax.Array | None = None,
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -167,10 +168,10 @@ def linear_cross_entropy(
     reduction: str = "mean",
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
-    """loss = lse - (1 - ε) · z[label] - ε · mean(z) + z_loss · lse²,  lse = logsumexp(z),  z = cap(x · weight + bias).
+    """loss = u · (lse - (1 - ε) · z[label] - ε · mean(z) + z_loss · lse²),  z = cap(x · weight + bias).
 
     The last linear layer and its cross-entropy in one, without the logits [tokens, vocab] ever in memory.
-    ε = label_smoothing, cap(z) = logits_soft_cap · tanh(z / logits_soft_cap).
+    lse = logsumexp(z), ε = label_smoothing, u = token_weights, cap(z) = logits_soft_cap · tanh(z / logits_soft_cap).
 
     Args:
       x: floating [..., hidden].
@@ -178,11 +179,12 @@ def linear_cross_entropy(
       labels: integer [...], the leading axes of x. A label outside [0, vocab) that is not `ignore_index` makes its loss
         NaN: while tracing it cannot be refused.
       bias: floating [vocab] or None.
+      token_weights: floating [...], the leading axes of x: how much each token counts, also in the mean. None: all 1.
       ignore_index: tokens with this label have loss 0 and no gradient, and do not count in the mean. May be negative.
       label_smoothing: ε in [0, 1).
       z_loss: at least 0; keeps lse near 0.
       logits_soft_cap: above 0, or None.
-      reduction: "mean" over the tokens that are not ignored (0 if there are none), "sum", or "none".
+      reduction: "mean" over the tokens that are not ignored, Σ loss / Σ u (0 if there are none), "sum", or "none".
       implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
 
     Returns:
@@ -204,6 +206,8 @@ def linear_cross_entropy(
     labels = checks.integer(name, "labels", labels, shape=leading, of="the leading axes of x")
     if bias is not None:
         bias = checks.floating(name, "bias", bias, shape=(vocab,), of="the last axis of weight")
+    if token_weights is not None:
+        token_weights = checks.floating(name, "token_weights", token_weights, shape=leading, of="the leading axes of x")
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
         raise TypeError(f"{name}: ignore_index must be None or a Python int, got {type(ignore_index).__name__}")
     label_smoothing = checks.number(name, "label_smoothing", label_smoothing)
@@ -232,7 +236,14 @@ def linear_cross_entropy(
         logits_soft_cap=logits_soft_cap,
     )
     loss = jnp.where(counted, jnp.where(valid, loss.reshape(leading), jnp.nan), 0)
+    count = counted
+    if token_weights is not None:
+        token_weights = token_weights.astype(loss.dtype)
+        loss, count = jnp.where(counted, token_weights * loss, 0), jnp.where(counted, token_weights, 0)
     if reduction == "none":
         return loss
     total = jnp.sum(loss)
-    return total if reduction == "sum" else total / jnp.maximum(jnp.sum(counted), 1)
+    if reduction == "sum":
+        return total
+    count = jnp.sum(count)
+    return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))

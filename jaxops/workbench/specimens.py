@@ -334,6 +334,7 @@ def _cross_entropy(c: _Chance) -> tuple[dict, dict]:
         "weight": normal((hidden, vocab), dtype),
         "labels": integers(vocab, leading),
         "bias": normal((vocab,), c.of(dtype, "float32")) if c.of(False, True) else None,
+        "token_weights": Operand(leading, "float32", f"random.uniform(0, 2, {leading})") if c.of(False, True) else None,
     }
     options = {
         "ignore_index": c.of(None, 0),

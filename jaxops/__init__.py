@@ -12,6 +12,7 @@ from jaxops.ops.decode_attention import decode_attention as decode_attention
 from jaxops.ops.gated_linear_unit import gated_linear_unit as gated_linear_unit
 from jaxops.ops.layer_norm import layer_norm as layer_norm
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from jaxops.ops.linear_distillation import linear_distillation as linear_distillation
 from jaxops.ops.matmul import matmul as matmul
 from jaxops.ops.paged_attention import paged_attention as paged_attention
 from jaxops.ops.rms_norm import rms_norm as rms_norm

@@ -11,17 +11,9 @@ from jax import lax
 
 from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
-from jaxops.ops import checks
+from jaxops.ops import checks, vocabulary
 from jaxops.reference.linear_cross_entropy import linear_cross_entropy as reference
 from pallas_kernels import tpu
-
-# Logits of all tokens against one chunk of the vocabulary, held at a time: 16 MiB in float32 is about a processor's
-# last cache. An accelerator has the memory for more, and adding to dx for every small chunk would cost it more than the
-# products.
-_CPU_ELEMENTS = 1 << 22
-_ACCELERATOR_ELEMENTS = 1 << 25
-# Narrower chunks leave the products bound by the traffic of x and dx.
-_NARROWEST = 512
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -59,23 +51,20 @@ class _Logits:
         return weight, z, slope, chosen
 
     def loop(self, step: Callable, carry):
-        """step(start, width, carry) over all chunks: whole ones in a loop, then what remains."""
-        whole, rest = divmod(self.vocab, self.width)
-        carry = lax.fori_loop(0, whole, lambda i, carry: step(i * self.width, self.width, carry), carry)
-        return step(whole * self.width, rest, carry) if rest else carry
+        """carry = step(start, width, carry) over all chunks."""
+        return vocabulary.loop(self.vocab, self.width, step, carry)
 
 
 def _chunked(elements: int, x, weight, labels, bias, cap) -> _Logits:
-    # With few tokens it is the chunk of the weight and its gradient that take the memory.
-    width = max(_NARROWEST, elements // max(x.shape[0], 2 * x.shape[1]))
-    return _Logits(x, weight, labels, bias, cap, min(weight.shape[1], width))
+    width = vocabulary.chunk_width(elements, x.shape[0], x.shape[1], weight.shape[1])
+    return _Logits(x, weight, labels, bias, cap, width)
 
 
 def _forward(x, weight, labels, bias=None, **static):
     def run(elements, *operands):
         return _forward_chunked(elements, *operands, **static)
 
-    return _by_platform(run, x, weight, labels, bias), ()
+    return vocabulary.by_platform(run, x, weight, labels, bias), ()
 
 
 def _forward_chunked(elements, x, weight, labels, bias, *, label_smoothing, z_loss, logits_soft_cap):
@@ -106,7 +95,7 @@ def _backward(x, weight, labels, bias=None, *, outputs, residuals, cotangents, *
     def run(elements, *operands):
         return _backward_chunked(elements, *operands, **static)
 
-    return _by_platform(run, x, weight, labels, bias, outputs[1], cotangents[0])
+    return vocabulary.by_platform(run, x, weight, labels, bias, outputs[1], cotangents[0])
 
 
 def _backward_chunked(elements, x, weight, labels, bias, lse, g, *, label_smoothing, z_loss, logits_soft_cap):
@@ -136,11 +125,6 @@ def _backward_chunked(elements, x, weight, labels, bias, lse, g, *, label_smooth
     dx, dweight, dbias = logits.loop(step, empty)
     gradients = {"x": dx.astype(x.dtype), "weight": dweight}
     return gradients if bias is None else {**gradients, "bias": dbias}
-
-
-def _by_platform(run: Callable, *operands):
-    cpu, otherwise = (functools.partial(run, elements) for elements in (_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS))
-    return dispatch.on_cpu(cpu, otherwise, *operands)
 
 
 _OPERATOR = Operator(
@@ -216,8 +200,7 @@ def linear_cross_entropy(
     z_loss = checks.number(name, "z_loss", z_loss)
     if logits_soft_cap is not None:
         logits_soft_cap = checks.number(name, "logits_soft_cap", logits_soft_cap, positive=True)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(name, reduction)
 
     tokens = math.prod(leading)
     index = labels.astype(jnp.int32)
@@ -236,14 +219,22 @@ def linear_cross_entropy(
         logits_soft_cap=logits_soft_cap,
     )
     loss = jnp.where(counted, jnp.where(valid, loss.reshape(leading), jnp.nan), 0)
-    count = counted
+    weights = counted.astype(loss.dtype)
     if token_weights is not None:
-        token_weights = token_weights.astype(loss.dtype)
-        loss, count = jnp.where(counted, token_weights * loss, 0), jnp.where(counted, token_weights, 0)
+        weights = jnp.where(counted, token_weights.astype(loss.dtype), 0)
+        loss = jnp.where(counted, weights * loss, 0)
+    return reduced(loss, weights, reduction)
+
+
+def check_reduction(operator: str, reduction: str) -> None:
+    """Raises `ValueError` unless it is one of `REDUCTIONS`."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{operator}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+
+
+def reduced(loss: jax.Array, weights: jax.Array, reduction: str) -> jax.Array:
+    """Weighted losses as they are ("none"), their sum, or their mean: Σ loss / Σ weights, 0 where those sum to 0."""
     if reduction == "none":
         return loss
-    total = jnp.sum(loss)
-    if reduction == "sum":
-        return total
-    count = jnp.sum(count)
-    return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
+    total, count = jnp.sum(loss), jnp.sum(weights)
+    return total if reduction == "sum" else jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))

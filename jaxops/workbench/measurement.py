@@ -58,6 +58,9 @@ USUAL = {
     "gelu": Usual(("x=RxD",), (), *_ROWS),
     "layer_norm": Usual(("x=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "linear_cross_entropy": Usual(("x=TxD", "weight=DxV", "labels=T:int32"), (), *_VOCABULARY),
+    "linear_distillation": Usual(
+        ("x=TxD", "weight=DxV", "teacher_x=TxD", "teacher_weight=DxV"), ("temperature=2.0",), *_VOCABULARY
+    ),
     "matmul": Usual(("x=MxK", "w=KxN"), (), *_PRODUCT),
     "paged_attention": Usual(
         (

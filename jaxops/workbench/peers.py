@@ -210,6 +210,17 @@ def flax_layer_norm(x, scale=None, bias=None, *, eps=1e-6):
     return module.apply({"params": parameters}, x)
 
 
+def optax_linear_distillation(
+    x, weight, teacher_x, teacher_weight, *, bias=None, teacher_bias=None, temperature=1.0, reduction="mean"
+):
+    """τ² KL(softmax of the teacher's logits / τ ‖ that of the student's), reduced, with the loss of optax."""
+    import optax
+
+    student, teacher = jax_matmul(x, weight, bias=bias), jax_matmul(teacher_x, teacher_weight, bias=teacher_bias)
+    log_p, log_q = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (student, teacher))
+    return _reduced(temperature**2 * optax.losses.kl_divergence_with_log_targets(log_p, log_q), reduction)
+
+
 def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"):
     """-log softmax(x · weight)[label], reduced, with the loss of optax."""
     import optax
@@ -381,7 +392,10 @@ PEERS: dict[str, dict[str, Callable]] = {
         "layer_norm": flax_layer_norm,
         "rms_norm": flax_rms_norm,
     },
-    "optax": {"linear_cross_entropy": optax_linear_cross_entropy},
+    "optax": {
+        "linear_cross_entropy": optax_linear_cross_entropy,
+        "linear_distillation": optax_linear_distillation,
+    },
     "tokamax": {
         "dot_product_attention": tokamax_dot_product_attention,
         "gated_linear_unit": tokamax_gated_linear_unit,

@@ -26,6 +26,10 @@ USUAL: dict[str, tuple[str, str]] = {
     "gelu": ("x=30x129", ""),
     "layer_norm": ("x=40x129 scale=129 bias=129", ""),
     "linear_cross_entropy": ("x=33x65 weight=65x300 labels=33:int32<300 bias=300", "reduction=none"),
+    "linear_distillation": (
+        "x=33x65 weight=65x300 teacher_x=33x40 teacher_weight=40x300 bias=300",
+        "temperature=2.0 reduction=none",
+    ),
     "matmul": ("x=30x65 w=65x129 bias=129", ""),
     "paged_attention": (
         "query=9x4x128 key_pages=9x32x2x128 value_pages=9x32x2x128 page_table=3x3:int32<9 lengths=3:int32<97"
@@ -110,7 +114,8 @@ class Specimen:
     def words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(operands, options) as the command line takes them."""
         operands = [f"{name}={'x'.join(map(str, x.shape))}:{x.dtype}" for name, x in self.operands.items()]
-        return tuple(operands), tuple(f"{name}={text}" for name, text in self.options.items())
+        bare = lambda text: text[1:-1] if text[0] == "'" and text[1:-1].isidentifier() else text
+        return tuple(operands), tuple(f"{name}={bare(text)}" for name, text in self.options.items())
 
     def __str__(self) -> str:
         operands, options = self.words()
@@ -346,6 +351,24 @@ def _cross_entropy(c: _Chance) -> tuple[dict, dict]:
     return operands, options
 
 
+def _distillation(c: _Chance) -> tuple[dict, dict]:
+    def layer(hidden):  # logits of size 1, as those of models are
+        return Operand((hidden, vocab), dtype, f"random.standard_normal({(hidden, vocab)}) / {hidden}**0.5")
+
+    dtype, hidden, teacher_hidden, leading = c.of(*DTYPES, "float16"), c.size(130), c.size(130), c.shape()
+    vocab = c.size() if dtype == "float32" else max(16, c.size())
+    operands = {
+        "x": normal((*leading, hidden), dtype),
+        "weight": layer(hidden),
+        "teacher_x": normal((*leading, teacher_hidden), dtype),
+        "teacher_weight": layer(teacher_hidden),
+        "bias": normal((vocab,), c.of(dtype, "float32")) if c.of(False, True) else None,
+        "teacher_bias": normal((vocab,), dtype) if c.of(False, True) else None,
+        "token_weights": Operand(leading, "float32", f"random.uniform(0, 2, {leading})") if c.of(False, True) else None,
+    }
+    return operands, {"temperature": c.of(1.0, 4.0), "reduction": c.of("'mean'", "'sum'", "'none'")}
+
+
 def _elementwise(c: _Chance) -> tuple[dict, dict]:
     return {"x": normal(c.shape(c.size()), c.of(*DTYPES, "float16"))}, {}
 
@@ -400,6 +423,7 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "gelu": _gelu,
     "layer_norm": functools.partial(_norm, with_bias=True),
     "linear_cross_entropy": _cross_entropy,
+    "linear_distillation": _distillation,
     "matmul": _matmul,
     "paged_attention": _paged,
     "relu": _elementwise,

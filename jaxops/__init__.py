@@ -14,6 +14,7 @@ from jaxops.ops.layer_norm import layer_norm as layer_norm
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxops.ops.matmul import matmul as matmul
 from jaxops.ops.paged_attention import paged_attention as paged_attention
+from jaxops.ops.ragged_dot import ragged_dot as ragged_dot
 from jaxops.ops.rms_norm import rms_norm as rms_norm
 from jaxops.ops.rope import RopeScaling as RopeScaling
 from jaxops.ops.rope import rope as rope

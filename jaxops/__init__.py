@@ -19,3 +19,5 @@ from jaxops.ops.rms_norm import rms_norm as rms_norm
 from jaxops.ops.rope import RopeScaling as RopeScaling
 from jaxops.ops.rope import rope as rope
 from jaxops.ops.softmax import softmax as softmax
+from jaxops.routing import Routing as Routing
+from jaxops.routing import top_k_routing as top_k_routing

@@ -104,7 +104,7 @@ class MoE(nnx.Module):
         self.top_k = top_k
         self.normalize = normalize
         self.activation = activation
-        self.axis_names = static(axis_names)
+        self.axis_names = axis_names if isinstance(axis_names, str) else tuple(axis_names)
         self.dtype = dtype
         self.precision = precision
         self.implementation = static(implementation)

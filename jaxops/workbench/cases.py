@@ -99,7 +99,6 @@ CASES = (
         "lhs=1000x1000 rhs=5x1000x257 group_sizes=5:int32<300 lhs_rows=777:int32<1000 out_rows=777:int32<1000"
         " out_weights=777:float32",
         "out_size=1000",
-        kernel=False,
     ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257", kernel=False),
 )

@@ -77,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("width", 128, "features of the stream"),
         ("heads", 8, "query heads"),
         ("kv-heads", 4, "key and value heads"),
-        ("hidden", 352, "features inside the gated feed-forward layer"),
+        ("hidden", 352, "features inside the gated feed-forward layer, or inside each expert"),
         ("length", 128, "bytes a prediction may look at"),
         ("batch", 16, "windows of that length in a step"),
         ("steps", 200, "optimizer steps"),
@@ -87,6 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("sample", 96, "bytes to write at the end"),
     ):
         add(f"--{name}", type=int, default=default, metavar="N", help=what)
+    add("--experts", type=int, default=0, metavar="N", help="a mixture of N feed-forward layers, two for each byte")
     add("--learning-rate", type=float, default=4e-3, metavar="X", help="its peak")
     add("--seed", type=int, default=0, metavar="N", help="of parameters, data order and sample")
     add("--dtype", choices=tuple(TOLERANCE), default="bfloat16", help="of the computation; parameters are float32")
@@ -117,6 +118,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--warmup must be in [0, --steps = {args.steps}), got {args.warmup}")
     if not 0 <= args.sample < args.length:
         parser.error(f"--sample must be in [0, --length = {args.length}), got {args.sample}")
+    if args.experts < 0 or args.experts == 1:
+        parser.error(f"--experts must be 0 or at least 2, got {args.experts}")
     if args.seed < 0 or args.learning_rate <= 0:
         parser.error(
             f"--seed must be at least 0 and --learning-rate positive, got {args.seed} and {args.learning_rate}"
@@ -188,7 +191,7 @@ def program(config: Config, args: argparse.Namespace, mesh: Mesh, *, plain: bool
     )
 
     def model():
-        return GPT(config, jnp.dtype(args.dtype), plain=plain, rngs=nnx.Rngs(args.seed))
+        return GPT(config, jnp.dtype(args.dtype), plain=plain, mesh=mesh, rngs=nnx.Rngs(args.seed))
 
     graph, _ = nnx.split(nnx.eval_shape(model))
 
@@ -199,13 +202,19 @@ def program(config: Config, args: argparse.Namespace, mesh: Mesh, *, plain: bool
     def loss(parameters, windows):
         return nnx.merge(graph, parameters).loss(windows)
 
+    def trained(parameters, windows):
+        value, penalty = nnx.merge(graph, parameters).loss_and_penalty(windows)
+        return value + penalty, value
+
     def step(state, windows):
-        value, gradient = jax.value_and_grad(loss)(state["parameters"], windows)
+        (_, value), gradient = jax.value_and_grad(trained, has_aux=True)(state["parameters"], windows)
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["parameters"])
         return {"parameters": optax.apply_updates(state["parameters"], updates), "optimizer": optimizer_state}, value
 
     def place(path, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition_spec(path)))
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition_spec(path, leaf.ndim))
+        )
 
     state = jax.tree.map_with_path(place, jax.eval_shape(initial))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -224,7 +233,9 @@ def program(config: Config, args: argparse.Namespace, mesh: Mesh, *, plain: bool
 def run(args: argparse.Namespace) -> int:
     """Trains, resumes or finishes; returns the exit code. Raises `Stop`."""
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    config = Config(args.layers, args.width, args.heads, args.kv_heads, args.hidden, args.length, not args.untied)
+    config = Config(
+        args.layers, args.width, args.heads, args.kv_heads, args.hidden, args.length, not args.untied, args.experts
+    )
     try:
         corpus = text.load(args.text)
     except OSError as error:

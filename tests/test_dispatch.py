@@ -52,6 +52,12 @@ PROGRAMS = {
         2,
         ("tpu",),
     ),
+    "ragged_dot": (
+        jaxops.ragged_dot,
+        (_array(300, 128), _array(3, 128, 256), _array(3, dtype=jnp.int32)),
+        2,
+        ("tpu",),
+    ),
 }
 MARKS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}
 

@@ -158,6 +158,15 @@ def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, m
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
+def test_a_mixture_of_experts_is_that_of_plain_jax(book, tmp_path, capsys):
+    """Each device routes its own bytes, and holds half of every expert; plain JAX is partitioned by XLA."""
+    mesh = ("--devices", "4", "--tensor", "2")
+    assert train(book, tmp_path / "run", *mesh, "--experts", "4", "--steps", "4", "--compare") == 0
+    printed = capsys.readouterr().out
+    for expected in ("losses equal", "ragged_dot", "temporary memory of a step", "experts 4"):
+        assert expected in printed
+
+
 def begun(unbroken, tmp_path):
     """A copy of the unbroken run without its last checkpoint."""
     out = tmp_path / "run"
@@ -241,6 +250,7 @@ BAD = {
     "--data 3 times --tensor 2 is not the number of devices": "--data 3 --tensor 2 --devices 4",
     "--batch must be a multiple of the 3 devices": "--data 3 --devices 3",
     "--steps must be at least 1": "--steps 0",
+    "--experts must be 0 or at least 2": "--experts 1",
     "--warmup must be in": "--warmup 12",
     "--sample must be in": "--sample 16",
     "invalid choice": "--dtype float16",

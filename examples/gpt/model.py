@@ -1,4 +1,4 @@
-"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU, cut over a (data, tensor) mesh."""
+"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU or a mixture of it, over a (data, tensor) mesh."""
 
 import dataclasses
 import functools
@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxops
+from gpt.experts import EXPERTS_PER_TOKEN, Mixture, PlainMixture
 from jaxops.nn import RMSNorm, TransformerBlock
 
 VOCABULARY = 256
@@ -18,7 +20,7 @@ VOCABULARY = 256
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a checkpoint must agree on."""
+    """What a checkpoint must agree on. experts: 0 for a feed-forward layer that every token takes whole."""
 
     layers: int
     width: int
@@ -27,17 +29,20 @@ class Config:
     hidden: int
     length: int
     tied: bool
+    experts: int = 0
 
 
 class GPT(nnx.Module):
     """tokens[batch, T] → embed → blocks → norm → logits over the next byte.
 
     plain: the same model, parameter for parameter, of the operators that Flax, JAX and Optax come with.
+    mesh: what a batch of `loss` is split over, for the mixtures of experts; None: one device.
     """
 
-    def __init__(self, config: Config, dtype: Any, *, plain: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: Config, dtype: Any, *, plain: bool = False, mesh: Mesh | None = None, rngs: nnx.Rngs):
         self.config = config
         self.plain = plain
+        self.mesh = mesh
         self.embed = nnx.Embed(
             VOCABULARY, config.width, dtype=dtype, embedding_init=nnx.initializers.normal(config.width**-0.5), rngs=rngs
         )
@@ -55,6 +60,18 @@ class GPT(nnx.Module):
             x = block(x, **options)
         return self.norm(x)
 
+    def features_and_penalty(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+        """The features, and the losses of the routers."""
+        if not self.config.experts:
+            return self.features(tokens), 0.0
+        x, penalty = self.embed(tokens), jnp.zeros(())
+        for block in self.blocks:
+            x = x + block.attention(block.attention_norm(x), **({"is_causal": True} if self.plain else {}))
+            where = () if self.plain else (self.mesh, partition_spec)
+            y, more = block.mlp.routed(block.mlp_norm(x), *where)
+            x, penalty = x + y, penalty + more
+        return self.norm(x), penalty
+
     def output_weight(self) -> jax.Array:
         """[width, vocabulary]."""
         return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
@@ -66,15 +83,26 @@ class GPT(nnx.Module):
 
     def loss(self, windows: jax.Array) -> jax.Array:
         """Mean cross-entropy of each byte of windows[batch, T + 1] after the first, in nats."""
+        return self.loss_and_penalty(windows)[0]
+
+    def loss_and_penalty(self, windows: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+        """The loss, and what is added to it for training: the losses of the routers."""
         tokens, labels = windows[:, :-1], windows[:, 1:]
+        x, penalty = self.features_and_penalty(tokens)
+        weight = self.output_weight().astype(x.dtype)
         if self.plain:
-            return optax.softmax_cross_entropy_with_integer_labels(self.logits(tokens), labels).mean()
-        x = self.features(tokens)
-        return jaxops.linear_cross_entropy(x, self.output_weight().astype(x.dtype), labels)
+            logits = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), penalty
+        return jaxops.linear_cross_entropy(x, weight, labels), penalty
+
+
+def _mixture(config: Config, dtype: Any, rngs: nnx.Rngs) -> Mixture:
+    top_k = min(EXPERTS_PER_TOKEN, config.experts)
+    return Mixture(config.width, config.hidden, config.experts, top_k=top_k, dtype=dtype, rngs=rngs)
 
 
 def _block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-    return TransformerBlock(
+    block = TransformerBlock(
         config.heads,
         config.width,
         config.hidden,
@@ -84,6 +112,9 @@ def _block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         dtype=dtype,
         rngs=rngs,
     )
+    if config.experts:
+        block.mlp = _mixture(config, dtype, rngs)
+    return block
 
 
 def _plain_block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
@@ -102,7 +133,9 @@ def _plain_block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
             rngs=rngs,
         ),
         mlp_norm=nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs),
-        mlp=_PlainMLP(
+        mlp=PlainMixture(_mixture(config, dtype, rngs))
+        if config.experts
+        else _PlainMLP(
             gate=linear(config.width, config.hidden),
             up=linear(config.width, config.hidden),
             down=linear(config.hidden, config.width),
@@ -136,17 +169,18 @@ _CUT = {
     ("key", "kernel"): P(None, "tensor", None),
     ("value", "kernel"): P(None, "tensor", None),
     ("out", "kernel"): P("tensor", None, None),  # [heads, dim, width]
-    ("gate", "kernel"): P(None, "tensor"),  # [width, hidden]
+    ("gate", "kernel"): P(None, "tensor"),  # [width, hidden], after the experts if there are any
     ("up", "kernel"): P(None, "tensor"),
     ("down", "kernel"): P("tensor", None),  # [hidden, width]
 }
 
 
-def partition_spec(path: tuple[Any, ...]) -> P:
-    """Of a parameter, or of an optimizer's copy of it."""
+def partition_spec(path: tuple[Any, ...], ndim: int) -> P:
+    """Of a parameter of so many axes, or of an optimizer's copy of it."""
     names = tuple(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path)
     names = tuple(name for name in names if name != "value")
-    return _CUT.get(names[-2:], P())
+    cut = _CUT.get(names[-2:], P())
+    return P(*[None] * (ndim - len(cut)), *cut)
 
 
 def sample(model: GPT, prompt: jax.Array, count: int, key: jax.Array, temperature: float = 0.7) -> jax.Array:

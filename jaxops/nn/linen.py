@@ -1,6 +1,6 @@
 """The layers of `jaxops.nn` as Linen modules: the same mathematics, parameter names and shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jaxops.dispatch import Implementation
 from jaxops.nn.attention import AttentionOptions, attend, sources
 from jaxops.nn.implementation import without_kernels
 from jaxops.nn.mlp import gated_mlp
+from jaxops.nn.moe import KERNEL_INIT, mixture
 from jaxops.ops.activations import silu
 from jaxops.ops.layer_norm import layer_norm
 from jaxops.ops.rms_norm import rms_norm
@@ -201,7 +202,7 @@ class MultiHeadAttention(linen.Module):
 class _Kernel(linen.Module):
     """A parameter `kernel` under a name of its own, as a Dense layer has it."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     kernel_init: Initializer
     param_dtype: Any
 
@@ -241,6 +242,52 @@ class GatedMLP(linen.Module):
             precision=self.precision,
             implementation=self.implementation,
         )
+
+
+class MoE(linen.Module):
+    """y = Σ_j w_j · (activation(x · gate_j) ∘ (x · up_j)) · down_j over the top_k experts j. Fields as in
+    `jaxops.nn.MoE`, whose parameters it has."""
+
+    hidden_features: int
+    num_experts: int
+    top_k: int = 2
+    out_features: int | None = None
+    normalize: bool = True
+    activation: Callable[[jax.Array], jax.Array] = silu
+    axis_names: str | Sequence[str] = ()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = KERNEL_INIT
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array, *, return_routing: bool = False) -> Any:
+        features, out = x.shape[-1], x.shape[-1] if self.out_features is None else self.out_features
+        shapes: dict[str, tuple[int, ...]] = {
+            "gate": (self.num_experts, features, self.hidden_features),
+            "up": (self.num_experts, features, self.hidden_features),
+            "down": (self.num_experts, self.hidden_features, out),
+        }
+        kernels = {
+            name: _Kernel(shape, self.kernel_init, self.param_dtype, name=name)() for name, shape in shapes.items()
+        }
+        router = _Kernel(
+            (features, self.num_experts), linen.initializers.lecun_normal(), self.param_dtype, name="router"
+        )
+        y, routing = mixture(
+            x,
+            router(),
+            **kernels,
+            top_k=self.top_k,
+            normalize=self.normalize,
+            activation=self.activation,
+            axis_names=self.axis_names,
+            dtype=self.dtype,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+        return (y, routing) if return_routing else y
 
 
 class TransformerBlock(linen.Module):

@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core
 
 _MOST_ELEMENTS = 1 << 25  # larger constants are not carried along
-_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # a primitive's parameter that holds the program it calls once
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")  # a primitive's parameter that holds the program it calls once
 _CONTROL = ("scan", "while", "cond")
 
 
@@ -74,7 +74,7 @@ def _carry(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any], found: l
         name = equation.primitive.name
         values = [value_of(variable) for variable in equation.invars]
         results: Sequence[Any] = ()
-        inner = next((equation.params[key] for key in _INNER if key in equation.params), None)
+        inner = next((equation.params[key] for key in _INNER if _is_program(equation.params.get(key))), None)
         if name == "pallas_call":
             found.append(_of_call(equation, values))
         elif inner is not None and name not in _CONTROL:
@@ -91,6 +91,10 @@ def _carry(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any], found: l
             variable: value for variable, value in zip(equation.outvars, results, strict=False) if value is not None
         }
     return [value_of(variable) for variable in jaxpr.outvars]
+
+
+def _is_program(parameter: Any) -> bool:
+    return isinstance(getattr(parameter, "jaxpr", parameter), core.Jaxpr)
 
 
 def _calls_within(equation: Any, found: list[Scalars]) -> None:

@@ -100,6 +100,13 @@ CASES = (
         "base=500000.0 scaling=2.0",
         kernel=False,
     ),
+    *_two(
+        "ragged_dot",
+        "lhs=8192x4096 rhs=8x4096x4096 group_sizes=8:int32<1025",
+        "lhs=1000x1000 rhs=5x1000x257 group_sizes=5:int32<300 lhs_rows=777:int32<1000 out_rows=777:int32<1000"
+        " out_weights=777:float32",
+        "out_size=1000",
+    ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257", kernel=False),
 )
 

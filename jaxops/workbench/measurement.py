@@ -50,6 +50,7 @@ _PRODUCT = {"M": 1024, "K": 1024, "N": 1024}, {"M": 4096, "K": 4096, "N": 4096}
 _HEADS = {"B": 1, "T": 1024, "N": 8, "H": 64}, {"B": 4, "T": 4096, "N": 8, "H": 128}
 _PAGES = {"T": 256, "M": 32, "N": 8, "H": 64}, {"T": 4096, "M": 512, "N": 8, "H": 128}
 _VOCABULARY = {"T": 1024, "D": 256, "V": 16384}, {"T": 8192, "D": 2048, "V": 65536}
+_GROUPS = {"M": 1024, "G": 8, "K": 512, "N": 512}, {"M": 8192, "G": 8, "K": 4096, "N": 4096}
 _ATTENTION = ("query=BxTxNxH", "key=BxTxNxH", "value=BxTxNxH")
 USUAL = {
     "decode_attention": Usual(("query=BxNxH", *_ATTENTION[1:], "lengths=B:int32"), (), *_HEADS),
@@ -74,6 +75,7 @@ USUAL = {
         (),
         *_PAGES,
     ),
+    "ragged_dot": Usual(("lhs=MxK", "rhs=GxKxN", "group_sizes=G:int32"), (), *_GROUPS),
     "relu": Usual(("x=RxD",), (), *_ROWS),
     "rms_norm": Usual(("x=RxD", "scale=D"), (), *_ROWS),
     "rope": Usual(("x=BxTxNxH", "positions=T:int32"), (), *_HEADS),
@@ -283,8 +285,8 @@ def random_operands(shapes: Mapping[str, Any], seed: int = 0) -> dict[str, np.nd
     """Numbers for the operands of a call, by their names where these mean something.
 
     Floating: normal, of variance one over the contracted size in a weight; labels below the vocabulary, positions one
-    after the other, lengths up to the length, segments of growing id, pages that there are, masks that show nine in
-    ten; other integers are 0 or 1.
+    after the other, lengths up to the length, segments of growing id, pages and rows that there are, groups that take
+    all rows, masks that show nine in ten; other integers are 0 or 1.
     """
     random = np.random.default_rng(seed)
 
@@ -302,6 +304,11 @@ def random_operands(shapes: Mapping[str, Any], seed: int = 0) -> dict[str, np.nd
         if name.endswith("_seq_lengths"):
             longest = shapes[name.split("_")[0] if name.startswith("query") else "key"].shape[-3]
             return random.integers(longest // 2, longest + 1, x.shape).astype(x.dtype)
+        if name == "group_sizes" and "lhs" in shapes:  # about the same, and together all rows
+            rows = shapes["lhs_rows" if "lhs_rows" in shapes else "lhs"].shape[0]
+            return random.multinomial(rows, np.full(x.size, 1 / x.size)).astype(x.dtype)
+        if name in ("lhs_rows", "out_rows"):
+            return random.integers(0, shapes["lhs"].shape[0], x.shape).astype(x.dtype)
         if name == "query_starts":  # sequences of about the same number of tokens
             return np.linspace(0, shapes["query"].shape[0], x.size).astype(x.dtype)
         if name == "page_table":

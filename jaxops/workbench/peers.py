@@ -149,6 +149,11 @@ def jax_matmul(x, w, *, bias=None, precision=None):
     return y if bias is None else y + bias
 
 
+def jax_ragged_dot(lhs, rhs, group_sizes, precision=None, preferred_element_type=None):
+    """y_i = lhs_i · rhs[group of i], of jax.lax."""
+    return jax.lax.ragged_dot(lhs, rhs, group_sizes, precision, preferred_element_type)
+
+
 def jax_gated_linear_unit(x, w_gate, w_up):
     """silu(x · w_gate) ∘ (x · w_up), of jax.nn and jax.numpy."""
     return jax.nn.silu(x @ w_gate) * (x @ w_up)
@@ -289,6 +294,13 @@ def tokamax_gated_linear_unit(x, w_gate, w_up):
     return _tokamax().gated_linear_unit(x, (w_gate, w_up), activation=jax.nn.silu)
 
 
+def tokamax_ragged_dot(lhs, rhs, group_sizes, precision=None, preferred_element_type=None):
+    """y_i = lhs_i · rhs[group of i], of tokamax."""
+    return _tokamax().ragged_dot(
+        lhs, rhs, group_sizes, precision=precision, preferred_element_type=preferred_element_type
+    )
+
+
 def tokamax_linear_cross_entropy(x, weight, labels, *, reduction="mean"):
     """-log softmax(x · weight)[label], reduced, of tokamax."""
     return _tokamax().linear_softmax_cross_entropy_loss(x, labels, weight, reduction=reduction)
@@ -380,6 +392,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "linear_cross_entropy": jax_linear_cross_entropy,
         "matmul": jax_matmul,
         "paged_attention": jax_paged_attention,
+        "ragged_dot": jax_ragged_dot,
         "relu": jax_relu,
         "rms_norm": jax_rms_norm,
         "rope": jax_rope,
@@ -401,6 +414,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "gated_linear_unit": tokamax_gated_linear_unit,
         "layer_norm": tokamax_layer_norm,
         "linear_cross_entropy": tokamax_linear_cross_entropy,
+        "ragged_dot": tokamax_ragged_dot,
         "rms_norm": tokamax_rms_norm,
     },
     "torch": {

@@ -36,6 +36,7 @@ USUAL: dict[str, tuple[str, str]] = {
         " query_starts=4:int32<10",
         "",
     ),
+    "ragged_dot": ("lhs=70x65 rhs=3x65x129 group_sizes=3:int32<50", ""),
     "relu": ("x=30x129", ""),
     "rms_norm": ("x=40x129 scale=129", ""),
     "rope": ("x=2x40x3x32 positions=40:int32<1000", ""),
@@ -416,6 +417,26 @@ def _rope(c: _Chance) -> tuple[dict, dict]:
     return operands, {"base": c.of(10000.0, 500000.0), "scaling": scaling}
 
 
+def _ragged(c: _Chance) -> tuple[dict, dict]:
+    dtype, tokens, inner, columns, groups = c.of(*DTYPES, "float16"), c.size(), c.size(), c.size(130), c.of(3, 1, 8, 40)
+    gathered, scattered = c.of(False, True), c.of(False, True)
+    rows = c.size() if gathered else tokens
+    out_size = c.size(300)
+    offset = c.of(None, 0, 2)
+    sizes = groups if offset is None else groups + 1
+    operands = {
+        "lhs": normal((tokens, inner), dtype),
+        "rhs": normal((groups, inner, columns), dtype),
+        "group_sizes": integers(c.of(2, 1, 3) * rows // sizes + 2, (sizes,)),
+        "group_offset": None if offset is None else Operand((), "int32", str(offset)),
+        # one below and one above what there is
+        "lhs_rows": integers(tokens + 1, (rows,), least=-1) if gathered else None,
+        "out_rows": integers(out_size + 1, (rows,), least=-1) if scattered else None,
+        "out_weights": normal((rows,), c.of(dtype, "float32")) if c.of(False, True) else None,
+    }
+    return operands, {"out_size": out_size} if scattered else {}
+
+
 _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "decode_attention": _decode,
     "dot_product_attention": _attention,
@@ -426,6 +447,7 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "linear_distillation": _distillation,
     "matmul": _matmul,
     "paged_attention": _paged,
+    "ragged_dot": _ragged,
     "relu": _elementwise,
     "rms_norm": functools.partial(_norm, with_bias=False),
     "rope": _rope,

@@ -1,0 +1,511 @@
+"""Products of groups of rows with a matrix each, on the TPU.
+
+    y_i = x_i · rhs_g,   dx_i = dy_i · rhs_gᵀ,   drhs_g = Σ_i x_iᵀ · dy_i,   for the rows i of group g
+
+The rows are cut at every multiple of a tile and wherever a group begins: each piece is rows of one tile and one group.
+The list of pieces is made by XLA and read as scalars before the blocks are fetched, so a grid step works on a piece. In
+y and dx the whole inner dimension is in VMEM: no sum leaves the matrix unit's results, a matrix is fetched once for all
+rows of its group, and columns are cut only as VMEM and the chip's cores ask for. A piece that fills its tile is one
+product; of any other only the strips of rows that it touches are multiplied, so a border between groups costs a strip
+and not a tile. drhs is summed in VMEM while the pieces of a group pass by.
+Rows are gathered before and scattered after the kernels, by XLA.
+float32 operands are multiplied at JAX's default matmul precision, as XLA would.
+Source: Gale et al. 2022 (MegaBlocks).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips, tuned
+from pallas_kernels.padding import pad_to, round_up
+
+f32 = jnp.float32
+LANES = 128
+STRIP = 128  # rows that are multiplied where a piece does not fill its tile
+SLACK = 6 << 20  # VMEM left to the compiler
+WORK = 1 << 15  # passes of the matrix unit written out in one turn of a loop: more only makes the program longer
+NN = (((1,), (0,)), ((), ()))  # a · b
+NT = (((1,), (1,)), ((), ()))  # a · bᵀ
+TN = (((0,), (0,)), ((), ()))  # aᵀ · b
+NOTHING, PRODUCT, ZEROS = range(3)  # what there is to do for a piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """`rows` of one tile; `columns` of rhs, whose inner dimension is whole in y and cut into `inner` in drhs.
+
+    Multiples of 128.
+    """
+
+    rows: int
+    columns: int
+    inner: int = 0
+
+    @staticmethod
+    def default(k: int, n: int, itemsize: int, *, backward: bool) -> "Tiles":
+        """The least that the chip's memory keeps up with, because the first blocks arrive before any product; the
+        largest that fits VMEM if none does."""
+        chip = chips.current("tpu")
+        sizes = [Tiles(*size).fitted(k, n, backward=backward) for size in (_BACKWARD if backward else _FORWARD)]
+        fitting = [tiles for tiles in sizes if tiles.vmem_bytes(k, itemsize, backward) + SLACK <= chip.vmem_bytes]
+        balance = 0.8 * 2 / itemsize * chip.bandwidth / chip.flops
+        fast = [tiles for tiles in fitting if tiles.traffic(backward) <= balance]
+        return (fast or fitting[-1:] or sizes[:1])[0]
+
+    def traffic(self, backward: bool) -> float:
+        """Bytes of 16-bit blocks per flop, where about a thousand rows in turn are of one group."""
+        if backward:
+            return 1 / self.inner + 1 / self.columns + 1 / 1024
+        return 1 / self.rows + 1 / self.columns
+
+    def fitted(self, k: int, n: int, *, backward: bool) -> "Tiles":
+        """No wider than the matrix, and at least one tile for each core of the chip."""
+        cores = chips.current("tpu").cores
+        if backward:
+            inner = min(self.inner, round_up(pl.cdiv(k, cores), LANES))
+            return Tiles(self.rows, min(self.columns, round_up(n, LANES)), inner)
+        return Tiles(self.rows, min(self.columns, round_up(pl.cdiv(n, cores), LANES)))
+
+    def allowed(self, k: int, itemsize: int, backward: bool) -> bool:
+        """Whether these are sizes the kernels take, and everything fits VMEM."""
+        sizes = (self.rows, self.columns, *((self.inner,) if backward else ()))
+        if any(size <= 0 or size % LANES for size in sizes):
+            return False
+        return self.vmem_bytes(k, itemsize, backward) + SLACK <= chips.current("tpu").vmem_bytes
+
+    def vmem_bytes(self, k: int, itemsize: int, backward: bool) -> int:
+        """VMEM of a kernel. Blocks are there twice, the next arriving while this one is worked on."""
+        if backward:  # x and dy; the sum, and drhs
+            return (
+                2 * itemsize * self.rows * (self.inner + self.columns) + (4 + 2 * itemsize) * self.inner * self.columns
+            )
+        return 2 * itemsize * round_up(k, LANES) * (self.rows + self.columns) + 2 * 4 * self.rows * self.columns
+
+
+_FORWARD = ((128, 128), (256, 256), (256, 512), (512, 512), (512, 1024), (1024, 1024), (1024, 2048))
+_BACKWARD = (
+    (128, 128, 128),
+    (256, 256, 256),
+    (512, 512, 512),
+    (1024, 1024, 1024),
+    (1024, 1024, 2048),
+    (1024, 2048, 2048),
+    (1024, 2048, 4096),
+)
+
+
+def _rows(lhs, lhs_rows) -> int:
+    return lhs.shape[0] if lhs_rows is None else lhs_rows.shape[0]
+
+
+def tiles(phase: str, lhs, rhs, bounds, lhs_rows=None, out_rows=None, out_weights=None, **options) -> Tiles:
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
+    groups, k, n = rhs.shape
+    return _tiles(_rows(lhs, lhs_rows), groups, k, n, lhs.dtype, backward=phase == "backward")
+
+
+def _tiles(rows: int, groups: int, k: int, n: int, dtype, *, backward: bool) -> Tiles:
+    return tuned.choose(
+        f"tpu.ragged_dot.{'backward' if backward else 'forward'}",
+        chips.current("tpu"),
+        {"rows": rows, "groups": groups, "k": k, "n": n},
+        jnp.dtype(dtype).name,
+        Tiles,
+        lambda tiles: tiles.allowed(k, dtype.itemsize, backward),
+        Tiles.default(k, n, dtype.itemsize, backward=backward),
+    )
+
+
+def candidates(
+    phase: str, lhs, rhs, bounds, lhs_rows=None, out_rows=None, out_weights=None, **options
+) -> Iterator[Tiles]:
+    """Tiles worth trying that fit the chip's VMEM: the default first, then blocks of 128, then other sizes."""
+    backward, (_, k, n), itemsize = phase == "backward", rhs.shape, lhs.dtype.itemsize
+    found = [Tiles.default(k, n, itemsize, backward=backward)]
+    found += [Tiles(*size) for size in (_BACKWARD if backward else _FORWARD)]
+    found += [dataclasses.replace(tiles, rows=rows) for tiles in tuple(found) for rows in (256, 1024)]
+    seen = set()
+    for tiles in found:
+        cut = tiles.fitted(k, n, backward=backward)
+        if cut.allowed(k, itemsize, backward) and cut not in seen:
+            seen.add(cut)
+            yield cut
+
+
+def memory(
+    phase: str, tiles: Tiles, lhs, rhs, bounds, lhs_rows=None, out_rows=None, out_weights=None, **options
+) -> int:
+    """Bytes of VMEM that the kernel of `phase` is estimated to take."""
+    return tiles.vmem_bytes(rhs.shape[1], lhs.dtype.itemsize, phase == "backward") + SLACK
+
+
+def unsupported(
+    lhs,
+    rhs,
+    bounds,
+    lhs_rows=None,
+    out_rows=None,
+    out_weights=None,
+    *,
+    out_size: int,
+    dtype: Any,
+    precision: Any,
+) -> str | None:
+    """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    if lhs.dtype not in (f32, jnp.bfloat16):
+        return f"lhs must be float32 or bfloat16 on a TPU, got {lhs.dtype}"
+    if rhs.dtype != lhs.dtype:
+        return f"rhs must have the dtype of lhs, {lhs.dtype}, got {rhs.dtype}"
+    if dtype not in (f32, jnp.bfloat16):
+        return f"the result must be float32 or bfloat16 on a TPU, got {dtype}"
+    if precision not in (None, "default", "highest", lax.Precision.DEFAULT, lax.Precision.HIGHEST):
+        return f"precision must be None, DEFAULT or HIGHEST in the kernel, got {precision!r}"
+    vmem = chips.current("tpu").vmem_bytes
+    for name, size in (("k", rhs.shape[1]), ("n", rhs.shape[2])):  # each is whole in one of y and dx
+
+        def fits(size):
+            return Tiles(*_FORWARD[0]).vmem_bytes(size, lhs.dtype.itemsize, False) + SLACK <= vmem
+
+        if not fits(size):
+            most = max(s for s in range(0, size, LANES) if fits(s))
+            limit = f"the least tiles must fit the {vmem >> 20} MiB of VMEM"
+            return f"{limit}, that is {name} ≤ {most} in {lhs.dtype}, got {size}"
+    return None
+
+
+def _dot(a, b, dims, precision):
+    """A product summed in float32. Those of bfloat16 are exact whatever the precision; Mosaic wants none named."""
+    if precision in (None, "default", lax.Precision.DEFAULT):
+        precision = jax.config.jax_default_matmul_precision if precision is None else "default"
+    exact = a.dtype == f32 and precision not in (None, "default", "fastest", "bfloat16")
+    return lax.dot_general(
+        a,
+        b,
+        dims,
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        preferred_element_type=f32,
+    )
+
+
+class Pieces(NamedTuple):
+    """int32 [pieces] each: the tile of a piece, its group, its rows low … high - 1 of the tile, and what to do."""
+
+    tile: jax.Array
+    group: jax.Array
+    low: jax.Array
+    high: jax.Array
+    action: jax.Array
+
+
+def pieces(bounds: jax.Array, rows: int, tile_rows: int, *, every_group: bool) -> Pieces:
+    """The rows cut at multiples of `tile_rows` and at `bounds`, in order.
+
+    every_group: a group without rows has a piece of none under its own number, and only products matter besides.
+    Pieces that do nothing come first: the blocks of a grid step are fetched during the step before, and one that takes
+    no time would leave none for that. For the same reason a piece without a product names the blocks of the next one.
+    """
+    groups, count = bounds.shape[0] - 1, pl.cdiv(rows, tile_rows)
+    # A piece for each cut: at bounds, then at multiples of a tile; at one place the groups come first. Everything is
+    # found by comparing all cuts with all: a handful of sorts and scans of so few numbers would take longer.
+    start = jnp.concatenate([bounds, jnp.arange(count, dtype=jnp.int32) * tile_rows])
+    number = jnp.arange(start.shape[0], dtype=jnp.int32)
+    before = (start < start[:, None]) | ((start == start[:, None]) & (number < number[:, None]))
+    after = ~before & (number != number[:, None])
+    end = jnp.min(jnp.where(after, start, rows), axis=1)
+    group = jnp.where(number <= groups, number, jnp.sum(before[:, : groups + 1], axis=1, dtype=jnp.int32) - 1)
+    tile = jnp.minimum(start // tile_rows, count - 1)
+    product = (start < end) & (group >= 0) & (group < groups)
+    if every_group:
+        empty = jnp.concatenate([bounds[1:] == bounds[:-1], jnp.zeros(count + 1, bool)])
+        needed, action = product | empty, jnp.where(product, PRODUCT, NOTHING)
+    else:
+        needed = start < end
+        action = jnp.where(product, PRODUCT, jnp.where(needed, ZEROS, NOTHING))
+
+    def named(x, known):
+        """x of this piece or the next one of those `known`; of the last one where none follows."""
+        own_or_after = known & (after | (number == number[:, None]) | ~needed[:, None])
+        following = jnp.min(jnp.where(own_or_after, x, jnp.iinfo(jnp.int32).max), axis=1)
+        return jnp.minimum(following, jnp.max(jnp.where(known, x, 0)))
+
+    group, tile = named(group, needed if every_group else product), named(tile, product if every_group else needed)
+    first = jnp.sum(~needed, dtype=jnp.int32)
+    place = jnp.sum(before & (needed == needed[:, None]), axis=1, dtype=jnp.int32) + jnp.where(needed, first, 0)
+    here = place == number[:, None]
+    return Pieces(
+        *(
+            jnp.sum(jnp.where(here, x, 0), axis=1, dtype=jnp.int32)
+            for x in (tile, group, start - tile * tile_rows, end - tile * tile_rows, action)
+        )
+    )
+
+
+def _turn(size: int, most: int, work: int) -> int:
+    """How much of `size` one turn of a loop takes: a multiple of 128 that divides it, ≤ `most`, with `work`
+    multiply-adds for each unit."""
+    bound = WORK * chips.current("tpu").mxu ** 2
+    return max(u for u in range(LANES, most + 1, LANES) if size % u == 0 and (u == LANES or u * work <= bound))
+
+
+def _loop(size: int, turn: int, body) -> None:
+    """body(pl.ds(start, turn)) for start in 0, turn … size - turn."""
+    if size == turn:
+        body(pl.ds(0, turn))
+    else:
+        lax.fori_loop(0, size // turn, lambda i, _: body(pl.ds(pl.multiple_of(i * turn, turn), turn)), None)
+
+
+def _strips(low, high, body) -> None:
+    """body(strip, mask[STRIP, 1]) for each strip of rows that low … high - 1 touches; the mask says which rows do."""
+
+    def one(i, _):
+        start = pl.multiple_of(i * STRIP, STRIP)
+        row = start + lax.broadcasted_iota(jnp.int32, (STRIP, 1), 0)
+        body(pl.ds(start, STRIP), (row >= low) & (row < high))
+
+    lax.fori_loop(lax.div(low, STRIP), lax.div(high + (STRIP - 1), STRIP), one, None)
+
+
+def _product_kernel(tile, group, low, high, action, x_ref, rhs_ref, out_ref, *, transposed, precision):
+    """Grid (tile of columns, piece): the piece's rows of x · rhs_g, or of x · rhs_gᵀ."""
+    s = pl.program_id(1)
+    (rows, columns), inner = out_ref.shape, x_ref.shape[1]
+    begin, end = low[s], high[s]
+    whole = (begin == 0) & (end == rows)
+    width = _turn(columns, min(columns, 2 * chips.current("tpu").mxu), LANES * inner)
+
+    def product(here, there):
+        rhs = rhs_ref[0, there, :] if transposed else rhs_ref[0, :, there]
+        return _dot(x_ref[here], rhs, NT if transposed else NN, precision)
+
+    @pl.when((action[s] == PRODUCT) & whole)
+    def _():
+        height = _turn(rows, rows, width * inner)
+
+        def store(there, here):
+            out_ref[here, there] = product(here, there).astype(out_ref.dtype)
+
+        _loop(columns, width, lambda there: _loop(rows, height, functools.partial(store, there)))
+
+    def mix(there, value):
+        def one(strip, inside):
+            out_ref[strip, there] = jnp.where(inside, value(strip, there).astype(out_ref.dtype), out_ref[strip, there])
+
+        return one
+
+    @pl.when((action[s] == PRODUCT) & ~whole)
+    def _():
+        _loop(columns, width, lambda there: _strips(begin, end, mix(there, product)))
+
+    @pl.when(action[s] == ZEROS)
+    def _():
+        zeros = lambda strip, there: jnp.zeros((STRIP, width), f32)
+        _loop(columns, width, lambda there: _strips(begin, end, mix(there, zeros)))
+
+
+def _call(kernel, cut: Pieces, semantics, vmem: int, flops: int, moved: int, operands, **kwargs):
+    """`pl.pallas_call(kernel, …)` over the pieces. Under `vmap` the calls follow one another."""
+    grid, in_specs, out_specs, scratch = (kwargs.pop(name) for name in ("grid", "in_specs", "out_specs", "scratch"))
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(cut), grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem + SLACK),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
+        **kwargs,
+    )
+    return jax.custom_batching.sequential_vmap(lambda *args: call(*args))(*cut, *operands)
+
+
+def product(x, rhs, bounds, dtype, precision, tiles: Tiles | None, *, transposed: bool = False):
+    """x_i · rhs_g (or rhs_gᵀ), [m, n], rows without a group 0, from x[m, k] and rhs[g, k, n] (or [g, n, k])."""
+    m, groups, (n, k) = x.shape[0], rhs.shape[0], rhs.shape[1:] if transposed else rhs.shape[:0:-1]
+    tiles = (tiles or _tiles(m, groups, k, n, x.dtype, backward=False)).fitted(k, n, backward=False)
+    wide, columns = round_up(k, LANES), tiles.columns
+    rows = min(tiles.rows, round_up(m, STRIP))
+    x = pad_to(pad_to(x, 1, wide), 0, max(m, rows))
+    column_axis, inner_axis = (1, 2) if transposed else (2, 1)
+    rhs = pad_to(pad_to(rhs, inner_axis, wide), column_axis, max(n, columns))
+    cut = pieces(bounds, x.shape[0], rows, every_group=False)
+    block = (1, columns, wide) if transposed else (1, wide, columns)
+    out = _call(
+        functools.partial(_product_kernel, transposed=transposed, precision=precision),
+        cut,
+        ("parallel", "arbitrary"),
+        tiles.vmem_bytes(k, x.dtype.itemsize, False),
+        2 * m * k * n,
+        x.size * x.dtype.itemsize * pl.cdiv(n, columns) + rhs.size * rhs.dtype.itemsize + m * n * dtype.itemsize,
+        (x, rhs),
+        grid=(pl.cdiv(n, columns), cut.tile.shape[0]),
+        in_specs=[
+            pl.BlockSpec((rows, wide), lambda j, s, tile, *_: (tile[s], 0)),
+            pl.BlockSpec(block, lambda j, s, tile, group, *_: (group[s], j, 0) if transposed else (group[s], 0, j)),
+        ],
+        out_specs=pl.BlockSpec((rows, columns), lambda j, s, tile, *_: (tile[s], j)),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], max(n, columns)), dtype),
+        scratch=[],
+        name="ragged_dot_transposed" if transposed else "ragged_dot",
+    )
+    return out[:m, :n]
+
+
+def forward(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    bounds: jax.Array,
+    lhs_rows: jax.Array | None = None,
+    out_rows: jax.Array | None = None,
+    out_weights: jax.Array | None = None,
+    *,
+    out_size: int,
+    dtype: Any,
+    precision: Any,
+    tiles: Tiles | None = None,
+):
+    """((out,), ()) from lhs[t, k], rhs[g, k, n], bounds[g + 1], and [m] of each of the others."""
+    dtype = jnp.dtype(dtype)
+    x = _gathered(lhs, lhs_rows)
+    if out_rows is None and out_weights is None:
+        return (product(x, rhs, bounds, dtype, precision, tiles),), ()
+    y = product(x, rhs, bounds, jnp.dtype(f32), precision, tiles)
+    return (_scattered(y, out_rows, out_weights, out_size).astype(dtype),), ()
+
+
+def _gathered(x, indices):
+    return x if indices is None else x.at[indices].get(mode="fill", fill_value=0)
+
+
+def _scattered(y, indices, weights, size):
+    """float32 [size, n]."""
+    if weights is not None:
+        y = y.astype(f32) * weights.astype(f32)[:, None]
+    return y if indices is None else jnp.zeros((size, y.shape[1]), f32).at[indices].add(y, mode="drop")
+
+
+# ------------------------------------------------------------------------------------------------ backward
+def _sum_kernel(tile, group, low, high, action, x_ref, dy_ref, out_ref, sum_ref, *, precision):
+    """Grid (tile of inner, tile of columns, piece): Σ x_iᵀ · dy_i over the pieces of a group."""
+    s, last = pl.program_id(2), pl.num_programs(2) - 1
+    (rows, inner), columns = x_ref.shape, dy_ref.shape[1]
+    begin, end = low[s], high[s]
+    whole = (begin == 0) & (end == rows)
+    width = _turn(columns, min(columns, 2048), LANES * rows)
+    height = _turn(inner, min(inner, 1024), width * rows)
+
+    def over(body):
+        _loop(inner, height, lambda here: _loop(columns, width, functools.partial(body, here)))
+
+    first = (s == 0) | (group[s] != group[jnp.maximum(s - 1, 0)])
+    final = (s == last) | (group[s] != group[jnp.minimum(s + 1, last)])
+    whole = (action[s] == PRODUCT) & whole
+
+    @pl.when(whole)
+    def _():
+        def add(here, there):
+            # Whether it is the first of its group or the last, in one form: it hides behind the product.
+            total = _dot(x_ref[:, here], dy_ref[:, there], TN, precision)
+            total = total + jnp.where(first, 0.0, sum_ref[here, there])
+            sum_ref[here, there] = total
+            out_ref[0, here, there] = total.astype(out_ref.dtype)
+
+        over(add)
+
+    @pl.when(first & ~whole)
+    def _():
+        def clear(here, there):
+            sum_ref[here, there] = jnp.zeros((height, width), f32)
+
+        over(clear)
+
+    @pl.when((action[s] == PRODUCT) & ~whole)
+    def _():
+        def add(here, there):
+            def strip(rows, inside):
+                # Rows of other groups, and what lies past the end of the arrays: 0 · NaN would stay a NaN.
+                x, dy = (
+                    jnp.where(inside, ref[rows, part], jnp.zeros((), ref.dtype))
+                    for ref, part in ((x_ref, here), (dy_ref, there))
+                )
+                sum_ref[here, there] += _dot(x, dy, TN, precision)
+
+            _strips(begin, end, strip)
+
+        over(add)
+
+    @pl.when(final & ~whole)
+    def _():
+        def store(here, there):
+            out_ref[0, here, there] = sum_ref[here, there].astype(out_ref.dtype)
+
+        over(store)
+
+
+def sums(x, dy, bounds, dtype, precision, tiles: Tiles | None):
+    """Σ x_iᵀ · dy_i over the rows of each group, [g, k, n], from x[m, k] and dy[m, n]."""
+    (m, k), n, groups = x.shape, dy.shape[1], bounds.shape[0] - 1
+    tiles = (tiles or _tiles(m, groups, k, n, x.dtype, backward=True)).fitted(k, n, backward=True)
+    rows = min(tiles.rows, round_up(m, STRIP))
+    x = pad_to(pad_to(x, 1, max(k, tiles.inner)), 0, max(m, rows))
+    dy = pad_to(pad_to(dy, 1, max(n, tiles.columns)), 0, max(m, rows))
+    cut = pieces(bounds, x.shape[0], rows, every_group=True)
+    grid = (pl.cdiv(k, tiles.inner), pl.cdiv(n, tiles.columns), cut.tile.shape[0])
+    out = _call(
+        functools.partial(_sum_kernel, precision=precision),
+        cut,
+        ("parallel", "arbitrary", "arbitrary"),
+        tiles.vmem_bytes(k, x.dtype.itemsize, True),
+        2 * m * k * n,
+        (x.size * grid[1] + dy.size * grid[0]) * x.dtype.itemsize + groups * k * n * dtype.itemsize,
+        (x, dy),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((rows, tiles.inner), lambda i, j, s, tile, *_: (tile[s], i)),
+            pl.BlockSpec((rows, tiles.columns), lambda i, j, s, tile, *_: (tile[s], j)),
+        ],
+        out_specs=pl.BlockSpec((1, tiles.inner, tiles.columns), lambda i, j, s, tile, group, *_: (group[s], i, j)),
+        out_shape=jax.ShapeDtypeStruct((groups, x.shape[1], dy.shape[1]), dtype),
+        scratch=[pltpu.VMEM((tiles.inner, tiles.columns), f32)],
+        name="ragged_dot_sums",
+    )
+    return out[:, :k, :n]
+
+
+def backward(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    bounds: jax.Array,
+    lhs_rows: jax.Array | None = None,
+    out_rows: jax.Array | None = None,
+    out_weights: jax.Array | None = None,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    out_size: int,
+    dtype: Any,
+    precision: Any,
+    tiles: Tiles | None = None,
+) -> dict[str, jax.Array]:
+    """Gradients of lhs, rhs and out_weights (if present) from the cotangent [out_size, n] of out."""
+    x, dy = _gathered(lhs, lhs_rows), _gathered(cotangents[0], out_rows)
+    plain = lhs_rows is None and out_weights is None
+    # A gradient that is still to be weighted and added up stays float32.
+    dx = product(
+        dy.astype(rhs.dtype), rhs, bounds, jnp.dtype(lhs.dtype if plain else f32), precision, None, transposed=True
+    )
+    gradients = {}
+    if out_weights is not None:
+        gradients["out_weights"] = jnp.sum(dx * x.astype(f32), axis=1).astype(out_weights.dtype)
+        dy = dy.astype(f32) * out_weights.astype(f32)[:, None]
+    gradients["lhs"] = _scattered(dx, lhs_rows, out_weights, lhs.shape[0]).astype(lhs.dtype)
+    gradients["rhs"] = sums(x, dy.astype(x.dtype), bounds, jnp.dtype(rhs.dtype), precision, tiles)
+    return gradients

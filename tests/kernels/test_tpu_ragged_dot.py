@@ -1,0 +1,171 @@
+"""ragged_dot on the TPU: interpreted, races detected and unwritten memory NaN, against a float64 oracle."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips
+from pallas_kernels.tpu import ragged_dot as kernel
+
+Tiles = kernel.Tiles
+f32, bf16 = jnp.float32, jnp.bfloat16
+OPTIONAL = ("lhs_rows", "out_rows", "out_weights")
+
+
+def dense(lhs, rhs, bounds, g, lhs_rows, out_rows, out_weights, out_size, xp):
+    """out and the gradients by name, with the rows of each group multiplied on their own; float32 sums or wider."""
+    wide = np.float64 if xp is np else f32
+    dot = np.matmul if xp is np else lambda a, b: jnp.matmul(a, b, preferred_element_type=f32)
+    put = lambda size, rows, x: xp.asarray(np.arange(size)[:, None] == rows, wide) @ x  # adds rows of x up
+    if xp is np:
+        lhs, rhs, g = (np.asarray(a, np.float64) for a in (lhs, rhs, g))
+    m = lhs.shape[0] if lhs_rows is None else len(lhs_rows)
+    take = lambda x, rows: x if rows is None else xp.asarray(rows[:, None] == np.arange(len(x)), x.dtype) @ x
+    x, dy = take(lhs, lhs_rows), take(g, out_rows)
+    y, u = xp.zeros((m, rhs.shape[2]), wide), xp.zeros((m, rhs.shape[1]), wide)
+    w = 1 if out_weights is None else xp.asarray(out_weights, wide)[:, None]
+    weighted = dy if out_weights is None else (xp.asarray(dy, wide) * w).astype(lhs.dtype)
+    drhs = []
+    for group, (low, high) in enumerate(itertools.pairwise(bounds)):
+        inside = xp.asarray(((np.arange(m) >= low) & (np.arange(m) < high))[:, None])
+        y = xp.where(inside, dot(x, rhs[group]), y)
+        u = xp.where(inside, dot(dy, rhs[group].T), u)
+        drhs.append(dot(xp.where(inside, x, 0).T, weighted))
+    out = y * w
+    out = out if out_rows is None else put(out_size, out_rows, out)
+    found = {"out": out, "rhs": xp.stack(drhs)}
+    found["lhs"] = u * w if lhs_rows is None else put(len(lhs), lhs_rows, u * w)
+    if out_weights is not None:
+        found["out_weights"] = (u * xp.asarray(x, wide)).sum(1)
+    return found
+
+
+def interpret(operands, g, out_size, tiles, backward_tiles, chip="v5p"):
+    """Both kernels, interpreted; for v5p, each of its two cores takes a share of the columns."""
+    static = dict(out_size=out_size, dtype=operands["lhs"].dtype, precision=None)
+
+    def run(operands, g):
+        assert kernel.unsupported(**operands, **static) is None
+        outputs, residuals = kernel.forward(**operands, **static, tiles=tiles)
+        saved = dict(outputs=outputs, residuals=residuals, cotangents=(g,))
+        return {"out": outputs[0]} | kernel.backward(**operands, **saved, **static, tiles=backward_tiles)
+
+    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager", num_cores_or_threads=2)
+    with chips.target(chips.named(chip)), pltpu.force_tpu_interpret_mode(params):
+        return jax.tree.map(np.asarray, jax.jit(run)(operands, g))
+
+
+def data(m, k, n, sizes, dtype, seed=0):
+    random = np.random.default_rng(seed)
+    lhs, g = random.standard_normal((m, k)), random.standard_normal((m, n))
+    rhs = random.standard_normal((len(sizes), k, n)) / k**0.5
+    bounds = np.minimum(np.cumsum([0, *sizes]), m)
+    made = dict(lhs=jnp.asarray(lhs, dtype), rhs=jnp.asarray(rhs, dtype), bounds=jnp.asarray(bounds, jnp.int32))
+    return made, jnp.asarray(g, dtype)
+
+
+def check(operands, g, out_size=None, tiles=None, backward_tiles=None, chip="v5p"):
+    """The error of each result is at most twice the unfused one, plus four float32 roundings of its largest entry."""
+    given = {name: None if name not in operands else np.asarray(operands[name]) for name in OPTIONAL}
+    args = (operands["lhs"], operands["rhs"], np.asarray(operands["bounds"]), g, *given.values(), out_size)
+    exact, plain = dense(*args, np), dense(*args, jnp)
+    got = interpret(operands, g, out_size or len(g), tiles, backward_tiles, chip)
+    assert got.keys() == exact.keys()
+    for name, want in exact.items():
+        dtype = operands[name].dtype if name in operands else operands["lhs"].dtype
+        assert got[name].dtype == dtype and got[name].shape == want.shape, name
+        unfused = np.asarray(plain[name].astype(dtype), np.float64)
+        error, peer = (np.abs(a - want).max() for a in (np.asarray(got[name], np.float64), unfused))
+        atol = 4 * float(jnp.finfo(f32).eps) * (1 + np.abs(want).max())
+        assert error <= 2 * peer + atol, f"{name}: error {error:.3g}, unfused {peer:.3g}"
+
+
+SMALL, SMALL_BACKWARD = Tiles(128, 128), Tiles(128, 128, 128)
+CASES = [  # rows, k, n, sizes of groups, dtype, tiles
+    (1, 1, 1, (1,), f32, None, None),
+    (129, 127, 129, (5, 0, 120), bf16, SMALL, SMALL_BACKWARD),  # rows beyond the groups; a group without rows
+    (256, 128, 128, (128, 128), f32, SMALL, SMALL_BACKWARD),  # every piece fills its tile
+    pytest.param(300, 128, 100, (0, 300, 0), bf16, Tiles(256, 128), Tiles(256, 128, 128), marks=pytest.mark.slow),
+    pytest.param(300, 130, 128, (1, 1, 290), f32, Tiles(384, 128), Tiles(256, 128, 256), marks=pytest.mark.slow),
+    pytest.param(60, 16, 16, (0, 0), f32, None, None, marks=pytest.mark.slow),  # no group has rows
+]
+
+
+@pytest.mark.parametrize("m, k, n, sizes, dtype, tiles, backward_tiles", CASES)
+def test_against_float64(m, k, n, sizes, dtype, tiles, backward_tiles):
+    operands, g = data(m, k, n, sizes, dtype)
+    check(operands, g, tiles=tiles, backward_tiles=backward_tiles)
+
+
+def test_groups_that_begin_after_the_first_row():
+    """As with a group offset: rows before the first group are 0, too."""
+    operands, g = data(200, 32, 32, (70, 60), f32)
+    check(operands | {"bounds": operands["bounds"] + 40}, g, tiles=SMALL, chip="v5e")
+
+
+def test_gathered_and_scattered():
+    operands, _ = data(60, 32, 40, (70, 0, 60), bf16)
+    random = np.random.default_rng(1)
+    for name in ("lhs_rows", "out_rows"):
+        operands[name] = jnp.asarray(random.integers(0, 61, 140), jnp.int32)  # 60 is a row that is not there
+    operands["out_weights"] = jnp.asarray(random.standard_normal(140), f32)
+    operands["bounds"] = jnp.array([0, 70, 70, 130])
+    check(operands, jnp.asarray(random.standard_normal((60, 40)), bf16), out_size=60)
+
+
+def test_what_no_group_has_is_not_touched():
+    """NaN in rows without a group, in the tiles of others and past the end of the arrays, stays out."""
+    operands, g = data(150, 16, 16, (20, 110), f32)
+    nan = lambda x: x.at[130:].set(jnp.nan)
+    got = interpret(operands | {"lhs": nan(operands["lhs"])}, nan(g), 150, SMALL, SMALL_BACKWARD)
+    assert all(np.isfinite(x).all() for x in got.values())
+    assert not got["out"][130:].any() and not got["lhs"][130:].any()
+
+
+@pytest.mark.parametrize("sizes", [(128, 128, 128), (5, 0, 0, 300, 1), (0, 0), (384,), (1, 1, 1)])
+@pytest.mark.parametrize("every_group", [False, True])
+def test_pieces_are_all_rows_in_order(sizes, every_group):
+    rows, tile = 384, 128
+    bounds = jnp.asarray(np.cumsum([0, *sizes]), jnp.int32)
+    cut = [np.asarray(x) for x in kernel.pieces(bounds, rows, tile, every_group=every_group)]
+    covered = np.full(rows, -1)
+    for t, group, low, high, action in zip(*cut, strict=True):
+        assert 0 <= t < rows // tile
+        if action != kernel.NOTHING:
+            assert low >= 0 and high <= tile
+            here = slice(t * tile + low, t * tile + high)
+            assert (covered[here] == -1).all()
+            covered[here] = group if action == kernel.PRODUCT else len(sizes)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    beyond = -1 if every_group else len(sizes)  # where the sums are made, rows without a group do not matter
+    np.testing.assert_array_equal(covered, np.append(owner, np.full(rows - len(owner), beyond)))
+    for index in cut[:2]:  # a block of the output is left once
+        assert (np.diff(index) >= 0).all()
+    if every_group:
+        assert set(cut[1]) == set(range(len(sizes)))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"lhs": jax.ShapeDtypeStruct((8, 128), jnp.float16)}, "lhs must be float32 or bfloat16"),
+        ({"rhs": jax.ShapeDtypeStruct((3, 128, 256), f32)}, "rhs must have the dtype of lhs"),
+        ({"dtype": jnp.dtype(jnp.float16)}, "the result must be float32 or bfloat16"),
+        ({"precision": "tensorfloat32"}, "precision must be None, DEFAULT or HIGHEST"),
+        ({"rhs": jax.ShapeDtypeStruct((3, 1 << 17, 256), bf16)}, "k ≤"),
+        ({"rhs": jax.ShapeDtypeStruct((3, 128, 1 << 17), bf16)}, "n ≤"),
+    ],
+)
+def test_refusals(change, reason):
+    operands = {
+        "lhs": jax.ShapeDtypeStruct((8, 128), bf16),
+        "rhs": jax.ShapeDtypeStruct((3, 128, 256), bf16),
+        "bounds": jax.ShapeDtypeStruct((4,), jnp.int32),
+    }
+    static = dict(out_size=8, dtype=jnp.dtype(bf16), precision=None)
+    assert kernel.unsupported(**operands, **static) is None
+    assert reason in kernel.unsupported(**(operands | static | change))

@@ -1,0 +1,54 @@
+"""User-written activations inside a kernel: elementwise functions of a float32 tile, and their gradients by JAX."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import modifiers
+
+# Primitives that hold a program, which is looked into.
+_HOLDERS = ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit")
+# What a tile of every size and layout goes through element by element, and the compiler of each platform lowers.
+_ELEMENTWISE = {
+    "tpu": frozenset(
+        "abs add and ceil clamp convert_element_type copy copy_p cos div eq erf exp exp2 expm1 floor ge gt integer_pow "
+        "is_finite le log log1p logistic lt max min mul ne neg not or pow round rsqrt select_n sign sin sqrt square "
+        "stop_gradient sub tan tanh xor".split()
+    ),
+    "gpu": frozenset(
+        "abs add and convert_element_type copy copy_p cos div eq erf exp exp2 ge gt integer_pow le log logistic lt max "
+        "min mul ne neg not or rsqrt select_n sin sqrt square stop_gradient sub tanh".split()
+    ),
+}
+_TILE = (16, 128)
+
+
+@functools.lru_cache(maxsize=256)
+def unsupported(activation: Callable | None, platform: str) -> str | None:
+    """Why a kernel of `platform` ("tpu" or "gpu") cannot hold this activation and its gradient, or None."""
+    if activation is None:
+        return None
+    program = jax.make_jaxpr(lambda x, dy: gradient(activation, x, dy))(*(jax.ShapeDtypeStruct(_TILE, jnp.float32),) * 2)
+    if arrays := modifiers.captured(program):
+        return f"activation captures an array of shape {jnp.shape(arrays[0])}, and a kernel takes only scalars"
+    for equation in modifiers.equations(program):
+        name = equation.primitive.name
+        if name == "broadcast_in_dim" and all(x.aval.shape in ((), _TILE) for x in equation.invars):
+            continue
+        if name not in _HOLDERS and name not in _ELEMENTWISE[platform]:
+            return f"activation or its gradient calls {name}, which no kernel of {platform} holds"
+        for x in (*equation.invars, *equation.outvars):
+            if name not in _HOLDERS and not _fits(x.aval):
+                return f"activation computes in {x.aval.dtype}, and a kernel in float32"
+    return None
+
+
+def _fits(aval: jax.core.ShapedArray) -> bool:
+    return aval.dtype in (jnp.float32, jnp.bool_) or aval.shape == () and aval.dtype == jnp.int32
+
+
+def gradient(activation: Callable, x: jax.Array, dy: jax.Array) -> jax.Array:
+    """activation'(x) · dy, of a tile."""
+    return jax.vjp(activation, x)[1](dy)[0]

@@ -1,0 +1,311 @@
+"""What matmul and gated_linear_unit share on the TPU: products of one x with one or several weights, and their
+gradients, with what comes after (forward) or before (backward) them done on tiles in VMEM.
+
+    z_i = x · w_i,   (y, saved …) = finish(z_1, …)                                                   forward
+    (d_1, …) = start(dy, saved …),   dx = Σ_i d_i · w_iᵀ,   dw_i = xᵀ · d_i,   db_i = Σ_rows d_i     backward
+
+Three kernels, each a grid of output tiles times steps along the contracted axis: no operand is transposed in HBM, and
+the d_i never get there. A tile is worked on in strips: the matrix units multiply one strip while the vector units
+finish the one before or start the one after. Edges that a contraction crosses are cleared by selection, because memory
+past the end of an array may hold NaN; others only make rows and columns that no one writes.
+float32 operands are multiplied at JAX's default matmul precision, as XLA would, or in full where asked.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips, tuned
+from pallas_kernels.padding import pad_to, round_up
+
+f32 = jnp.float32
+LANES = 128
+SLACK = 6 << 20  # VMEM left to the compiler for what does not stay in registers
+STRIP = 256  # columns of a strip
+WORK = 1 << 15  # passes of the matrix unit written out in one turn of a loop: more only makes the program longer
+NN = (((1,), (0,)), ((), ()))  # a · b
+NT = (((1,), (1,)), ((), ()))  # a · bᵀ
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """A tile of each axis: `m` rows of x, `n` columns and `k` rows of the weights; multiples of 128."""
+
+    m: int
+    n: int
+    k: int
+
+    @staticmethod
+    def default(phase: str, sizes: "Sizes") -> "Tiles":
+        """The first that fits VMEM. Reads decide: forward, a tile of m × n reads m + n numbers for m · n products, and
+        short steps along k start early and end early. Backward, k is whole if it can be: what belongs to m × n is then
+        read and differentiated once for dx and once for the weights."""
+        return next((t for t in _sizes(phase, sizes) if t.allowed(phase, sizes)), Tiles(LANES, LANES, LANES))
+
+    def allowed(self, phase: str, sizes: "Sizes") -> bool:
+        """Whether these are sizes the kernels take, and everything fits VMEM."""
+        if any(size <= 0 or size % LANES for size in (self.m, self.n, self.k)):
+            return False
+        return memory(phase, self, sizes) <= chips.current("tpu").vmem_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What decides on tiles: the sizes of x[m, k] and the weights [k, n], bytes of a number, how many weights there
+    are, how many arrays [m, n] are read after the products (residual) and how many are saved for the backward pass."""
+
+    m: int
+    n: int
+    k: int
+    itemsize: int
+    weights: int
+    read: int
+    saved: int
+
+    def cut(self, tiles: Tiles) -> "Tiles":
+        """The blocks of `tiles`: an axis that fits one tile is one block of its own size."""
+        return Tiles(*(min(size, tile) for size, tile in zip((self.m, self.n, self.k), _axes(tiles), strict=True)))
+
+    def steps(self, tiles: Tiles) -> tuple[int, int, int]:
+        """How many blocks along m, n and k."""
+        return tuple(pl.cdiv(size, tile) for size, tile in zip((self.m, self.n, self.k), _axes(tiles), strict=True))  # type: ignore[return-value]
+
+
+def _axes(tiles: Tiles) -> tuple[int, int, int]:
+    return tiles.m, tiles.n, tiles.k
+
+
+def _sizes(phase: str, sizes: Sizes) -> Iterator[Tiles]:
+    """Tiles in the order of preference."""
+    if phase == "forward":
+        for m, n in ((2048, 1024), (1024, 1024), (1024, 512), (512, 512), (256, 512), (256, 256), (128, 128)):
+            for k in (512, 256, 128):
+                yield Tiles(m, n, k)
+        return
+    whole = round_up(sizes.k, LANES)
+    for m, n in ((1024, 1024), (1024, 512), (512, 512), (256, 512), (256, 256), (128, 128)):
+        for k in (whole, 2048, 1024, 512, 256, 128):
+            yield Tiles(m, n, min(k, whole))
+
+
+def _padded(rows: int, columns: int) -> int:
+    return round_up(rows, 16) * round_up(columns, LANES)
+
+
+def memory(phase: str, tiles: Tiles, sizes: Sizes) -> int:
+    """Bytes of VMEM that the kernels of `phase` are estimated to take. Blocks are there twice, the next one arriving,
+    or the last one leaving, while this one is worked on."""
+    t, size, count = sizes.cut(tiles), sizes.itemsize, sizes.weights
+    x, w, y = _padded(t.m, t.k), _padded(t.k, t.n), _padded(t.m, t.n)
+    split = [steps > 1 for steps in sizes.steps(tiles)]
+    strip = 2 * count * _padded(t.m, min(t.n, STRIP))
+    if phase == "forward":
+        blocks = 2 * size * (x + count * w + (1 + sizes.saved + sizes.read) * y)
+        return SLACK + blocks + 4 * count * (y * split[2] + strip)
+    read = 2 * size * (1 + sizes.saved) * y + size * strip
+    dx = 2 * size * (x + count * w) + 4 * x * split[1]
+    dw = 2 * size * (x + count * w) + size * x + 4 * count * w * split[0] + 8 * 4 * count * 3 * round_up(t.n, LANES)
+    return SLACK + read + max(dx, dw)
+
+
+def tiles(name: str, phase: str, sizes: Sizes, dtype: Any) -> Tiles:
+    """The tuned tiles of the nearest problem that fit this one, else the default."""
+    return tuned.choose(
+        f"tpu.{name}.{phase}",
+        chips.current("tpu"),
+        {"m": sizes.m, "n": sizes.n, "k": sizes.k},
+        jnp.dtype(dtype).name,
+        Tiles,
+        lambda tiles: tiles.allowed(phase, sizes),
+        Tiles.default(phase, sizes),
+    )
+
+
+def candidates(phase: str, sizes: Sizes) -> Iterator[Tiles]:
+    """Tiles worth trying that fit the chip's VMEM: the default first, then blocks of 128, then every other size."""
+    edges = (2048, 1024, 512, 256)
+    found = [Tiles.default(phase, sizes), Tiles(LANES, LANES, LANES)]
+    found += [Tiles(*edge) for edge in itertools.product(edges, edges, (*edges, round_up(sizes.k, LANES)))]
+    seen = set()
+    for one in found:
+        if one.allowed(phase, sizes) and sizes.cut(one) not in seen:
+            seen.add(sizes.cut(one))
+            yield one
+
+
+def unsupported(x, precision: Any, *weights) -> str | None:
+    """Why x[..., k] and weights [k, n] cannot be multiplied here, or None."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"x must be float32 or bfloat16 on a TPU, got {x.dtype}"
+    for w in weights:
+        if w.dtype != x.dtype:
+            return f"the weights must have the dtype of x, {x.dtype}, got {w.dtype}"
+    if x.dtype == f32 and in_full(precision) is None:
+        return f"float32 is multiplied in precision default or highest on a TPU, not {precision}"
+    return None
+
+
+def _dot(a, b, dims, precision):
+    """A product summed in float32. Those of bfloat16 are exact whatever the precision; Mosaic wants none named."""
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=f32)
+
+
+def in_full(precision: Any) -> bool | None:
+    """Whether a precision asks for float32 products in full, or None if the kernels have no such products."""
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision
+    if precision in (None, "default", "fastest", "bfloat16", lax.Precision.DEFAULT):
+        return False
+    return True if precision in ("highest", "float32", lax.Precision.HIGHEST) else None
+
+
+def _precision(dtype, precision):
+    return lax.Precision.HIGHEST if dtype == f32 and in_full(precision) else lax.Precision.DEFAULT
+
+
+def _turn(size: int, work: int) -> int:
+    """How much of `size` one turn of a loop takes: all of it, or a divisor that is a multiple of 128, for `work`
+    multiply-adds each."""
+    bound = WORK * chips.current("tpu").mxu ** 2
+    if size % LANES or size * work <= bound:
+        return size
+    return max(u for u in range(LANES, size + 1, LANES) if size % u == 0 and (u == LANES or u * work <= bound))
+
+
+def _strips(size: int, width: int) -> list[Any]:
+    return [pl.ds(start, min(width, size - start)) for start in range(0, size, width)]
+
+
+def _part(i, height: int, size: int):
+    """The i-th of the equal parts of `size`."""
+    return slice(0, size) if height == size else pl.ds(pl.multiple_of(i * height, height), height)
+
+
+def _loop(count: int, body: Callable) -> None:
+    """body(i) for i in range(count), the program of one turn being long."""
+    if count == 1:
+        body(0)
+    else:
+        lax.fori_loop(0, count, lambda i, _: body(i), None)
+
+
+def _clear(ref, axis: int, block, size: int) -> None:
+    """Zeros past the end of an array of `size` along `axis`: there lies anything, and 0 · NaN would stay a NaN."""
+    width = ref.shape[axis]
+    inside = size % width
+    if inside:
+        start = inside // LANES * LANES if axis else inside // 16 * 16
+        edge = (slice(None),) * axis + (pl.ds(start, width - start),)
+
+        @pl.when(block == size // width)
+        def _():
+            old = ref[edge]
+            index = lax.broadcasted_iota(jnp.int32, old.shape, axis) + start
+            ref[edge] = jnp.where(index < inside, old, jnp.zeros((), old.dtype))
+
+
+def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
+    """`pl.pallas_call(kernel, …)` with the VMEM and the cost told to XLA."""
+    once = sizes.m * sizes.k + sizes.weights * sizes.k * sizes.n + (1 + sizes.saved + sizes.read) * sizes.m * sizes.n
+    return pl.pallas_call(
+        kernel,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=memory(phase, tiles, sizes)
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * sizes.weights * sizes.m * sizes.n * sizes.k,
+            transcendentals=work * sizes.m * sizes.n,
+            bytes_accessed=once * sizes.itemsize,
+        ),
+        name=name,
+        **kwargs,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ forward
+def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes, cut, precision):
+    out_refs, sums = refs[: 1 + sizes.saved], refs[1 + sizes.saved :]
+    count, step, steps = sizes.weights, pl.program_id(2), pl.cdiv(sizes.k, cut.k)
+    _clear(x_ref, 1, step, sizes.k)
+    for w_ref in w_refs:
+        _clear(w_ref, 0, step, sizes.k)
+    strips = _strips(cut.n, STRIP)
+    height = _turn(cut.m, cut.n * cut.k * count)
+
+    def products(rows, strip):
+        return [_dot(x_ref[rows], w_ref[:, strip], NN, precision) for w_ref in w_refs]
+
+    def complete(rows, strip, zs):
+        bias = None if bias_ref is None else bias_ref[:, strip]
+        residual = None if residual_ref is None else residual_ref[rows, strip].astype(f32)
+        for ref, value in zip(out_refs, finish(zs, bias, residual), strict=True):
+            ref[rows, strip] = value.astype(ref.dtype)
+
+    def keep(rows, strip, zs):
+        for ref, z in zip(sums, zs, strict=True):
+            ref[rows, strip] = z
+
+    def go(rest, add):
+        """rest(rows, strip, sums) of every strip, while the next one is multiplied."""
+
+        def turn(i):
+            rows = _part(i, height, cut.m)
+            before = None
+            for n, strip in enumerate(strips):
+                zs = products(rows, strip)
+                if add:
+                    zs = [ref[rows, strip] + z for ref, z in zip(sums, zs, strict=True)]
+                if n:
+                    rest(rows, strips[n - 1], before)
+                before = zs
+            rest(rows, strips[-1], before)
+
+        _loop(cut.m // height, turn)
+
+    if steps == 1:
+        go(complete, False)
+    else:
+        pl.when(step == 0)(lambda: go(keep, False))
+        pl.when((step > 0) & (step < steps - 1))(lambda: go(keep, True))
+        pl.when(step == steps - 1)(lambda: go(complete, True))
+
+
+def forward(
+    name: str, x, ws: Sequence, bias, residual, finish: Callable, sizes: Sizes, tiles: Tiles, precision: Any
+) -> list[jax.Array]:
+    """[y, saved …], each [m, n] in the dtype of x[m, k]: what `finish` makes of the products with every w[k, n].
+
+    finish(zs, bias, residual) -> (y, saved …), of float32 tiles, the bias a row and both perhaps None.
+    """
+    cut, steps, outputs = sizes.cut(tiles), sizes.steps(tiles), 1 + sizes.saved
+    over_mn = pl.BlockSpec((cut.m, cut.n), lambda i, j, k: (i, j))
+    row = None if bias is None else bias.astype(f32)[None]
+    return _call(
+        functools.partial(
+            _forward_kernel, finish=finish, sizes=sizes, cut=cut, precision=_precision(x.dtype, precision)
+        ),
+        f"{name}_forward",
+        "forward",
+        tiles,
+        sizes,
+        ("parallel", "parallel", "arbitrary"),
+        1,
+        grid=steps,
+        in_specs=[
+            pl.BlockSpec((cut.m, cut.k), lambda i, j, k: (i, k)),
+            [pl.BlockSpec((cut.k, cut.n), lambda i, j, k: (k, j))] * len(ws),
+            None if row is None else pl.BlockSpec((1, cut.n), lambda i, j, k: (0, j)),
+            None if residual is None else over_mn,
+        ],
+        out_specs=[over_mn] * outputs,
+        out_shape=[jax.ShapeDtypeStruct((sizes.m, sizes.n), x.dtype)] * outputs,
+        scratch_shapes=[pltpu.VMEM((cut.m, cut.n), f32)] * (len(ws) * (steps[2] > 1)),
+    )(x, list(ws), row, residual)

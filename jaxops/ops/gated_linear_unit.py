@@ -9,6 +9,7 @@ from jaxops.ops import checks
 from jaxops.ops.activations import silu
 from jaxops.ops.matmul import Activation, call_unless_traced, kept, plain_activation, product_gradients, pull_back
 from jaxops.reference.gated_linear_unit import gated_linear_unit as reference
+from pallas_kernels import tpu
 
 
 def _forward(x, w_gate, w_up, *, activation):
@@ -31,7 +32,7 @@ _OPERATOR = Operator(
     differentiable=("x", "w_gate", "w_up"),
     reference=lambda *operands, **named: (reference(*operands, **named),),
     xla=Rules(_forward, _backward),
-    tpu="gated_linear_unit has no Mosaic TPU kernel yet",
+    tpu=tpu.gated_linear_unit,
     gpu="gated_linear_unit has no Mosaic GPU kernel yet",
     partition=None,
 )

@@ -13,7 +13,7 @@ from jaxops import autodiff, dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
 from jaxops.reference.matmul import matmul as reference
-from pallas_kernels import modifiers
+from pallas_kernels import modifiers, tpu
 
 Activation = Callable[[jax.Array], jax.Array]
 _TRIAL = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -116,7 +116,7 @@ _OPERATOR = Operator(
     differentiable=("x", "w", "bias", "residual"),
     reference=lambda *operands, **named: (reference(*operands, **named),),
     xla=Rules(_forward, _backward),
-    tpu="matmul has no Mosaic TPU kernel yet",
+    tpu=tpu.matmul,
     gpu="matmul has no Mosaic GPU kernel yet",
     partition=None,
 )

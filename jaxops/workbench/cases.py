@@ -84,7 +84,6 @@ CASES = (
         "gated_linear_unit",
         "x=8192x4096 w_gate=4096x11008 w_up=4096x11008",
         "x=3x37x1000 w_gate=1000x257 w_up=1000x257",
-        kernel=False,
     ),
     *_two(
         "rope",
@@ -93,7 +92,7 @@ CASES = (
         "base=500000.0 scaling=2.0",
         kernel=False,
     ),
-    *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257", kernel=False),
+    *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
 )
 
 

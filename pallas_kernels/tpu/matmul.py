@@ -30,17 +30,17 @@ def unsupported(x, w, bias=None, residual=None, *, activation: Callable | None, 
     return products.unsupported(x, precision, w) or activations.unsupported(activation, "tpu")
 
 
-def tiles(phase: str, x, w, bias=None, residual=None, *, activation: Callable | None, **options) -> Tiles:
+def tiles(phase: str, x, w, bias=None, residual=None, *, activation, **options) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
     return products.tiles("matmul", phase, _sizes(x, w, residual, activation), x.dtype)
 
 
-def candidates(phase: str, x, w, bias=None, residual=None, *, activation: Callable | None, **options) -> Iterator[Tiles]:
+def candidates(phase: str, x, w, bias=None, residual=None, *, activation, **options) -> Iterator[Tiles]:
     """Tiles worth trying that fit the chip's VMEM, the default first."""
     return products.candidates(phase, _sizes(x, w, residual, activation))
 
 
-def memory(phase: str, tiles: Tiles, x, w, bias=None, residual=None, *, activation: Callable | None, **options) -> int:
+def memory(phase: str, tiles: Tiles, x, w, bias=None, residual=None, *, activation, **options) -> int:
     """Bytes of VMEM that the kernels of `phase` are estimated to take."""
     return products.memory(phase, tiles, _sizes(x, w, residual, activation))
 
@@ -110,7 +110,7 @@ def backward(
     sizes = _sizes(x, w, None, activation)
     tiles = tiles or products.tiles("matmul", "backward", sizes, x.dtype)
     dy = cotangents[0].astype(x.dtype)
-    start = None if activation is None else lambda dy, z: (activations.gradient(activation, z, dy),)
+    start = None if activation is None else lambda dy, z: activations.along(activation, z, dy)[1:]
     rows = lambda a: a.reshape(sizes.m, a.shape[-1])
     saved = [rows(a) for a in residuals]
     dx, (dw,), sums = products.backward(

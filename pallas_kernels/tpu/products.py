@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, tuned
-from pallas_kernels.padding import pad_to, round_up
+from pallas_kernels.padding import round_up
 
 f32 = jnp.float32
 LANES = 128
@@ -71,12 +71,21 @@ class Sizes:
     saved: int
 
     def cut(self, tiles: Tiles) -> "Tiles":
-        """The blocks of `tiles`: an axis that fits one tile is one block of its own size."""
-        return Tiles(*(min(size, tile) for size, tile in zip((self.m, self.n, self.k), _axes(tiles), strict=True)))
+        """The blocks of `tiles`; none is past the end of its axis."""
+        return Tiles(*map(_block, (self.m, self.n, self.k), _axes(tiles)))
 
     def steps(self, tiles: Tiles) -> tuple[int, int, int]:
         """How many blocks along m, n and k."""
-        return tuple(pl.cdiv(size, tile) for size, tile in zip((self.m, self.n, self.k), _axes(tiles), strict=True))  # type: ignore[return-value]
+        cut = self.cut(tiles)
+        return pl.cdiv(self.m, cut.m), pl.cdiv(self.n, cut.n), pl.cdiv(self.k, cut.k)
+
+
+def _block(size: int, tile: int) -> int:
+    """An axis that fits one tile is one block of its own size, or two if it is long and no multiple of 128: inside a
+    kernel, what is long is taken in equal parts."""
+    if size > tile:
+        return tile
+    return size if size % LANES == 0 or size < 2 * LANES else round_up(pl.cdiv(size, 2), LANES)
 
 
 def _axes(tiles: Tiles) -> tuple[int, int, int]:
@@ -213,9 +222,12 @@ def _clear(ref, axis: int, block, size: int) -> None:
 
 
 def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
-    """`pl.pallas_call(kernel, …)` with the VMEM and the cost told to XLA."""
+    """`pl.pallas_call(kernel, …)` with the VMEM and the cost told to XLA.
+
+    Under `vmap` the calls follow one another: one fills the chip, and shared weights stay shared.
+    """
     once = sizes.m * sizes.k + sizes.weights * sizes.k * sizes.n + (1 + sizes.saved + sizes.read) * sizes.m * sizes.n
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=semantics, vmem_limit_bytes=memory(phase, tiles, sizes)
@@ -228,6 +240,7 @@ def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
         name=name,
         **kwargs,
     )
+    return jax.custom_batching.sequential_vmap(lambda *operands: call(*operands))
 
 
 # ------------------------------------------------------------------------------------------------ forward
@@ -309,3 +322,189 @@ def forward(
         out_shape=[jax.ShapeDtypeStruct((sizes.m, sizes.n), x.dtype)] * outputs,
         scratch_shapes=[pltpu.VMEM((cut.m, cut.n), f32)] * (len(ws) * (steps[2] > 1)),
     )(x, list(ws), row, residual)
+
+
+# ------------------------------------------------------------------------------------------------ backward
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """The d of a block [m, n], made strip by strip. `buffers`, [2, m, strip] for each weight, hold a strip that is
+    being multiplied and the next one; without `start` there is nothing to make, and dy itself is what is multiplied.
+
+    `axis`, the contracted one, ends at `size`; `block` is the place of the block along it. `sums`: where to add the sum
+    of the rows of d, [8, n] for each weight, if wanted.
+    """
+
+    start: Callable | None
+    dy: Any
+    saved: Sequence
+    buffers: Sequence
+    axis: int
+    block: Any
+    size: int
+    sums: Sequence
+
+    @property
+    def width(self) -> int:
+        columns = self.dy.shape[1]
+        return STRIP if self.buffers and columns % STRIP == 0 else columns
+
+    def read(self, rows, columns):
+        """d of a part of the block, in float32; zeros past the end of the contracted axis."""
+        dy = self.dy[rows, columns].astype(f32)
+        ds = (dy,) if self.start is None else self.start(dy, *(ref[rows, columns].astype(f32) for ref in self.saved))
+        length = self.dy.shape[self.axis]
+        if self.size % length:
+            first = _first(columns if self.axis else rows) + self.block * length
+            inside = lax.broadcasted_iota(jnp.int32, dy.shape, self.axis) + first < self.size
+            ds = tuple(jnp.where(inside, d, 0.0) for d in ds)
+        return ds
+
+    def prepare(self, strip, slot, rows, counts=True):
+        """Some rows of a strip into the buffers; they count in the sums if they were not there before."""
+        columns = _part(strip, self.width, self.dy.shape[1])
+        ds = self.read(rows, columns)
+        for buffer, d in zip(self.buffers, ds, strict=False):
+            buffer[slot, rows] = d.astype(buffer.dtype)
+        for ref, d in zip(self.sums, ds, strict=False):
+            height = 8 if d.shape[0] % 8 == 0 else 1
+            total = jnp.sum(d.reshape(-1, height, d.shape[1]), 0)
+            ref[:height, columns] += jnp.where(counts, total, 0.0)
+
+    def multiply(self, most: int, work: int, product: Callable) -> None:
+        """product(ds, columns, part) for every strip of columns, its d as narrow matrices [m, strip], and every part of
+        `most` rows or columns of the result, `work` multiply-adds each for one number of d; meanwhile the next strip is
+        made."""
+        (height, columns), width = self.dy.shape, self.width
+        strips, size = columns // width, _turn(most, height * width * work)
+        if height % (16 * (most // size)):  # else the next strip could not be made in as many parts
+            size = most
+        parts = most // size
+        rows = height // parts
+        if self.buffers or self.sums:
+            _loop(parts, lambda part: self.prepare(0, 0, _part(part, rows, height)))
+        if not self.buffers:
+            _clear(self.dy, self.axis, self.block, self.size)
+
+        def turn(i):
+            strip, part = i // parts, i % parts
+            ds = [buffer.at[strip % 2] for buffer in self.buffers] or [self.dy]
+            product(ds, _part(strip, width, columns), _part(part, size, most))
+            if self.buffers and strips > 1:  # after the last one: again the first, for nothing
+                following = strip + 1
+                again = following % strips
+                self.prepare(again, following % 2, _part(part, rows, height), counts=following < strips)
+
+        _loop(strips * parts, turn)
+
+
+def _first(part) -> Any:
+    return part.start if isinstance(part, pl.Slice) else part.start or 0
+
+
+def _over_rows(ref, body: Callable) -> None:
+    """body(rows) for every 128 rows of an array in VMEM, or all of them at once."""
+    height = LANES if ref.shape[0] % LANES == 0 else ref.shape[0]
+    _loop(ref.shape[0] // height, lambda i: body(_part(i, height, ref.shape[0])))
+
+
+def _accumulate(step, steps: int, sums: Sequence, outs: Sequence, add: Callable) -> None:
+    """Sums of float32 over the steps of the innermost grid axis, and their rounding at its end."""
+
+    @pl.when(step == 0)
+    def _():
+        for ref in sums:
+            _over_rows(ref, lambda rows, ref=ref: ref.__setitem__(rows, jnp.zeros_like(ref[rows])))
+
+    add()
+
+    @pl.when(step == steps - 1)
+    def _():
+        for ref, out in zip(sums, outs, strict=False):
+            _over_rows(ref, lambda rows, ref=ref, out=out: out.__setitem__(rows, ref[rows].astype(out.dtype)))
+
+
+def _dx_kernel(dy_ref, saved_refs, w_refs, dx_ref, total, *buffers, start, sizes, cut, precision):
+    step = pl.program_id(2)
+    for w_ref in w_refs:
+        _clear(w_ref, 1, step, sizes.n)
+    d = _Gradients(start, dy_ref, saved_refs, buffers, 1, step, sizes.n, ())
+
+    def product(ds, columns, part):
+        total[:, part] += sum(
+            _dot(d_ref[...], w_ref[part, columns], NT, precision) for d_ref, w_ref in zip(ds, w_refs, strict=True)
+        )
+
+    _accumulate(*(step, pl.cdiv(sizes.n, cut.n), [total], [dx_ref]), lambda: d.multiply(cut.k, sizes.weights, product))
+
+
+def _dw_kernel(x_ref, dy_ref, saved_refs, *refs, start, sizes, cut, precision, with_sums):
+    step, count = pl.program_id(2), sizes.weights
+    outs, refs = refs[:count], refs[count:]
+    sums, (transposed, *refs) = (refs[:count], refs[count:]) if with_sums else ((), refs)
+    totals, buffers = refs[:count], refs[count:]
+    _clear(x_ref, 0, step, sizes.m)
+    d = _Gradients(start, dy_ref, saved_refs, buffers, 0, step, sizes.m, sums)
+
+    def add():
+        _over_rows(transposed, lambda rows: transposed.__setitem__(rows, x_ref[:, rows].T))
+        d.multiply(cut.k, count, product)
+
+    def product(ds, columns, part):
+        for d_ref, total in zip(ds, totals, strict=True):
+            total[part, columns] += _dot(transposed[part], d_ref[...], NN, precision)
+
+    _accumulate(step, pl.cdiv(sizes.m, cut.m), (*totals, *sums), outs, add)
+
+
+def backward(
+    name: str,
+    x,
+    ws: Sequence,
+    dy,
+    saved: Sequence,
+    start: Callable | None,
+    sizes: Sizes,
+    tiles: Tiles,
+    precision: Any,
+    *,
+    with_sums: bool = False,
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    """(dx, every dw, the sums over the rows of every d in float32, if wanted), from dy and what was saved, all [m, n].
+
+    start(dy, saved …) -> (d_1, …), of float32 tiles; None for dy itself.
+    """
+    cut, steps, precision = sizes.cut(tiles), sizes.steps(tiles), _precision(x.dtype, precision)
+    count, (m, n, k) = sizes.weights, _axes(cut)
+    strip = STRIP if n % STRIP == 0 else n
+    buffers = [pltpu.VMEM((2, m, strip), x.dtype)] * (count if start is not None else 0)
+    static = dict(start=start, sizes=sizes, cut=cut, precision=precision)
+    call = functools.partial(
+        _call, phase="backward", tiles=tiles, sizes=sizes, semantics=("parallel", "parallel", "arbitrary"), work=0
+    )
+    over_mn = pl.BlockSpec((m, n), lambda i, j, s: (i, s))
+    dx = call(
+        functools.partial(_dx_kernel, **static),
+        f"{name}_backward_x",
+        grid=(steps[0], steps[2], steps[1]),
+        in_specs=[over_mn, [over_mn] * len(saved), [pl.BlockSpec((k, n), lambda i, j, s: (j, s))] * count],
+        out_specs=pl.BlockSpec((m, k), lambda i, j, s: (i, j)),
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_shapes=[pltpu.VMEM((m, k), f32), *buffers],
+    )(dy, list(saved), list(ws))
+    over_mn = pl.BlockSpec((m, n), lambda i, j, s: (s, j))
+    dws = call(
+        functools.partial(_dw_kernel, **static, with_sums=with_sums),
+        f"{name}_backward_w",
+        grid=(steps[2], steps[1], steps[0]),
+        in_specs=[pl.BlockSpec((m, k), lambda i, j, s: (s, i)), over_mn, [over_mn] * len(saved)],
+        out_specs=[
+            *[pl.BlockSpec((k, n), lambda i, j, s: (i, j))] * count,
+            *[pl.BlockSpec((8, n), lambda i, j, s: (i, j))] * (count * with_sums),
+        ],
+        out_shape=[
+            *[jax.ShapeDtypeStruct(ws[0].shape, x.dtype)] * count,
+            *[jax.ShapeDtypeStruct((8 * steps[2], sizes.n), f32)] * (count * with_sums),
+        ],
+        scratch_shapes=[pltpu.VMEM((k, m), x.dtype), *[pltpu.VMEM((k, n), f32)] * count, *buffers],
+    )(x, dy, list(saved))
+    return dx, dws[:count], [total[:8].sum(0) for total in dws[count:]]

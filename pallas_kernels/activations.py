@@ -12,25 +12,37 @@ from pallas_kernels import modifiers
 _HOLDERS = ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit")
 # What a tile of every size and layout goes through element by element, and the compiler of each platform lowers.
 _ON_BOTH = (
-    *("abs", "add", "and", "convert_element_type", "cos", "div", "eq", "erf", "exp", "exp2", "ge", "gt", "integer_pow"),
-    *("le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "rsqrt"),
-    *("select_n", "sign", "sin", "sqrt", "square", "sub", "tanh"),
+    *("abs", "add", "and", "convert_element_type", "div", "eq", "exp", "exp2", "ge", "gt", "integer_pow", "le", "log"),
+    *("logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "rsqrt", "select_n", "sign", "sqrt", "square"),
+    "sub",
 )
 _ELEMENTWISE = {
-    "tpu": (*_ON_BOTH, "add_any", "clamp", "floor", "is_finite", "log1p", "pow", "round", "stop_gradient", "tan"),
+    "tpu": (
+        *_ON_BOTH,
+        *("add_any", "clamp", "cos", "erf", "floor", "is_finite", "log1p", "one_minus_square", "pow", "round", "sin"),
+        *("stop_gradient", "tan", "tanh"),
+    ),
     "gpu": _ON_BOTH,
 }
 _TILE = (16, 128)
 
 
+def along(activation: Callable, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(activation(x), activation'(x) · dy), of a tile: elementwise, forward and reverse mode are the same."""
+    return jax.jvp(activation, (x,), (dy,))
+
+
 @functools.lru_cache(maxsize=256)
-def unsupported(activation: Callable | None, platform: str) -> str | None:
-    """Why a kernel of `platform` ("tpu" or "gpu") cannot hold this activation and its gradient, or None."""
+def unsupported(activation: Callable | None, platform: str, computed: Callable = along) -> str | None:
+    """Why a kernel of `platform` ("tpu" or "gpu") cannot hold this activation, or None.
+
+    computed(activation, x, dy) is what it computes on tiles; by default the gradient, too.
+    """
     if activation is None:
         return None
     tile = jax.ShapeDtypeStruct(_TILE, jnp.float32)
     try:
-        program = jax.make_jaxpr(functools.partial(along, activation))(tile, tile)
+        program = jax.make_jaxpr(functools.partial(computed, activation))(tile, tile)
     except TypeError as error:  # a custom_vjp
         return f"activation has no forward-mode derivative: {str(error).partition('.')[0]}"
     if arrays := modifiers.captured(program):
@@ -49,8 +61,3 @@ def unsupported(activation: Callable | None, platform: str) -> str | None:
 
 def _fits(aval: jax.core.ShapedArray) -> bool:
     return aval.dtype in (jnp.float32, jnp.bool_) or (aval.shape == () and aval.dtype == jnp.int32)
-
-
-def along(activation: Callable, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(activation(x), activation'(x) · dy), of a tile: elementwise, forward and reverse mode are the same."""
-    return jax.jvp(activation, (x,), (dy,))

@@ -94,7 +94,7 @@ def test_a_weight_split_over_its_columns_splits_the_result(kind):
     with jax.set_mesh(mesh):
         y = jax.jit(lambda o: matmul(**o, activation=silu))(placed)
         if kind == AxisType.Explicit:
-            with pytest.raises(ValueError, match="wrap the call in jax.shard_map"):
+            with pytest.raises(ValueError, match=r"wrap the call in jax\.shard_map"):
                 matmul(**placed, implementation="pallas")
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, P("data", "tensor")), 2)
     assert error(y, reference(**{n: jnp.asarray(x) for n, x in o.items()}, activation=silu, precision=None)) < 1e-5

@@ -9,7 +9,7 @@ from jaxops.ops import checks
 from jaxops.ops.activations import silu
 from jaxops.ops.matmul import Activation, call_unless_traced, kept, plain_activation, product_gradients, pull_back
 from jaxops.reference.gated_linear_unit import gated_linear_unit as reference
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 
 def _forward(x, w_gate, w_up, *, activation):
@@ -33,7 +33,7 @@ _OPERATOR = Operator(
     reference=lambda *operands, **named: (reference(*operands, **named),),
     xla=Rules(_forward, _backward),
     tpu=tpu.gated_linear_unit,
-    gpu="gated_linear_unit has no Mosaic GPU kernel yet",
+    gpu=gpu.gated_linear_unit,
     partition=None,
 )
 

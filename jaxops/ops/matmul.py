@@ -13,7 +13,7 @@ from jaxops import autodiff, dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
 from jaxops.reference.matmul import matmul as reference
-from pallas_kernels import modifiers, tpu
+from pallas_kernels import gpu, modifiers, tpu
 
 Activation = Callable[[jax.Array], jax.Array]
 _TRIAL = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -117,7 +117,7 @@ _OPERATOR = Operator(
     reference=lambda *operands, **named: (reference(*operands, **named),),
     xla=Rules(_forward, _backward),
     tpu=tpu.matmul,
-    gpu="matmul has no Mosaic GPU kernel yet",
+    gpu=gpu.matmul,
     partition=None,
 )
 

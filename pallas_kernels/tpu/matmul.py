@@ -27,6 +27,8 @@ def _sizes(x, w, residual, activation, saving: bool = True) -> products.Sizes:
 
 def unsupported(x, w, bias=None, residual=None, *, activation: Callable | None, precision: Any) -> str | None:
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    if residual is not None and residual.dtype not in (f32, jnp.bfloat16):
+        return f"residual must be float32 or bfloat16 on a TPU, got {residual.dtype}"
     return products.unsupported(x, precision, w) or activations.unsupported(activation, "tpu")
 
 

@@ -198,6 +198,14 @@ def _part(i, height: int, size: int):
     return slice(0, size) if height == size else pl.ds(pl.multiple_of(i * height, height), height)
 
 
+def _parts(i, height: int, rows: int, size: int) -> list[Any]:
+    """The i-th of the equal parts of `size`, cut into smaller ones of `rows`."""
+    if height == size:
+        return _strips(size, rows)
+    start = pl.multiple_of(i * height, height)
+    return [pl.ds(start + offset, rows) for offset in range(0, height, rows)]
+
+
 def _loop(count: int, body: Callable) -> None:
     """body(i) for i in range(count), the program of one turn being long."""
     if count == 1:
@@ -245,41 +253,44 @@ def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
 
 # ------------------------------------------------------------------------------------------------ forward
 def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes, cut, precision):
-    out_refs, sums = refs[: 1 + sizes.saved], refs[1 + sizes.saved :]
-    count, step, steps = sizes.weights, pl.program_id(2), pl.cdiv(sizes.k, cut.k)
+    out_refs, refs = refs[: 1 + sizes.saved], refs[1 + sizes.saved :]
+    step, steps = pl.program_id(2), pl.cdiv(sizes.k, cut.k)
+    if _ahead(sizes, cut):
+        x_ref, refs = _fetch_rows(x_ref, *refs[:2], _pieces(sizes, cut)), refs[2:]
+    sums = refs
     _clear(x_ref, 1, step, sizes.k)
     for w_ref in w_refs:
         _clear(w_ref, 0, step, sizes.k)
-    strips = _strips(cut.n, STRIP)
-    height = _turn(cut.m, cut.n * cut.k * count)
+    height = _turn(cut.m, cut.n * cut.k * sizes.weights)
+    rows = STRIP if height % STRIP == 0 else height
 
-    def products(rows, strip):
-        return [_dot(x_ref[rows], w_ref[:, strip], NN, precision) for w_ref in w_refs]
+    def products(row, column):
+        return [_dot(x_ref[row], w_ref[:, column], NN, precision) for w_ref in w_refs]
 
-    def complete(rows, strip, zs):
-        bias = None if bias_ref is None else bias_ref[:, strip]
-        residual = None if residual_ref is None else residual_ref[rows, strip].astype(f32)
+    def complete(row, column, zs):
+        bias = None if bias_ref is None else bias_ref[:, column]
+        residual = None if residual_ref is None else residual_ref[row, column].astype(f32)
         for ref, value in zip(out_refs, finish(zs, bias, residual), strict=True):
-            ref[rows, strip] = value.astype(ref.dtype)
+            ref[row, column] = value.astype(ref.dtype)
 
-    def keep(rows, strip, zs):
+    def keep(row, column, zs):
         for ref, z in zip(sums, zs, strict=True):
-            ref[rows, strip] = z
+            ref[row, column] = z
 
     def go(rest, add):
-        """rest(rows, strip, sums) of every strip, while the next one is multiplied."""
+        """rest(row, column, sums) of every strip, while the next one is multiplied."""
 
         def turn(i):
-            rows = _part(i, height, cut.m)
+            strips = itertools.product(_parts(i, height, rows, cut.m), _strips(cut.n, STRIP))
             before = None
-            for n, strip in enumerate(strips):
-                zs = products(rows, strip)
+            for strip in strips:
+                zs = products(*strip)
                 if add:
-                    zs = [ref[rows, strip] + z for ref, z in zip(sums, zs, strict=True)]
-                if n:
-                    rest(rows, strips[n - 1], before)
-                before = zs
-            rest(rows, strips[-1], before)
+                    zs = [ref[strip] + z for ref, z in zip(sums, zs, strict=True)]
+                if before is not None:
+                    rest(*before)
+                before = (*strip, zs)
+            rest(*before)
 
         _loop(cut.m // height, turn)
 
@@ -289,6 +300,42 @@ def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes,
         pl.when(step == 0)(lambda: go(keep, False))
         pl.when((step > 0) & (step < steps - 1))(lambda: go(keep, True))
         pl.when(step == steps - 1)(lambda: go(complete, True))
+
+
+def _ahead(sizes: Sizes, cut: Tiles) -> bool:
+    """Whether blocks of x are fetched by the kernel itself: a block that stays for a whole row of tiles is large, and
+    the grid would ask for the next one only in the last tile of the row. Two cores would not know which row is first.
+    """
+    return sizes.k == cut.k and sizes.m % cut.m == 0 and sizes.m > cut.m and chips.current("tpu").cores == 1
+
+
+def _pieces(sizes: Sizes, cut: Tiles) -> int:
+    """Into how many pieces a block of x is cut: one is fetched with each tile, so that weights are not kept waiting."""
+    return max(p for p in range(1, pl.cdiv(sizes.n, cut.n) + 1) if cut.m % (16 * p) == 0)
+
+
+def _fetch_rows(x_ref, blocks, arrived, pieces: int):
+    """The block of x of this row of tiles, there; a piece of the next one is on its way."""
+    (_, m, _), i, j = blocks.shape, pl.program_id(0), pl.program_id(1)
+
+    def copy(block, start, size):
+        slot = lax.rem(block, 2)
+        there = blocks.at[slot, pl.ds(start, size)]
+        return pltpu.make_async_copy(x_ref.at[pl.ds(block * m + start, size)], there, arrived.at[slot])
+
+    @pl.when((i == 0) & (j == 0))
+    def _():
+        copy(0, 0, m).start()
+
+    @pl.when(j == 0)
+    def _():
+        copy(i, 0, m).wait()
+
+    @pl.when((i + 1 < pl.num_programs(0)) & (j < pieces))
+    def _():
+        copy(i + 1, pl.multiple_of(j * (m // pieces), 16), m // pieces).start()
+
+    return blocks.at[lax.rem(i, 2)]
 
 
 def forward(
@@ -301,6 +348,11 @@ def forward(
     cut, steps, outputs = sizes.cut(tiles), sizes.steps(tiles), 1 + sizes.saved
     over_mn = pl.BlockSpec((cut.m, cut.n), lambda i, j, k: (i, j))
     row = None if bias is None else bias.astype(f32)[None]
+    ahead, parallel = _ahead(sizes, cut), "parallel"
+    x_spec, fetched = pl.BlockSpec((cut.m, cut.k), lambda i, j, k: (i, k)), []
+    if ahead:
+        x_spec, parallel = pl.BlockSpec(memory_space=pl.ANY), "arbitrary"
+        fetched = [pltpu.VMEM((2, cut.m, cut.k), x.dtype), pltpu.SemaphoreType.DMA((2,))]
     return _call(
         functools.partial(
             _forward_kernel, finish=finish, sizes=sizes, cut=cut, precision=_precision(x.dtype, precision)
@@ -309,18 +361,18 @@ def forward(
         "forward",
         tiles,
         sizes,
-        ("parallel", "parallel", "arbitrary"),
+        (parallel, parallel, "arbitrary"),
         1,
         grid=steps,
         in_specs=[
-            pl.BlockSpec((cut.m, cut.k), lambda i, j, k: (i, k)),
+            x_spec,
             [pl.BlockSpec((cut.k, cut.n), lambda i, j, k: (k, j))] * len(ws),
             None if row is None else pl.BlockSpec((1, cut.n), lambda i, j, k: (0, j)),
             None if residual is None else over_mn,
         ],
         out_specs=[over_mn] * outputs,
         out_shape=[jax.ShapeDtypeStruct((sizes.m, sizes.n), x.dtype)] * outputs,
-        scratch_shapes=[pltpu.VMEM((cut.m, cut.n), f32)] * (len(ws) * (steps[2] > 1)),
+        scratch_shapes=[*fetched, *[pltpu.VMEM((cut.m, cut.n), f32)] * (len(ws) * (steps[2] > 1))],
     )(x, list(ws), row, residual)
 
 

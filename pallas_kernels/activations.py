@@ -19,7 +19,7 @@ _ON_BOTH = (
 _ELEMENTWISE = {
     "tpu": (
         *_ON_BOTH,
-        *("add_any", "clamp", "cos", "erf", "floor", "is_finite", "log1p", "one_minus_square", "pow", "round", "sin"),
+        *("add_any", "clamp", "cos", "floor", "is_finite", "log1p", "one_minus_square", "pow", "round", "sin"),
         *("stop_gradient", "tan", "tanh"),
     ),
     "gpu": _ON_BOTH,

@@ -1,5 +1,5 @@
-"""y = activation(gate) ∘ up on Hopper GPUs, gate = x · w_gate and up = x · w_up: both products of `products` read x once
-and meet in registers.
+"""y = activation(gate) ∘ up on Hopper GPUs, gate = x · w_gate and up = x · w_up: both products of `products` read x
+once and meet in registers.
 
 A forward pass that is differentiated saves gate and up, in the dtype of y.
 """

@@ -45,9 +45,10 @@ class Tiles:
 
     @staticmethod
     def default(phase: str, sizes: "Sizes") -> "Tiles":
-        """The first that fits VMEM. Reads decide: forward, a tile of m × n reads m + n numbers for m · n products, and
-        short steps along k start early and end early. Backward, k is whole if it can be: what belongs to m × n is then
-        read and differentiated once for dx and once for the weights."""
+        """The first that fits VMEM. Reads decide: forward, a tile of m × n reads m + n numbers for m · n products.
+        Where blocks of x can be fetched ahead, k is whole, and x is read once; elsewhere short steps along k start
+        early. Backward, k is whole if it can be: what belongs to m × n is then read and differentiated once for dx and
+        once for the weights."""
         return next((t for t in _sizes(phase, sizes) if t.allowed(phase, sizes)), Tiles(LANES, LANES, LANES))
 
     def allowed(self, phase: str, sizes: "Sizes") -> bool:
@@ -94,12 +95,15 @@ def _axes(tiles: Tiles) -> tuple[int, int, int]:
 
 def _sizes(phase: str, sizes: Sizes) -> Iterator[Tiles]:
     """Tiles in the order of preference."""
+    whole = round_up(sizes.k, LANES)
     if phase == "forward":
-        for m, n in ((2048, 1024), (1024, 1024), (1024, 512), (512, 512), (256, 512), (256, 256), (128, 128)):
+        for rows in (2048, 1024):
+            if _ahead(sizes, sizes.cut(tiles := Tiles(rows, 512, whole))):
+                yield tiles
+        for m, n in ((1024, 1024), (1024, 512), (512, 512), (256, 512), (256, 256), (128, 128)):
             for k in (512, 256, 128):
                 yield Tiles(m, n, k)
         return
-    whole = round_up(sizes.k, LANES)
     for m, n in ((1024, 1024), (1024, 512), (512, 512), (256, 512), (256, 256), (128, 128)):
         for k in (whole, 2048, 1024, 512, 256, 128):
             yield Tiles(m, n, min(k, whole))
@@ -253,22 +257,22 @@ def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
 
 # ------------------------------------------------------------------------------------------------ forward
 def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes, cut, precision):
-    out_refs, refs = refs[: 1 + sizes.saved], refs[1 + sizes.saved :]
+    out_refs, sums = refs[: 1 + sizes.saved], refs[1 + sizes.saved :]
     step, steps = pl.program_id(2), pl.cdiv(sizes.k, cut.k)
-    if _ahead(sizes, cut):
-        x_ref, refs = _fetch_rows(x_ref, *refs[:2], _pieces(sizes, cut)), refs[2:]
-    sums = refs
+    if ahead := _ahead(sizes, cut):
+        pieces = _pieces(sizes, cut)
+        x_ref, arrive = _fetch_rows(x_ref, *sums, pieces)
+        sums = ()
     _clear(x_ref, 1, step, sizes.k)
     for w_ref in w_refs:
         _clear(w_ref, 0, step, sizes.k)
     height = _turn(cut.m, cut.n * cut.k * sizes.weights)
-    rows = STRIP if height % STRIP == 0 else height
 
     def products(row, column):
         return [_dot(x_ref[row], w_ref[:, column], NN, precision) for w_ref in w_refs]
 
     def complete(row, column, zs):
-        bias = None if bias_ref is None else bias_ref[:, column]
+        bias = None if bias_ref is None else bias_ref[:, column].astype(f32)
         residual = None if residual_ref is None else residual_ref[row, column].astype(f32)
         for ref, value in zip(out_refs, finish(zs, bias, residual), strict=True):
             ref[row, column] = value.astype(ref.dtype)
@@ -277,13 +281,14 @@ def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes,
         for ref, z in zip(sums, zs, strict=True):
             ref[row, column] = z
 
-    def go(rest, add):
+    def go(rest, add=False, height=height, arrive=lambda i: None):
         """rest(row, column, sums) of every strip, while the next one is multiplied."""
 
         def turn(i):
-            strips = itertools.product(_parts(i, height, rows, cut.m), _strips(cut.n, STRIP))
+            arrive(i)
+            rows = _parts(i, height, STRIP if height % STRIP == 0 else height, cut.m)
             before = None
-            for strip in strips:
+            for strip in itertools.product(rows, _strips(cut.n, STRIP)):
                 zs = products(*strip)
                 if add:
                     zs = [ref[strip] + z for ref, z in zip(sums, zs, strict=True)]
@@ -294,12 +299,16 @@ def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes,
 
         _loop(cut.m // height, turn)
 
-    if steps == 1:
-        go(complete, False)
+    if ahead:
+        first = (pl.program_id(0) == 0) & (pl.program_id(1) == 0)
+        pl.when(first)(lambda: go(complete, height=cut.m // pieces, arrive=arrive))
+        pl.when(~first)(lambda: go(complete))
+    elif steps == 1:
+        go(complete)
     else:
-        pl.when(step == 0)(lambda: go(keep, False))
-        pl.when((step > 0) & (step < steps - 1))(lambda: go(keep, True))
-        pl.when(step == steps - 1)(lambda: go(complete, True))
+        pl.when(step == 0)(lambda: go(keep))
+        pl.when((step > 0) & (step < steps - 1))(lambda: go(keep, add=True))
+        pl.when(step == steps - 1)(lambda: go(complete, add=True))
 
 
 def _ahead(sizes: Sizes, cut: Tiles) -> bool:
@@ -315,27 +324,28 @@ def _pieces(sizes: Sizes, cut: Tiles) -> int:
 
 
 def _fetch_rows(x_ref, blocks, arrived, pieces: int):
-    """The block of x of this row of tiles, there; a piece of the next one is on its way."""
-    (_, m, _), i, j = blocks.shape, pl.program_id(0), pl.program_id(1)
+    """The block of x of this row of tiles, a piece of the next one being on its way; and what waits for a piece of it
+    in the first tile of all. It is there in every other."""
+    m, i, j = blocks.shape[1], pl.program_id(0), pl.program_id(1)
 
-    def copy(block, start, size):
-        slot = lax.rem(block, 2)
-        there = blocks.at[slot, pl.ds(start, size)]
-        return pltpu.make_async_copy(x_ref.at[pl.ds(block * m + start, size)], there, arrived.at[slot])
+    def copy(block, piece):
+        slot, size = lax.rem(block, 2), m // pieces
+        there = blocks.at[slot, pl.ds(piece * size, size)]
+        return pltpu.make_async_copy(x_ref.at[pl.ds(block * m + piece * size, size)], there, arrived.at[slot, piece])
 
     @pl.when((i == 0) & (j == 0))
     def _():
-        copy(0, 0, m).start()
+        _loop(pieces, lambda piece: copy(0, piece).start())
 
-    @pl.when(j == 0)
+    @pl.when((i > 0) & (j == 0))
     def _():
-        copy(i, 0, m).wait()
+        _loop(pieces, lambda piece: copy(i, piece).wait())
 
     @pl.when((i + 1 < pl.num_programs(0)) & (j < pieces))
     def _():
-        copy(i + 1, pl.multiple_of(j * (m // pieces), 16), m // pieces).start()
+        copy(i + 1, j).start()
 
-    return blocks.at[lax.rem(i, 2)]
+    return blocks.at[lax.rem(i, 2)], lambda piece: copy(0, piece).wait()
 
 
 def forward(
@@ -347,12 +357,12 @@ def forward(
     """
     cut, steps, outputs = sizes.cut(tiles), sizes.steps(tiles), 1 + sizes.saved
     over_mn = pl.BlockSpec((cut.m, cut.n), lambda i, j, k: (i, j))
-    row = None if bias is None else bias.astype(f32)[None]
+    row = None if bias is None else bias.astype(bias.dtype if bias.dtype in (f32, jnp.bfloat16) else f32)[None]
     ahead, parallel = _ahead(sizes, cut), "parallel"
     x_spec, fetched = pl.BlockSpec((cut.m, cut.k), lambda i, j, k: (i, k)), []
     if ahead:
         x_spec, parallel = pl.BlockSpec(memory_space=pl.ANY), "arbitrary"
-        fetched = [pltpu.VMEM((2, cut.m, cut.k), x.dtype), pltpu.SemaphoreType.DMA((2,))]
+        fetched = [pltpu.VMEM((2, cut.m, cut.k), x.dtype), pltpu.SemaphoreType.DMA((2, _pieces(sizes, cut)))]
     return _call(
         functools.partial(
             _forward_kernel, finish=finish, sizes=sizes, cut=cut, precision=_precision(x.dtype, precision)

@@ -108,7 +108,29 @@ def test_leading_axes_and_vmap():
     np.testing.assert_allclose(got, np.asarray(x) @ np.asarray(w), rtol=1e-5, atol=1e-4)
 
 
-def test_a_planted_fault_is_found(monkeypatch):
+def rows_ahead(mode):
+    """Three rows of three tiles, the blocks of x fetched by the kernel itself: the product and what it should be."""
+    random = np.random.default_rng(0)
+    x, w = (jnp.asarray(random.standard_normal(size), jnp.float32) for size in ((384, 130), (130, 300)))
+    run = lambda x, w: matmul.value(x, w, activation=None, precision=FULL, tiles=Tiles(128, 128, 256))[0]
+    with chips.target(chips.named("v5e")), interpreter(dma_execution_mode=mode):
+        return np.asarray(jax.jit(run)(x, w)), np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+
+
+@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+def test_rows_fetched_ahead(mode):
+    got, exact = rows_ahead(mode)
+    np.testing.assert_allclose(got, exact, atol=1e-4)
+
+
+def test_a_missing_wait_is_found(monkeypatch):
+    fetch = products._fetch_rows
+    monkeypatch.setattr(products, "_fetch_rows", lambda *args: (fetch(*args)[0], lambda piece: None))
+    got, _ = rows_ahead("on_wait")
+    assert np.isnan(got).any()
+
+
+def test_an_edge_that_is_not_cleared_is_found(monkeypatch):
     """Past the end of a contracted axis lies NaN."""
     monkeypatch.setattr(products, "_clear", lambda *_: None)
     got = run(matmul, {"x": jnp.ones((16, 200)), "w": jnp.ones((200, 128))}, jnp.ones((16, 128)), SMALL,

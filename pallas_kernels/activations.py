@@ -12,15 +12,14 @@ from pallas_kernels import modifiers
 _HOLDERS = ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit")
 # What a tile of every size and layout goes through element by element, and the compiler of each platform lowers.
 _ON_BOTH = (
-    *("abs", "add", "and", "convert_element_type", "div", "eq", "exp", "exp2", "ge", "gt", "integer_pow", "le", "log"),
-    *("logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "rsqrt", "select_n", "sign", "sqrt", "square"),
-    "sub",
+    *("abs", "add", "convert_element_type", "div", "eq", "exp", "exp2", "ge", "gt", "integer_pow", "le", "log"),
+    *("logistic", "lt", "max", "min", "mul", "ne", "neg", "rsqrt", "select_n", "sign", "sqrt", "square", "sub"),
 )
 _ELEMENTWISE = {
     "tpu": (
         *_ON_BOTH,
-        *("add_any", "clamp", "cos", "floor", "is_finite", "log1p", "one_minus_square", "pow", "round", "sin"),
-        *("stop_gradient", "tan", "tanh"),
+        *("add_any", "and", "clamp", "cos", "floor", "is_finite", "log1p", "not", "one_minus_square", "or", "pow"),
+        *("round", "sin", "stop_gradient", "tan", "tanh"),
     ),
     "gpu": _ON_BOTH,
 }
@@ -56,6 +55,8 @@ def unsupported(activation: Callable | None, platform: str, computed: Callable =
         for x in (*equation.invars, *equation.outvars):
             if name not in _HOLDERS and not _fits(x.aval):
                 return f"activation computes in {x.aval.dtype}, and a kernel in float32"
+        if platform == "gpu" and name == "convert_element_type" and equation.invars[0].aval.dtype == jnp.bool_:
+            return "activation makes numbers of booleans, which no kernel of gpu does: use jnp.where"
     return None
 
 

@@ -129,8 +129,8 @@ def forward(
     if residual is not None:
         operands.append(residual)
 
-    def body(x_ref, *refs, x_tiles, w_tiles, out_tile, bias_tile, ready, free, extras_ready):
-        refs = list(refs)
+    def body(x_ref, *arrays, x_tiles, w_tiles, out_tile, bias_tile, ready, free, extras_ready):
+        refs = list(arrays)
         w_refs = [refs.pop(0) for _ in ws]
         bias_ref = refs.pop(0) if bias is not None else None
         residual_ref = refs.pop(0) if residual is not None else None

@@ -257,12 +257,12 @@ def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
 
 # ------------------------------------------------------------------------------------------------ forward
 def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes, cut, precision):
-    out_refs, sums = refs[: 1 + sizes.saved], refs[1 + sizes.saved :]
+    out_refs, sums = refs[: 1 + sizes.saved], list(refs[1 + sizes.saved :])
     step, steps = pl.program_id(2), pl.cdiv(sizes.k, cut.k)
-    if ahead := _ahead(sizes, cut):
-        pieces = _pieces(sizes, cut)
-        x_ref, arrive = _fetch_rows(x_ref, *sums, pieces)
-        sums = ()
+    ahead, pieces = _ahead(sizes, cut), _pieces(sizes, cut)
+    if ahead:
+        blocks, arrived, *sums = sums
+        x_ref, arrive = _fetch_rows(x_ref, blocks, arrived, pieces)
     _clear(x_ref, 1, step, sizes.k)
     for w_ref in w_refs:
         _clear(w_ref, 0, step, sizes.k)
@@ -287,7 +287,7 @@ def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes,
         def turn(i):
             arrive(i)
             rows = _parts(i, height, STRIP if height % STRIP == 0 else height, cut.m)
-            before = None
+            before: Any = None
             for strip in itertools.product(rows, _strips(cut.n, STRIP)):
                 zs = products(*strip)
                 if add:
@@ -359,7 +359,8 @@ def forward(
     over_mn = pl.BlockSpec((cut.m, cut.n), lambda i, j, k: (i, j))
     row = None if bias is None else bias.astype(bias.dtype if bias.dtype in (f32, jnp.bfloat16) else f32)[None]
     ahead, parallel = _ahead(sizes, cut), "parallel"
-    x_spec, fetched = pl.BlockSpec((cut.m, cut.k), lambda i, j, k: (i, k)), []
+    x_spec = pl.BlockSpec((cut.m, cut.k), lambda i, j, k: (i, k))
+    fetched: list[Any] = []
     if ahead:
         x_spec, parallel = pl.BlockSpec(memory_space=pl.ANY), "arbitrary"
         fetched = [pltpu.VMEM((2, cut.m, cut.k), x.dtype), pltpu.SemaphoreType.DMA((2, _pieces(sizes, cut)))]
@@ -500,10 +501,10 @@ def _dx_kernel(dy_ref, saved_refs, w_refs, dx_ref, total, *buffers, start, sizes
 
 
 def _dw_kernel(x_ref, dy_ref, saved_refs, *refs, start, sizes, cut, precision, with_sums):
-    step, count = pl.program_id(2), sizes.weights
-    outs, refs = refs[:count], refs[count:]
-    sums, (transposed, *refs) = (refs[:count], refs[count:]) if with_sums else ((), refs)
-    totals, buffers = refs[:count], refs[count:]
+    step, count, outs = pl.program_id(2), sizes.weights, refs[: sizes.weights]
+    scratch: Sequence = refs[count:]
+    sums, (transposed, *scratch) = (scratch[:count], scratch[count:]) if with_sums else ((), scratch)
+    totals, buffers = scratch[:count], scratch[count:]
     _clear(x_ref, 0, step, sizes.m)
     d = _Gradients(start, dy_ref, saved_refs, buffers, 0, step, sizes.m, sums)
 

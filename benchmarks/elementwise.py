@@ -52,6 +52,13 @@ def main(rows: int = 4096, columns: int = 4096) -> None:
         title = f"[{rows // 8}, 512] × [512, {columns // 4}] {jnp.dtype(dtype).name}, forward"
         variants = {"jaxops": matmul, "jnp": jnp.matmul}
         timing.report(f"matmul {title}", timing.compare(variants, (a, gate), tolerance=tolerance))
+        bias, residual = gate[0], a @ up
+        variants = {
+            "jaxops": lambda x, w, bias, residual: matmul(x, w, bias=bias, activation=jax.nn.gelu, residual=residual),
+            "jnp": lambda x, w, bias, residual: jax.nn.gelu(x @ w + bias) + residual,
+        }
+        rows_of_matmul = timing.compare(variants, (a, gate, bias, residual), tolerance=tolerance)
+        timing.report(f"matmul with bias, gelu and residual {title}", rows_of_matmul)
         variants = {
             "jaxops": gated_linear_unit,
             "jax.nn": lambda x, gate, up: jax.nn.silu(x @ gate) * (x @ up),

@@ -3,7 +3,7 @@
 An operator f is a reference (its meaning in plain JAX) and pairs of rules (forward, backward), one pair per
 implementation. It becomes one opaque primitive with three phases:
 
-    forward   operands ↦ outputs, residuals                                  served by a forward rule
+    forward   operands ↦ outputs, residuals (if it is differentiated)        served by a forward rule
     tangent   operands, outputs, residuals; ẋ ↦ ∂f/∂x · ẋ                    served by jvp of the reference, in XLA
     backward  operands, outputs, residuals; ȳ ↦ (∂f/∂x)ᵀ · ȳ                 served by a backward rule
 
@@ -61,8 +61,9 @@ class Operator:
 
     reference(**operands, **static) -> outputs, in plain differentiable JAX. `differentiable` names the operands that
     take a gradient. `tpu` and `gpu` are kernel modules (unsupported, forward, backward; without backward
-    XLA serves it) or the sentence why there is none. `partition` maps the PartitionSpec of the first operand to those
-    of the outputs, under explicit sharding.
+    XLA serves it; value, where a forward kernel that saves no residuals is cheaper) or the sentence why there is none.
+    `partition` maps the PartitionSpec of the first operand to those of the outputs, under explicit sharding; None: they
+    depend on other operands too, and JAX's own rules place what the reference does.
     cost(**operands, **static) -> the flops of the matrix products of (forward, backward), from the operands' shapes;
     without it those of the reference are counted. note(phase, tile, **operands, **static) -> what else `explain` should
     say, or None; `tile` is what the kernel's own `tile` says, None in XLA.
@@ -74,7 +75,7 @@ class Operator:
     xla: Rules
     tpu: ModuleType | SimpleNamespace | str
     gpu: ModuleType | SimpleNamespace | str
-    partition: Callable[[PartitionSpec], tuple[PartitionSpec, ...]] = lambda spec: (spec,)
+    partition: Callable[[PartitionSpec], tuple[PartitionSpec, ...]] | None = lambda spec: (spec,)
     cost: Callable[..., tuple[int, int]] | None = None
     note: Callable[..., str | None] | None = None
 
@@ -96,6 +97,13 @@ class Operator:
             return tuple(self.reference(**there, **static))
         if "xla" not in call.order:
             self._refuse_early(call, there)
+        if self.partition is None and (axes := _explicit_axes()):
+            if "xla" not in call.order:
+                raise ValueError(
+                    f"{self.name}: implementation 'pallas' was asked for, but mesh axes {sorted(axes)} are partitioned "
+                    "automatically: wrap the call in jax.shard_map over them"
+                )
+            return tuple(self.reference(**there, **static))
         count = len(_forward_shapes(call, tuple((x.shape, x.dtype) for x in there.values()))[0])
         return _locally(
             lambda *xs: tuple(operator_p.bind(*_varying_alike(xs), call=call))[:count], self.partition, *there.values()
@@ -122,7 +130,7 @@ class _Call:
     """One phase of one operator, by value: equal calls share their compiled programs.
 
     `axes` holds, for each enclosing vmap, innermost first, the mapped axis of every operand (0 or None); all else is
-    mapped over axis 0.
+    mapped over axis 0. `saving`: of forward, whether it also gives the residuals.
     """
 
     operator: Operator
@@ -132,6 +140,7 @@ class _Call:
     order: tuple[str, ...]
     outputs: int = 0
     axes: tuple[tuple[int | None, ...], ...] = ()
+    saving: bool = False
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -142,7 +151,7 @@ class _Call:
 
     def outside(self) -> "_Call":
         """The forward phase under no vmap."""
-        return dataclasses.replace(self, phase="forward", outputs=0, axes=())
+        return dataclasses.replace(self, phase="forward", outputs=0, axes=(), saving=False)
 
     def positions(self) -> list[int]:
         return [self.names.index(name) for name in self.differentiable]
@@ -196,8 +205,11 @@ def _jitted(call: _Call, implementation: str, platform: str | None):
     rules = operator.xla if implementation == "xla" or platform is None else getattr(operator, platform)
 
     def forward(*operands):
-        outputs, residuals = rules.forward(**dict(zip(call.names, operands, strict=True)), **static)
-        return (*outputs, *residuals)
+        named = dict(zip(call.names, operands, strict=True))
+        if not call.saving and hasattr(rules, "value"):
+            return tuple(rules.value(**named, **static))
+        outputs, residuals = rules.forward(**named, **static)
+        return (*outputs, *(residuals if call.saving else ()))
 
     def backward(*args):
         operands, saved, (cotangent,) = call.split(args)
@@ -232,12 +244,14 @@ def _jitted(call: _Call, implementation: str, platform: str | None):
 # ---- meshes: the operator is local code ----------------------------------------------------------------------------
 
 
+def _explicit_axes() -> tuple[str, ...]:
+    mesh = get_abstract_mesh()
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+
+
 def _locally(f, partition, *operands):
     """`f(*operands)` with every explicit mesh axis automatic inside; the outputs are sharded as `partition` says."""
-    mesh = get_abstract_mesh()
-    explicit = tuple(
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
-    )
+    explicit = _explicit_axes()
     if not explicit:
         return f(*operands)
     return auto_axes(f, axes=explicit, out_sharding=partition(jax.typeof(operands[0]).sharding.spec))(*operands)
@@ -286,7 +300,7 @@ def _abstract(*avals, call):
     inner, sizes = _unmapped(call, [(a.shape, a.dtype) for a in avals[: len(call.names)]])
     outputs, residuals = _forward_shapes(call.outside(), inner)
     if call.phase == "forward":
-        out = [(sizes + s.shape, s.dtype) for s in (*outputs, *residuals)]
+        out = [(sizes + s.shape, s.dtype) for s in (*outputs, *(residuals if call.saving else ()))]
     elif call.phase == "tangent":
         out = [(sizes + outputs[0].shape, outputs[0].dtype)]
     else:
@@ -328,17 +342,20 @@ def refusal(platform: str, call: _Call, avals) -> str | None:
 
 
 def _jvp(primals, tangents, *, call):
-    out = operator_p.bind(*primals, call=call)
     n, dense = len(call.names), ad.instantiate_zeros
     if call.phase == "forward":
         moving = [tangents[i] for i in call.positions()]
         if all(type(t) is ad.Zero for t in moving):
+            out = operator_p.bind(*primals, call=call)
             return out, [_zero(o) for o in out]
+        out = operator_p.bind(*primals, call=call.at("forward", saving=True))
         inner, sizes = _unmapped(call, [(x.shape, x.dtype) for x in primals])
         outputs = len(_forward_shapes(call.outside(), inner)[0])
         moving = [_mapped(call, sizes, i, dense(t)) for i, t in zip(call.positions(), moving, strict=True)]
-        (moved,) = operator_p.bind(*primals, *out, *moving, call=call.at("tangent", outputs=outputs))
+        (moved,) = operator_p.bind(*primals, *out, *moving, call=call.at("tangent", outputs=outputs, saving=False))
+        out = out if call.saving else out[:outputs]
         return out, [moved, *(_zero(o) for o in out[1:])]
+    out = operator_p.bind(*primals, call=call)
     operands, saved, linear = call.split(primals)
     moving, linear_moving = [tangents[i] for i in call.positions()], tangents[n + len(saved) :]
     along = list(operator_p.bind(*operands, *saved, *map(dense, linear_moving), call=call))

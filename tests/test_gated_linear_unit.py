@@ -59,7 +59,7 @@ X, W = jnp.ones((4, 3)), jnp.ones((3, 7))
         (lambda: gated_linear_unit(jnp.ones((4, 3), int), W, W), TypeError, "x must be of a floating dtype, got int32"),
         (lambda: gated_linear_unit(X, W, W, activation=None), TypeError, "activation must be a function of an array"),
         (lambda: gated_linear_unit(X, W, W, activation=jnp.sum), ValueError, "activation must keep the shape"),
-        (lambda: gated_linear_unit(X, W, W, implementation="pallas"), ValueError, "has no Pallas kernel yet"),
+        (lambda: gated_linear_unit(X, W, W, implementation="pallas"), ValueError, "kernels run on TPU and CUDA only"),
     ],
 )
 def test_bad_input(call, kind, message):

@@ -1,45 +1,62 @@
 """matmul against its reference."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxops.ops.activations import gelu, silu
 from jaxops.ops.matmul import matmul
 from jaxops.reference.matmul import matmul as reference
 from tests.compare import check, error
 
+exact_gelu = functools.partial(gelu, approximate=False)  # an operator in itself
 PLAIN = dict(activation=None, precision=None)
 SOME = ("jvp", "vmap of grad", "grad of grad", "shard_map, Explicit mesh", "jit, Explicit mesh")
-# leading shape, k, n, bias, dtype, options.
+BOTH, BIAS = ("bias", "residual"), ("bias",)
+# leading shape, k, n, what comes after the product, dtype, options.
 CASES = [
-    ((1,), 1, 1, False, "float32", PLAIN),
-    ((127,), 128, 129, True, "float32", dict(activation=silu, precision="highest")),
-    ((2, 129), 1000, 127, True, "bfloat16", dict(activation=gelu, precision=None)),
-    ((128,), 127, 1000, False, "float16", PLAIN),
-    ((), 129, 128, True, "float32", PLAIN),
-    ((0,), 5, 3, True, "float32", PLAIN),
-    ((4,), 0, 3, True, "float32", PLAIN),
+    ((1,), 1, 1, (), "float32", PLAIN),
+    ((127,), 128, 129, BOTH, "float32", dict(activation=silu, precision="highest")),
+    ((2, 129), 1000, 127, BIAS, "bfloat16", dict(activation=gelu, precision=None)),
+    ((2, 7), 100, 127, BOTH, "bfloat16", dict(activation=exact_gelu, precision=None)),
+    ((128,), 127, 1000, (), "float16", PLAIN),
+    ((30,), 65, 100, BIAS, "float16", dict(activation=silu, precision=None)),
+    ((), 129, 128, ("residual",), "float32", PLAIN),
+    ((0,), 5, 3, BOTH, "float32", PLAIN),
+    ((4,), 0, 3, BOTH, "float32", PLAIN),
 ]
 
 
-def operands_of(leading, k, n, bias):
+def operands_of(leading, k, n, more):
     random = np.random.default_rng(0)
     made = dict(x=random.standard_normal((*leading, k)), w=random.standard_normal((k, n)) / max(k, 1) ** 0.5)
-    return dict(made, bias=random.standard_normal(n)) if bias else made
+    shapes = dict(bias=(n,), residual=(*leading, n))
+    return made | {name: random.standard_normal(shapes[name]) for name in more}
 
 
-@pytest.mark.parametrize(("leading", "k", "n", "bias", "dtype", "static"), CASES)
-def test_values_and_gradients(leading, k, n, bias, dtype, static):
-    operands = operands_of(leading, k, n, bias)
+@pytest.mark.parametrize(("leading", "k", "n", "more", "dtype", "static"), CASES)
+def test_values_and_gradients(leading, k, n, more, dtype, static):
+    operands = operands_of(leading, k, n, more)
     check(matmul, reference, operands, differentiable=tuple(operands), dtype=dtype, transforms=(), **static)
 
 
 def test_transforms():
-    operands = operands_of((16,), 5, 7, True)
+    operands = operands_of((16,), 5, 7, BOTH)
     static = dict(activation=silu, precision=None)
-    check(matmul, reference, operands, differentiable=tuple(operands), sharded={"x": 0}, transforms=SOME, **static)
+    check(
+        matmul,
+        reference,
+        operands,
+        differentiable=tuple(operands),
+        sharded={"x": 0, "residual": 0},
+        transforms=SOME,
+        **static,
+    )
 
 
 def test_bfloat16_is_rounded_once():
@@ -55,6 +72,39 @@ def test_an_activation_may_close_over_an_array():
     x, w, slope = jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.asarray(2.0)
     gradient = jax.grad(lambda slope: matmul(x, w, activation=lambda y: slope * y).sum())(slope)
     assert gradient == pytest.approx(24)
+    constant = matmul(x, w, activation=lambda y: slope * y)
+    assert jnp.array_equal(constant, jnp.full((2, 4), 6))
+
+
+def test_float16_beyond_its_range_before_the_activation():
+    x, w = jnp.full((1, 64), 60, jnp.float16), jnp.full((64, 1), 60, jnp.float16)
+    y, gradient = jax.value_and_grad(lambda x: matmul(x, w, activation=lambda z: 1e-3 * z).sum())(x)
+    assert y == pytest.approx(230.4, rel=1e-3)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), 0.06, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_weight_split_over_its_columns_splits_the_result(kind):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
+    o = operands_of((8,), 16, 12, BOTH)
+    specs = dict(x=P("data"), w=P(None, "tensor"), bias=P("tensor"), residual=P("data", "tensor"))
+    placed = {
+        name: jax.device_put(jnp.asarray(x, jnp.float32), NamedSharding(mesh, specs[name])) for name, x in o.items()
+    }
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda o: matmul(**o, activation=silu))(placed)
+        if kind == AxisType.Explicit:
+            with pytest.raises(ValueError, match=r"wrap the call in jax\.shard_map"):
+                matmul(**placed, implementation="pallas")
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P("data", "tensor")), 2)
+    assert error(y, reference(**{n: jnp.asarray(x) for n, x in o.items()}, activation=silu, precision=None)) < 1e-5
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, x):
+        return x
 
 
 X, W = jnp.ones((4, 3)), jnp.ones((3, 7))
@@ -69,8 +119,10 @@ X, W = jnp.ones((4, 3)), jnp.ones((3, 7))
         (lambda: matmul(1.0, W), ValueError, "x must have at least one axis"),
         (lambda: matmul(X, W, bias=X[0]), ValueError, r"bias must have shape \(7,\)"),
         (lambda: matmul(X, W, activation="relu"), TypeError, "activation must be a function of an array, got str"),
-        (lambda: matmul(X, W, activation=jnp.sum), ValueError, r"activation must keep the shape \(4, 7\)"),
-        (lambda: matmul(X, W, implementation="pallas"), ValueError, "matmul has no Pallas kernel yet"),
+        (lambda: matmul(X, W, residual=X), ValueError, r"residual must have shape \(4, 7\) \(that of x · w\)"),
+        (lambda: matmul(X, W, activation=jnp.sum), ValueError, r"activation must keep the shape .*got \(\)"),
+        (lambda: matmul(X, W, activation=Unhashable()), TypeError, "activation must be a hashable function"),
+        (lambda: matmul(X, W, implementation="pallas"), ValueError, "kernels run on TPU and CUDA only"),
     ],
 )
 def test_bad_input(call, kind, message):

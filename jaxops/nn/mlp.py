@@ -1,5 +1,6 @@
 """The gated feed-forward layer (SwiGLU, GeGLU, …)."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,8 +34,9 @@ def gated_mlp(
     if precision is None:
         hidden = gated_linear_unit(x, gate, up, activation=activation, implementation=implementation)
     else:
-        hidden = activation(matmul(x, gate, precision=precision)) * matmul(x, up, precision=precision)
-    return matmul(hidden, down, precision=precision)
+        product = functools.partial(matmul, precision=precision, implementation=implementation)
+        hidden = product(x, gate, activation=activation) * product(x, up)
+    return matmul(hidden, down, precision=precision, implementation=implementation)
 
 
 class GatedMLP(nnx.Module):

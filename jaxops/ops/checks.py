@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import index
 
 import jax
@@ -97,17 +97,3 @@ def number(operator: str, name: str, value: float, *, positive: bool = False) ->
     if value < 0 or (positive and value == 0):
         raise ValueError(f"{operator}: {name} must be {'above 0' if positive else 'at least 0'}, got {value}")
     return value
-
-
-def elementwise(operator: str, name: str, function: Callable) -> Callable:
-    """`function`, checked when it is called: it must keep the shape of its argument."""
-    if not callable(function):
-        raise TypeError(f"{operator}: {name} must be a function of an array, got {type(function).__name__}")
-
-    def checked(x):
-        y = function(x)
-        if jnp.shape(y) != x.shape:
-            raise ValueError(f"{operator}: {name} must keep the shape {x.shape} of its argument, got {jnp.shape(y)}")
-        return y
-
-    return checked

@@ -1,14 +1,125 @@
-"""matmul: public function. XLA multiplies as well as can be done; what is ours is the float32 around the product."""
+"""matmul: public function and XLA rules. Beside the product it fuses what comes after it, in float32."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from jaxops import dispatch
+from jaxops import autodiff, dispatch
+from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
 from jaxops.reference.matmul import matmul as reference
+from pallas_kernels import gpu, modifiers, tpu
 
 Activation = Callable[[jax.Array], jax.Array]
+_TRIAL = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plain:
+    """`function` in plain JAX: what a kernel may trace into its tiles, and every order of derivative go through."""
+
+    function: Activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with autodiff.by_reference():
+            return self.function(x)
+
+
+def plain_activation(operator: str, function: Any) -> tuple[Activation, bool]:
+    """`function`, checked and in plain JAX, and whether an operator can take it: it cannot if it uses a traced array
+    from around it, which may have a gradient of its own."""
+    if not callable(function):
+        raise TypeError(f"{operator}: activation must be a function of an array, got {type(function).__name__}")
+    try:
+        hash(function)
+    except TypeError as error:
+        raise TypeError(f"{operator}: activation must be a hashable function: {error}") from error
+    function = _Plain(function)
+    program = jax.make_jaxpr(function)(_TRIAL)
+    returned = program.out_avals
+    if len(returned) != 1 or returned[0].shape != _TRIAL.shape:
+        got = ", ".join(str(x.shape) for x in returned) or "nothing"
+        raise ValueError(
+            f"{operator}: activation must keep the shape of its argument, {_TRIAL.shape} in a trial, got {got}"
+        )
+    return function, not any(isinstance(x, jax.core.Tracer) for x in modifiers.captured(program))
+
+
+def kept(z: jax.Array, dtype: Any) -> jax.Array:
+    """What the gradient of an activation is computed from, saved in the dtype of the result; float16 has no range for
+    what no activation has bounded yet."""
+    return z if dtype == jnp.float16 else z.astype(dtype)
+
+
+def pull_back(f: Callable[..., jax.Array], saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
+    """The gradients, in float32 or more, of the saved arguments of `f`."""
+    wide = jnp.promote_types(dy.dtype, jnp.float32)
+    y, transposed = jax.vjp(f, *(z.astype(wide) for z in saved))
+    return transposed(dy.astype(y.dtype))
+
+
+def product_gradients(
+    x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]], precision: Any
+) -> tuple[jax.Array, list[jax.Array]]:
+    """dx = Σ dz · wᵀ and each dw = xᵀ · dz, for the (w, dz) in `pairs`; dz is rounded to what the products take."""
+    dtype = functools.reduce(jnp.promote_types, (w.dtype for w, _ in pairs), x.dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    product = functools.partial(lax.dot_general, precision=precision, preferred_element_type=wide)
+    leading = tuple(range(x.ndim - 1))
+    dx: Any = 0
+    dws = []
+    for w, dz in pairs:
+        dz = dz.astype(dtype)
+        dx = dx + product(dz, w.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
+        dws.append(product(x.astype(dtype), dz, ((leading, leading), ((), ()))))
+    return dx.astype(x.dtype), [dw.astype(w.dtype) for dw, (w, _) in zip(dws, pairs, strict=True)]
+
+
+def _forward(x, w, bias=None, residual=None, *, activation, precision):
+    if activation is None:
+        return (reference(x, w, bias, residual, activation=None, precision=precision),), ()
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    z = jnp.dot(x, w, precision=precision, preferred_element_type=wide)
+    if bias is not None:
+        z = z + bias.astype(wide)
+    y = activation(z)
+    if residual is not None:
+        y = y + residual.astype(wide)
+    return (y.astype(dtype),), (kept(z, dtype),)
+
+
+def _backward(x, w, bias=None, residual=None, *, outputs, residuals, cotangents, activation, precision):
+    """dz = activation'(z) · dy,  dx = dz · wᵀ,  dw = xᵀ · dz,  dbias = Σ dz,  dresidual = dy."""
+    del outputs
+    dy = cotangents[0]
+    if activation is None:
+        dz = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
+    else:
+        (dz,) = pull_back(activation, residuals, dy)
+    dx, (dw,) = product_gradients(x, [(w, dz)], precision)
+    gradients = {"x": dx, "w": dw}
+    if bias is not None:
+        gradients["bias"] = jnp.sum(dz, tuple(range(dz.ndim - 1))).astype(bias.dtype)
+    if residual is not None:
+        gradients["residual"] = dy.astype(residual.dtype)
+    return gradients
+
+
+_OPERATOR = Operator(
+    name="matmul",
+    differentiable=("x", "w", "bias", "residual"),
+    reference=lambda *operands, **named: (reference(*operands, **named),),
+    xla=Rules(_forward, _backward),
+    tpu=tpu.matmul,
+    gpu=gpu.matmul,
+    partition=None,
+)
 
 
 def matmul(
@@ -17,31 +128,53 @@ def matmul(
     *,
     bias: jax.Array | None = None,
     activation: Activation | None = None,
+    residual: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
-    """y = activation(x · w + bias).
+    """y = activation(x · w + bias) + residual.
 
     Args:
       x: floating [..., k].
       w: floating [k, n].
       bias: floating [n] or None.
-      activation: an elementwise function of a float32 array (float64 for float64) or None.
+      activation: an elementwise function of a float32 array (float64 for float64) or None. May be your own: it becomes
+        part of the kernel, and JAX derives its gradient.
+      residual: floating [..., n] or None.
       precision: as in `jnp.matmul`.
-      implementation: None or "xla"; there is no Pallas kernel.
+      implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
 
     Returns:
-      y[..., n] in the common dtype of x and w. Sums, bias and activation are in float32; y is rounded once, at the end.
+      y[..., n] in the common dtype of x and w. Sums, bias, activation and residual are in float32; y is rounded once,
+      at the end.
 
     Raises:
       TypeError: an array is not floating, or `activation` is not a function.
-      ValueError: shapes do not fit, or `implementation` is unknown or "pallas".
+      ValueError: shapes do not fit, the activation changes the shape, or `implementation` is unknown or, alone, cannot
+        run.
     """
-    dispatch.only_xla("matmul", implementation)
-    x = checks.floating("matmul", "x", x)
-    w = checks.weight("matmul", "w", w, x)
+    name = "matmul"
+    x = checks.floating(name, "x", x)
+    w = checks.weight(name, "w", w, x)
     if bias is not None:
-        bias = checks.floating("matmul", "bias", bias, shape=w.shape[1:], of="the last axis of w")
+        bias = checks.floating(name, "bias", bias, shape=w.shape[1:], of="the last axis of w")
+    if residual is not None:
+        residual = checks.floating(name, "residual", residual, shape=(*x.shape[:-1], w.shape[1]), of="that of x · w")
+    known = True
     if activation is not None:
-        activation = checks.elementwise("matmul", "activation", activation)
-    return reference(x, w, bias, activation=activation, precision=precision)
+        activation, known = plain_activation(name, activation)
+    operands = dict(x=x, w=w, bias=bias, residual=residual)
+    return call_unless_traced(_OPERATOR, known, operands, implementation, activation=activation, precision=precision)
+
+
+def call_unless_traced(
+    operator: Operator, known: bool, operands: dict, implementation: dispatch.Implementation, **static: Any
+) -> jax.Array:
+    """The first output of `operator`, or of its reference where the activation is not `known` to be a constant."""
+    if known:
+        return operator(operands, implementation=implementation, **static)[0]
+    if "xla" not in dispatch.order_of(operator.name, implementation):
+        raise ValueError(
+            f"{operator.name}: implementation 'pallas' was asked for, but activation uses a traced array from around it"
+        )
+    return operator.reference(**operands, **static)[0]

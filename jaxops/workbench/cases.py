@@ -91,7 +91,6 @@ CASES = (
         "gated_linear_unit",
         "x=8192x4096 w_gate=4096x11008 w_up=4096x11008",
         "x=3x37x1000 w_gate=1000x257 w_up=1000x257",
-        kernel=False,
     ),
     *_two(
         "rope",
@@ -107,7 +106,7 @@ CASES = (
         " out_weights=777:float32",
         "out_size=1000",
     ),
-    *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257", kernel=False),
+    *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
 )
 
 

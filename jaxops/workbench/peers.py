@@ -143,10 +143,12 @@ def jax_squared_relu(x):
     return jnp.square(jax.nn.relu(x))
 
 
-def jax_matmul(x, w, *, bias=None, precision=None):
-    """x · w + bias, of jax.nn and jax.numpy."""
+def jax_matmul(x, w, *, bias=None, activation=None, residual=None, precision=None):
+    """activation(x · w + bias) + residual, of jax.nn and jax.numpy."""
     y = jnp.matmul(x, w, precision=precision)
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    y = y if activation is None else activation(y)
+    return y if residual is None else y + residual
 
 
 def jax_ragged_dot(lhs, rhs, group_sizes, precision=None, preferred_element_type=None):
@@ -358,10 +360,11 @@ def torch_relu(x):
     return x.relu()
 
 
-def torch_matmul(x, w, *, bias=None):
-    """x · w + bias, of torch.nn.functional."""
+def torch_matmul(x, w, *, bias=None, residual=None):
+    """x · w + bias + residual, of torch.nn.functional."""
     y = x @ w
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    return y if residual is None else y + residual
 
 
 def torch_gated_linear_unit(x, w_gate, w_up):

@@ -30,7 +30,7 @@ USUAL: dict[str, tuple[str, str]] = {
         "x=33x65 weight=65x300 teacher_x=33x40 teacher_weight=40x300 bias=300",
         "temperature=2.0 reduction=none",
     ),
-    "matmul": ("x=30x65 w=65x129 bias=129", ""),
+    "matmul": ("x=30x65 w=65x129 bias=129 residual=30x129", ""),
     "paged_attention": (
         "query=9x4x128 key_pages=9x32x2x128 value_pages=9x32x2x128 page_table=3x3:int32<9 lengths=3:int32<97"
         " query_starts=4:int32<10",
@@ -384,10 +384,12 @@ def _activation(c: _Chance) -> str:
 
 def _matmul(c: _Chance) -> tuple[dict, dict]:
     dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
+    shape = c.shape(inner)
     operands = {
-        "x": normal(c.shape(inner), dtype),
+        "x": normal(shape, dtype),
         "w": normal((inner, columns), dtype),
         "bias": normal((columns,), c.of(dtype, "float32")) if c.of(False, True) else None,
+        "residual": normal((*shape[:-1], columns), c.of(dtype, "float32")) if c.of(False, True) else None,
     }
     return operands, {"activation": _activation(c)} if c.of(False, True) else {}
 

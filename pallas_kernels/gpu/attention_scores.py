@@ -201,7 +201,7 @@ def not_lowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | 
     for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if function is None:
             continue
-        programs = [modifiers.traced(_lowered(function), scored=name == "score_mod")]
+        programs = [modifiers.traced(lowered(function), scored=name == "score_mod")]
         if name == "score_mod":
             programs.append(modifiers.traced(_score_and_slope(function), scored=True))
         for program in programs:
@@ -463,7 +463,7 @@ class Tile:
             if slopes:
                 s, of_mod = _score_and_slope(problem.score_mod)(s, *self.positions())
             else:
-                s = _lowered(problem.score_mod)(s, *self.positions())
+                s = lowered(problem.score_mod)(s, *self.positions())
             factor = LOG2E
         return s, factor, of_mod, of_cap
 
@@ -498,7 +498,7 @@ class Tile:
         if "mask" in self.loaded:
             conditions.append(jnp.broadcast_to(self.loaded["mask"] > 0, shape))
         if problem.mask_mod is not None:
-            conditions.append(_lowered(problem.mask_mod)(*self.positions()))
+            conditions.append(lowered(problem.mask_mod)(*self.positions()))
         return functools.reduce(operator.and_, conditions) if conditions else None
 
     def kept(self):
@@ -508,7 +508,7 @@ class Tile:
         return random.kept(spread(first, self.shape), spread(second, self.shape), key, self.rows.problem.dropout_rate)
 
 
-def _lowered(function):
+def lowered(function):
     """`function` of arrays, in the primitives that Mosaic GPU compiles as they are."""
 
     def evaluate(program, *values):
@@ -535,7 +535,7 @@ def _lowered(function):
 
 
 def _score_and_slope(score_mod):
-    return _lowered(functools.partial(modifiers.score_and_slope, score_mod))
+    return lowered(functools.partial(modifiers.score_and_slope, score_mod))
 
 
 def _tanh(x, **_):

@@ -16,7 +16,12 @@ import pallas_kernels.tpu
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = ("pallas_kernels", "jaxops", "sharding", "examples")  # each may import those before it
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
-WITHOUT_BACKWARD = (pallas_kernels.tpu.decode_attention, pallas_kernels.gpu.decode_attention)  # XLA's serves
+WITHOUT_BACKWARD = (  # XLA's serves
+    pallas_kernels.tpu.decode_attention,
+    pallas_kernels.gpu.decode_attention,
+    pallas_kernels.gpu.gated_linear_unit,
+    pallas_kernels.gpu.matmul,
+)
 LIBRARY = [path for path in SOURCES if path.relative_to(ROOT).parts[0] != "examples"]
 
 
@@ -99,9 +104,9 @@ def test_every_kernel_module_keeps_the_same_names(platform):
 
 
 def test_the_kernels_of_both_platforms_take_the_same_operands():
-    for name in ("rms_norm", "layer_norm", "attention", "decode_attention"):
+    for name in ("rms_norm", "layer_norm", "attention", "decode_attention", "matmul", "gated_linear_unit"):
         tpu, gpu = getattr(pallas_kernels.tpu, name), getattr(pallas_kernels.gpu, name)
-        for function in ("unsupported", "forward", *(("backward",) if tpu not in WITHOUT_BACKWARD else ())):
+        for function in ("unsupported", "forward", *(("backward",) if gpu not in WITHOUT_BACKWARD else ())):
             operands = set(inspect.signature(getattr(tpu, function)).parameters)
             inspect.signature(getattr(gpu, function)).bind(**dict.fromkeys(operands))
 

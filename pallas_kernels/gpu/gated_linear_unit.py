@@ -1,0 +1,66 @@
+"""y = activation(gate) ∘ up on Hopper GPUs, gate = x · w_gate and up = x · w_up: both products of `products` read x
+once and meet in registers.
+
+A forward pass that is differentiated saves gate and up, in the dtype of y.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+
+from pallas_kernels.gpu import products
+from pallas_kernels.gpu.attention_scores import lowered
+from pallas_kernels.gpu.products import Tiles as Tiles
+
+_NAME = "gated_linear_unit"
+
+
+def _sizes(x, w_gate) -> products.Sizes:
+    return products.Sizes(math.prod(x.shape[:-1]), w_gate.shape[1], w_gate.shape[0], 2)
+
+
+def unsupported(x, w_gate, w_up, *, activation: Callable) -> str | None:
+    """Why the kernel cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    return products.unsupported(activation, x, w_gate, w_up)
+
+
+def tiles(phase: str, x, w_gate, w_up, **options) -> Tiles:
+    """What `forward` takes when it is given no tiles; operands as for `unsupported`."""
+    return products.tiles(_NAME, _sizes(x, w_gate), x.dtype)
+
+
+def candidates(phase: str, x, w_gate, w_up, **options) -> Iterator[Tiles]:
+    """Tiles worth trying that registers and shared memory allow, the default first."""
+    return products.candidates(_sizes(x, w_gate))
+
+
+def memory(phase: str, tiles: Tiles, x, w_gate, w_up, **options) -> int:
+    """Bytes of shared memory of a block."""
+    return products.memory(tiles, _sizes(x, w_gate))
+
+
+def _forward(x, w_gate, w_up, activation, tiles, saving):
+    active = lowered(activation)
+
+    def finish(zs, bias, residual):
+        del bias, residual
+        gate, up = zs
+        return active(gate) * up, gate, up
+
+    sizes = _sizes(x, w_gate)
+    tiles = tiles or products.tiles(_NAME, sizes, x.dtype)
+    flat, saved = x.reshape(sizes.m, sizes.k), 2 * int(saving)
+    found = products.forward(_NAME, flat, [w_gate, w_up], None, None, finish, saved=saved, tiles=tiles)
+    return [y.reshape(*x.shape[:-1], sizes.n) for y in found]
+
+
+def forward(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, *, activation: Callable, tiles: Tiles | None = None):
+    """((y,), (gate, up))."""
+    y, *saved = _forward(x, w_gate, w_up, activation, tiles, True)
+    return (y,), tuple(saved)
+
+
+def value(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, *, activation: Callable, tiles: Tiles | None = None):
+    """(y,), with nothing saved."""
+    return tuple(_forward(x, w_gate, w_up, activation, tiles, False))

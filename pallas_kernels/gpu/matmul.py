@@ -1,0 +1,86 @@
+"""y = activation(x · w + bias) + residual on Hopper GPUs: the product of `products`, finished in registers.
+
+With an activation, a forward pass that is differentiated saves z = x · w + bias, in the dtype of y.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from pallas_kernels.gpu import products
+from pallas_kernels.gpu.attention_scores import lowered
+from pallas_kernels.gpu.products import Tiles as Tiles
+
+
+def _sizes(x, w) -> products.Sizes:
+    return products.Sizes(math.prod(x.shape[:-1]), w.shape[1], w.shape[0], 1)
+
+
+def unsupported(x, w, bias=None, residual=None, *, activation: Callable | None, precision: Any) -> str | None:
+    """Why the kernel cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    del bias, precision
+    return products.unsupported(activation, x, w, residual=residual)
+
+
+def tiles(phase: str, x, w, bias=None, residual=None, **options) -> Tiles:
+    """What `forward` takes when it is given no tiles; operands as for `unsupported`."""
+    return products.tiles("matmul", _sizes(x, w), x.dtype)
+
+
+def candidates(phase: str, x, w, bias=None, residual=None, **options) -> Iterator[Tiles]:
+    """Tiles worth trying that registers and shared memory allow, the default first."""
+    return products.candidates(_sizes(x, w))
+
+
+def memory(phase: str, tiles: Tiles, x, w, bias=None, residual=None, **options) -> int:
+    """Bytes of shared memory of a block."""
+    return products.memory(tiles, _sizes(x, w))
+
+
+def _forward(x, w, bias, residual, activation, tiles, saving):
+    active = lowered(activation) if activation is not None else lambda z: z
+
+    def finish(zs, bias, residual):
+        z = zs[0] if bias is None else zs[0] + bias
+        y = active(z)
+        return (y if residual is None else y + residual), z
+
+    sizes = _sizes(x, w)
+    flat = lambda a: None if a is None else a.reshape(sizes.m, a.shape[-1])
+    tiles = tiles or products.tiles("matmul", sizes, x.dtype)
+    saved = int(saving and activation is not None)
+    found = products.forward("matmul", flat(x), [w], bias, flat(residual), finish, saved=saved, tiles=tiles)
+    return [y.reshape(*x.shape[:-1], sizes.n) for y in found]
+
+
+def forward(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    *,
+    activation: Callable | None,
+    precision: Any,
+    tiles: Tiles | None = None,
+):
+    """((y,), residuals): z is saved if there is an activation. A bfloat16 product is exact whatever the precision."""
+    del precision
+    y, *saved = _forward(x, w, bias, residual, activation, tiles, True)
+    return (y,), tuple(saved)
+
+
+def value(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    *,
+    activation: Callable | None,
+    precision: Any,
+    tiles: Tiles | None = None,
+):
+    """(y,), with nothing saved."""
+    del precision
+    return tuple(_forward(x, w, bias, residual, activation, tiles, False))

@@ -131,9 +131,9 @@ def test_what_no_group_has_is_not_touched():
 def test_pieces_are_all_rows_in_order(sizes, sums):
     rows, tile = 384, 128
     bounds = jnp.asarray(np.cumsum([0, *sizes]), jnp.int32)
-    cut = [np.asarray(x) for x in kernel.pieces(bounds, rows, tile, sums=sums)]
+    cut = np.asarray(kernel.pieces(bounds, rows, tile, sums=sums))
     covered = np.full(rows, -1)
-    for t, group, result, low, high, action in zip(*cut, strict=True):
+    for t, group, result, low, high, action in cut.T:
         assert 0 <= t < rows // tile
         if action != kernel.NOTHING:
             assert low >= 0 and high <= tile and result == (group if sums else t)
@@ -143,9 +143,9 @@ def test_pieces_are_all_rows_in_order(sizes, sums):
     owner = np.repeat(np.arange(len(sizes)), sizes)
     beyond = -1 if sums else len(sizes)  # where the sums are made, rows without a group do not matter
     np.testing.assert_array_equal(covered, np.append(owner, np.full(rows - len(owner), beyond)))
-    assert (np.diff(cut[2]) >= 0).all()  # a block of the result is left once
+    assert (np.diff(cut[kernel.RESULT]) >= 0).all()  # a block of the result is left once
     if sums:
-        assert set(cut[2]) == set(range(len(sizes)))
+        assert set(cut[kernel.RESULT]) == set(range(len(sizes)))
 
 
 @pytest.mark.parametrize(

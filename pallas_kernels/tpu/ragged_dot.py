@@ -16,7 +16,7 @@ Source: Gale et al. 2022 (MegaBlocks).
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,9 @@ NN = (((1,), (0,)), ((), ()))  # a · b
 NT = (((1,), (1,)), ((), ()))  # a · bᵀ
 TN = (((0,), (0,)), ((), ()))  # aᵀ · b
 NOTHING, PRODUCT, ZEROS = range(3)  # what there is to do for a piece
+# The rows of the list of pieces: the tile of rows and the matrix that a piece takes, the block of the result that it
+# gives, its rows low … high - 1 of the tile, and what to do.
+TILE, GROUP, RESULT, LOW, HIGH, ACTION = range(6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,22 +198,14 @@ def _dot(a, b, dims, precision):
     )
 
 
-class Pieces(NamedTuple):
-    """int32 [pieces] each: the tile of a piece, its group, its rows low … high - 1 of the tile, and what to do."""
+def pieces(bounds: jax.Array, rows: int, tile_rows: int, *, sums: bool) -> jax.Array:
+    """int32 [6, pieces]: the rows cut at multiples of `tile_rows` and at `bounds`, in order.
 
-    tile: jax.Array
-    group: jax.Array
-    low: jax.Array
-    high: jax.Array
-    action: jax.Array
+    sums: the blocks of the result are the groups, and one without rows has a piece, too; otherwise they are the tiles.
 
-
-def pieces(bounds: jax.Array, rows: int, tile_rows: int, *, every_group: bool) -> Pieces:
-    """The rows cut at multiples of `tile_rows` and at `bounds`, in order.
-
-    every_group: a group without rows has a piece of none under its own number, and only products matter besides.
-    Pieces that do nothing come first: the blocks of a grid step are fetched during the step before, and one that takes
-    no time would leave none for that. For the same reason a piece without a product names the blocks of the next one.
+    The blocks of a grid step are fetched during the step before and written during the step after, so a step that takes
+    no time hides neither. Pieces that do nothing therefore follow the first one that does something, keep its block of
+    the result, and take the rows and the matrix of the second.
     """
     groups, count = bounds.shape[0] - 1, pl.cdiv(rows, tile_rows)
     # A piece for each cut: at bounds, then at multiples of a tile; at one place the groups come first. Everything is
@@ -218,34 +213,34 @@ def pieces(bounds: jax.Array, rows: int, tile_rows: int, *, every_group: bool) -
     start = jnp.concatenate([bounds, jnp.arange(count, dtype=jnp.int32) * tile_rows])
     number = jnp.arange(start.shape[0], dtype=jnp.int32)
     before = (start < start[:, None]) | ((start == start[:, None]) & (number < number[:, None]))
-    after = ~before & (number != number[:, None])
-    end = jnp.min(jnp.where(after, start, rows), axis=1)
+    end = jnp.min(jnp.where(before | (number == number[:, None]), rows, start), axis=1)
     group = jnp.where(number <= groups, number, jnp.sum(before[:, : groups + 1], axis=1, dtype=jnp.int32) - 1)
     tile = jnp.minimum(start // tile_rows, count - 1)
     product = (start < end) & (group >= 0) & (group < groups)
-    if every_group:
+    if sums:
         empty = jnp.concatenate([bounds[1:] == bounds[:-1], jnp.zeros(count + 1, bool)])
         needed, action = product | empty, jnp.where(product, PRODUCT, NOTHING)
     else:
         needed = start < end
         action = jnp.where(product, PRODUCT, jnp.where(needed, ZEROS, NOTHING))
+    rank = jnp.sum(before & needed, axis=1, dtype=jnp.int32)  # among the pieces that do something
+    result = group if sums else tile
+    result = jnp.where(needed, result, jnp.min(jnp.where(needed, result, groups + count)))
 
-    def named(x, known):
-        """x of this piece or the next one of those `known`; of the last one where none follows."""
-        own_or_after = known & (after | (number == number[:, None]) | ~needed[:, None])
-        following = jnp.min(jnp.where(own_or_after, x, jnp.iinfo(jnp.int32).max), axis=1)
-        return jnp.minimum(following, jnp.max(jnp.where(known, x, 0)))
+    def named(x):
+        """x of this piece if it has a product, else of the next one that has, or of the last."""
+        here_or_later = product & jnp.where(needed[:, None], ~before, rank > 0)
+        following = jnp.min(jnp.where(here_or_later, x, groups + count), axis=1)
+        return jnp.minimum(following, jnp.max(jnp.where(product, x, 0)))
 
-    group, tile = named(group, needed if every_group else product), named(tile, product if every_group else needed)
-    first = jnp.sum(~needed, dtype=jnp.int32)
-    place = jnp.sum(before & (needed == needed[:, None]), axis=1, dtype=jnp.int32) + jnp.where(needed, first, 0)
+    group, tile = named(group), jnp.where(needed & (action != NOTHING), tile, named(tile))
+    idle = jnp.sum(~needed, dtype=jnp.int32)
+    order = jnp.sum(before & ~needed, axis=1, dtype=jnp.int32)
+    place = jnp.where(needed, rank + jnp.where(rank > 0, idle, 0), 1 + order)
     here = place == number[:, None]
-    return Pieces(
-        *(
-            jnp.sum(jnp.where(here, x, 0), axis=1, dtype=jnp.int32)
-            for x in (tile, group, start - tile * tile_rows, end - tile * tile_rows, action)
-        )
-    )
+    low, high = start - tile * tile_rows, end - tile * tile_rows
+    fields = jnp.stack([tile, group, result, low, high, action])
+    return jnp.sum(jnp.where(here, fields[:, None], 0), axis=2, dtype=jnp.int32)
 
 
 def _turn(size: int, most: int, work: int) -> int:
@@ -274,11 +269,11 @@ def _strips(low, high, body) -> None:
     lax.fori_loop(lax.div(low, STRIP), lax.div(high + (STRIP - 1), STRIP), one, None)
 
 
-def _product_kernel(tile, group, low, high, action, x_ref, rhs_ref, out_ref, *, transposed, precision):
+def _product_kernel(cut, x_ref, rhs_ref, out_ref, *, transposed, precision):
     """Grid (tile of columns, piece): the piece's rows of x · rhs_g, or of x · rhs_gᵀ."""
     s = pl.program_id(1)
     (rows, columns), inner = out_ref.shape, x_ref.shape[1]
-    begin, end = low[s], high[s]
+    begin, end, action = cut[LOW, s], cut[HIGH, s], cut[ACTION, s]
     whole = (begin == 0) & (end == rows)
     width = _turn(columns, min(columns, 2 * chips.current("tpu").mxu), LANES * inner)
 
@@ -286,7 +281,7 @@ def _product_kernel(tile, group, low, high, action, x_ref, rhs_ref, out_ref, *, 
         rhs = rhs_ref[0, there, :] if transposed else rhs_ref[0, :, there]
         return _dot(x_ref[here], rhs, NT if transposed else NN, precision)
 
-    @pl.when((action[s] == PRODUCT) & whole)
+    @pl.when((action == PRODUCT) & whole)
     def _():
         height = _turn(rows, rows, width * inner)
 
@@ -301,29 +296,29 @@ def _product_kernel(tile, group, low, high, action, x_ref, rhs_ref, out_ref, *, 
 
         return one
 
-    @pl.when((action[s] == PRODUCT) & ~whole)
+    @pl.when((action == PRODUCT) & ~whole)
     def _():
         _loop(columns, width, lambda there: _strips(begin, end, mix(there, product)))
 
-    @pl.when(action[s] == ZEROS)
+    @pl.when(action == ZEROS)
     def _():
         zeros = lambda strip, there: jnp.zeros((STRIP, width), f32)
         _loop(columns, width, lambda there: _strips(begin, end, mix(there, zeros)))
 
 
-def _call(kernel, cut: Pieces, semantics, vmem: int, flops: int, moved: int, operands, **kwargs):
+def _call(kernel, cut: jax.Array, semantics, vmem: int, flops: int, moved: int, operands, **kwargs):
     """`pl.pallas_call(kernel, …)` over the pieces. Under `vmap` the calls follow one another."""
     grid, in_specs, out_specs, scratch = (kwargs.pop(name) for name in ("grid", "in_specs", "out_specs", "scratch"))
     call = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(cut), grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem + SLACK),
         cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
         **kwargs,
     )
-    return jax.custom_batching.sequential_vmap(lambda *args: call(*args))(*cut, *operands)
+    return jax.custom_batching.sequential_vmap(lambda *args: call(*args))(cut, *operands)
 
 
 def product(x, rhs, bounds, dtype, precision, tiles: Tiles | None, *, transposed: bool = False):
@@ -335,7 +330,7 @@ def product(x, rhs, bounds, dtype, precision, tiles: Tiles | None, *, transposed
     x = pad_to(pad_to(x, 1, wide), 0, max(m, rows))
     column_axis, inner_axis = (1, 2) if transposed else (2, 1)
     rhs = pad_to(pad_to(rhs, inner_axis, wide), column_axis, max(n, columns))
-    cut = pieces(bounds, x.shape[0], rows, every_group=False)
+    cut = pieces(bounds, x.shape[0], rows, sums=False)
     block = (1, columns, wide) if transposed else (1, wide, columns)
     out = _call(
         functools.partial(_product_kernel, transposed=transposed, precision=precision),
@@ -345,12 +340,12 @@ def product(x, rhs, bounds, dtype, precision, tiles: Tiles | None, *, transposed
         2 * m * k * n,
         x.size * x.dtype.itemsize * pl.cdiv(n, columns) + rhs.size * rhs.dtype.itemsize + m * n * dtype.itemsize,
         (x, rhs),
-        grid=(pl.cdiv(n, columns), cut.tile.shape[0]),
+        grid=(pl.cdiv(n, columns), cut.shape[1]),
         in_specs=[
-            pl.BlockSpec((rows, wide), lambda j, s, tile, *_: (tile[s], 0)),
-            pl.BlockSpec(block, lambda j, s, tile, group, *_: (group[s], j, 0) if transposed else (group[s], 0, j)),
+            pl.BlockSpec((rows, wide), lambda j, s, cut: (cut[TILE, s], 0)),
+            pl.BlockSpec(block, lambda j, s, cut: (cut[GROUP, s], j, 0) if transposed else (cut[GROUP, s], 0, j)),
         ],
-        out_specs=pl.BlockSpec((rows, columns), lambda j, s, tile, *_: (tile[s], j)),
+        out_specs=pl.BlockSpec((rows, columns), lambda j, s, cut: (cut[RESULT, s], j)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], max(n, columns)), dtype),
         scratch=[],
         name="ragged_dot_transposed" if transposed else "ragged_dot",
@@ -392,21 +387,20 @@ def _scattered(y, indices, weights, size):
 
 
 # ------------------------------------------------------------------------------------------------ backward
-def _sum_kernel(tile, group, low, high, action, x_ref, dy_ref, out_ref, sum_ref, *, precision):
+def _sum_kernel(cut, x_ref, dy_ref, out_ref, sum_ref, *, precision):
     """Grid (tile of inner, tile of columns, piece): Σ x_iᵀ · dy_i over the pieces of a group."""
     s, last = pl.program_id(2), pl.num_programs(2) - 1
     (rows, inner), columns = x_ref.shape, dy_ref.shape[1]
-    begin, end = low[s], high[s]
-    whole = (begin == 0) & (end == rows)
+    begin, end, action = cut[LOW, s], cut[HIGH, s], cut[ACTION, s]
+    whole = (action == PRODUCT) & (begin == 0) & (end == rows)
     width = _turn(columns, min(columns, 2048), LANES * rows)
     height = _turn(inner, min(inner, 1024), width * rows)
 
     def over(body):
         _loop(inner, height, lambda here: _loop(columns, width, functools.partial(body, here)))
 
-    first = (s == 0) | (group[s] != group[jnp.maximum(s - 1, 0)])
-    final = (s == last) | (group[s] != group[jnp.minimum(s + 1, last)])
-    whole = (action[s] == PRODUCT) & whole
+    first = (s == 0) | (cut[RESULT, s] != cut[RESULT, jnp.maximum(s - 1, 0)])
+    final = (s == last) | (cut[RESULT, s] != cut[RESULT, jnp.minimum(s + 1, last)])
 
     @pl.when(whole)
     def _():
@@ -426,7 +420,7 @@ def _sum_kernel(tile, group, low, high, action, x_ref, dy_ref, out_ref, sum_ref,
 
         over(clear)
 
-    @pl.when((action[s] == PRODUCT) & ~whole)
+    @pl.when((action == PRODUCT) & ~whole)
     def _():
         def add(here, there):
             def strip(rows, inside):
@@ -456,8 +450,8 @@ def sums(x, dy, bounds, dtype, precision, tiles: Tiles | None):
     rows = min(tiles.rows, round_up(m, STRIP))
     x = pad_to(pad_to(x, 1, max(k, tiles.inner)), 0, max(m, rows))
     dy = pad_to(pad_to(dy, 1, max(n, tiles.columns)), 0, max(m, rows))
-    cut = pieces(bounds, x.shape[0], rows, every_group=True)
-    grid = (pl.cdiv(k, tiles.inner), pl.cdiv(n, tiles.columns), cut.tile.shape[0])
+    cut = pieces(bounds, x.shape[0], rows, sums=True)
+    grid = (pl.cdiv(k, tiles.inner), pl.cdiv(n, tiles.columns), cut.shape[1])
     out = _call(
         functools.partial(_sum_kernel, precision=precision),
         cut,
@@ -468,10 +462,10 @@ def sums(x, dy, bounds, dtype, precision, tiles: Tiles | None):
         (x, dy),
         grid=grid,
         in_specs=[
-            pl.BlockSpec((rows, tiles.inner), lambda i, j, s, tile, *_: (tile[s], i)),
-            pl.BlockSpec((rows, tiles.columns), lambda i, j, s, tile, *_: (tile[s], j)),
+            pl.BlockSpec((rows, tiles.inner), lambda i, j, s, cut: (cut[TILE, s], i)),
+            pl.BlockSpec((rows, tiles.columns), lambda i, j, s, cut: (cut[TILE, s], j)),
         ],
-        out_specs=pl.BlockSpec((1, tiles.inner, tiles.columns), lambda i, j, s, tile, group, *_: (group[s], i, j)),
+        out_specs=pl.BlockSpec((1, tiles.inner, tiles.columns), lambda i, j, s, cut: (cut[RESULT, s], i, j)),
         out_shape=jax.ShapeDtypeStruct((groups, x.shape[1], dy.shape[1]), dtype),
         scratch=[pltpu.VMEM((tiles.inner, tiles.columns), f32)],
         name="ragged_dot_sums",

@@ -127,26 +127,25 @@ def test_what_no_group_has_is_not_touched():
 
 
 @pytest.mark.parametrize("sizes", [(128, 128, 128), (5, 0, 0, 300, 1), (0, 0), (384,), (1, 1, 1)])
-@pytest.mark.parametrize("every_group", [False, True])
-def test_pieces_are_all_rows_in_order(sizes, every_group):
+@pytest.mark.parametrize("sums", [False, True])
+def test_pieces_are_all_rows_in_order(sizes, sums):
     rows, tile = 384, 128
     bounds = jnp.asarray(np.cumsum([0, *sizes]), jnp.int32)
-    cut = [np.asarray(x) for x in kernel.pieces(bounds, rows, tile, every_group=every_group)]
+    cut = np.asarray(kernel.pieces(bounds, rows, tile, sums=sums))
     covered = np.full(rows, -1)
-    for t, group, low, high, action in zip(*cut, strict=True):
+    for t, group, result, low, high, action in cut.T:
         assert 0 <= t < rows // tile
         if action != kernel.NOTHING:
-            assert low >= 0 and high <= tile
+            assert low >= 0 and high <= tile and result == (group if sums else t)
             here = slice(t * tile + low, t * tile + high)
             assert (covered[here] == -1).all()
             covered[here] = group if action == kernel.PRODUCT else len(sizes)
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    beyond = -1 if every_group else len(sizes)  # where the sums are made, rows without a group do not matter
+    beyond = -1 if sums else len(sizes)  # where the sums are made, rows without a group do not matter
     np.testing.assert_array_equal(covered, np.append(owner, np.full(rows - len(owner), beyond)))
-    for index in cut[:2]:  # a block of the output is left once
-        assert (np.diff(index) >= 0).all()
-    if every_group:
-        assert set(cut[1]) == set(range(len(sizes)))
+    assert (np.diff(cut[kernel.RESULT]) >= 0).all()  # a block of the result is left once
+    if sums:
+        assert set(cut[kernel.RESULT]) == set(range(len(sizes)))
 
 
 @pytest.mark.parametrize(

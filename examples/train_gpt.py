@@ -38,6 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jaxops
+import jaxops.optim
 
 # Two programs of the same mathematics, rounded differently, agree in their loss to this, relatively.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
@@ -185,10 +186,18 @@ def program(config: Config, args: argparse.Namespace, mesh: Mesh, *, plain: bool
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, args.warmup, args.steps, 0.1 * args.learning_rate
     )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1)),
-    )
+    options = dict(b2=0.95, weight_decay=0.1, mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1))
+    optimizer: optax.GradientTransformation
+    if plain:
+        optimizer = chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, **options))
+
+        def advance(parameters, gradient, state):
+            updates, state = chain.update(gradient, state, parameters)
+            return optax.apply_updates(parameters, updates), state
+
+    else:  # small=0: the state is laid out on the mesh by the paths of the parameters
+        optimizer = jaxops.optim.adamw(schedule, max_norm=1.0, small=0, **options)
+        advance = optimizer.apply
 
     def model():
         return GPT(config, jnp.dtype(args.dtype), plain=plain, mesh=mesh, rngs=nnx.Rngs(args.seed))
@@ -208,8 +217,8 @@ def program(config: Config, args: argparse.Namespace, mesh: Mesh, *, plain: bool
 
     def step(state, windows):
         (_, value), gradient = jax.value_and_grad(trained, has_aux=True)(state["parameters"], windows)
-        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["parameters"])
-        return {"parameters": optax.apply_updates(state["parameters"], updates), "optimizer": optimizer_state}, value
+        parameters, optimizer_state = advance(state["parameters"], gradient, state["optimizer"])
+        return {"parameters": parameters, "optimizer": optimizer_state}, value
 
     def place(path, leaf):
         return jax.ShapeDtypeStruct(
@@ -252,6 +261,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "batch": args.batch, "steps": args.steps, "warmup": args.warmup, "learning_rate": args.learning_rate,
         "seed": args.seed, "dtype": args.dtype, "text": corpus.digest, "evaluate_every": args.evaluate_every,
+        "optimizer": "jaxops.optim.adamw",
     }  # fmt: skip
     facts = {"model": dataclasses.asdict(config), "run": settings}
     state, done = resumed(out, ours, facts, console) if args.resume else (None, 0)
@@ -462,12 +472,15 @@ def finish(args, config, corpus, held_out, mesh, ours, state, trained, out, cons
 def compare(args, config, corpus, held_out, mesh, ours, state) -> Table:
     """The same parameters and batches through jaxops and through plain operators, step by step in turn."""
     rounds = 6
-    programs = {"jaxops": ours, "Flax, JAX, Optax": program(config, args, mesh, plain=True)}
+    plain = program(config, args, mesh, plain=True)
+    programs = {"jaxops": ours, "Flax, JAX, Optax": plain}
     held_out_losses = {
         name: float(one.loss(state["parameters"], ours.put(held_out[0]))) for name, one in programs.items()
     }
     compiled = {name: one.step.lower(one.state, one.windows).compile() for name, one in programs.items()}
-    states = {name: jax.tree.map(jnp.copy, state) for name in programs}
+    in_optax = optax.tree.set(plain.state["optimizer"], **state["optimizer"]._asdict())
+    begin = (state, state | {"optimizer": in_optax})
+    states = {name: jax.tree.map(jnp.copy, each) for name, each in zip(programs, begin, strict=True)}
     losses, seconds = {name: [] for name in programs}, {name: [] for name in programs}
     for number in range(rounds + 1):
         windows = ours.put(corpus.batch(args.seed, args.steps + number, args.batch, args.length))

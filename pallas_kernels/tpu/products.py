@@ -259,8 +259,9 @@ def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
 def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes, cut, precision):
     out_refs, sums = refs[: 1 + sizes.saved], list(refs[1 + sizes.saved :])
     step, steps = pl.program_id(2), pl.cdiv(sizes.k, cut.k)
-    ahead, pieces = _ahead(sizes, cut), _pieces(sizes, cut)
+    ahead, pieces = _ahead(sizes, cut), 1
     if ahead:
+        pieces = _pieces(sizes, cut)
         blocks, arrived, *sums = sums
         x_ref, arrive = _fetch_rows(x_ref, blocks, arrived, pieces)
     _clear(x_ref, 1, step, sizes.k)

@@ -5,7 +5,8 @@ after them, on the accumulators, in registers.
 
 A block owns 128 rows: two consumer warpgroups of 64, the height of a wgmma, and a producer that streams tiles of x and
 of the weights through shared memory by TMA. Ragged edges are left to the copies, which read zeros and drop writes out
-of bounds; they cut rows by eights. Gradients are products without an epilogue, which XLA's library does as well as can be done.
+of bounds; they cut rows by eights. Gradients are products without an epilogue, which XLA's library does as well as can
+be done.
 """
 
 import dataclasses

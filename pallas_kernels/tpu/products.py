@@ -124,9 +124,10 @@ def memory(phase: str, tiles: Tiles, sizes: Sizes) -> int:
         blocks = 2 * size * (x + count * w + (1 + sizes.saved + sizes.read) * y)
         return SLACK + blocks + 4 * count * (y * split[2] + strip)
     read = 2 * size * (1 + sizes.saved) * y + size * strip
+    products = 2 * 4 * count * _padded(max(t.m, min(t.k, 1024)), STRIP)  # before they are added to the sums
     dx = 2 * size * (x + count * w) + 4 * x * split[1]
     dw = 2 * size * (x + count * w) + size * x + 4 * count * w * split[0] + 8 * 4 * count * 3 * round_up(t.n, LANES)
-    return SLACK + read + max(dx, dw)
+    return SLACK + read + products + max(dx, dw)
 
 
 def tiles(name: str, phase: str, sizes: Sizes, dtype: Any) -> Tiles:
@@ -242,7 +243,8 @@ def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
     call = pl.pallas_call(
         kernel,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=memory(phase, tiles, sizes)
+            dimension_semantics=semantics,
+            vmem_limit_bytes=min(memory(phase, tiles, sizes) + SLACK, chips.current("tpu").vmem_bytes),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * sizes.weights * sizes.m * sizes.n * sizes.k,

@@ -5,7 +5,8 @@ after them, on the accumulators, in registers.
 
 A block owns 128 rows: two consumer warpgroups of 64, the height of a wgmma, and a producer that streams tiles of x and
 of the weights through shared memory by TMA. Ragged edges are left to the copies, which read zeros and drop writes out
-of bounds. Gradients are products without an epilogue, which XLA's library does as well as can be done.
+of bounds; they cut rows by eights. Gradients are products without an epilogue, which XLA's library does as well as can
+be done.
 """
 
 import dataclasses
@@ -105,8 +106,8 @@ def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str |
         if array is not None and array.dtype != jnp.bfloat16:
             return f"{what} must be bfloat16, got {array.dtype}"
     k, n = arrays[0].shape
-    if k % 8 or n % 8:
-        return f"rows must be a multiple of 16 bytes for TMA, that is k and n a multiple of 8, got {k} and {n}"
+    if k % DEPTH or n % PIECE:
+        return f"k and n must be multiples of 64, the width of the tiles that TMA copies, got {k} and {n}"
     rows = math.prod(x.shape[:-1])
     if max(pl.cdiv(rows, CONSUMERS * ROWS), pl.cdiv(n, PIECE)) > 65535:
         return f"the grid is limited to 65535 blocks of 128 rows and of 64 columns, got {rows} rows and {n} columns"
@@ -120,14 +121,15 @@ def forward(
 
     finish(zs, bias, residual) -> (y, saved …), of float32 tiles, bias and residual perhaps None.
     """
-    (m, k), n, count, dtype = x.shape, ws[0].shape[1], len(ws), x.dtype
+    rows, (k, n), count, dtype = len(x), ws[0].shape, len(ws), x.dtype
+    m = round_up(rows, 8)
     columns, steps = tiles.columns, pl.cdiv(k, DEPTH)
     stages = min(tiles.stages, steps)
-    operands = [x, *ws]
+    operands = [pad_to(x, 0, m), *ws]
     if bias is not None:
         operands.append(pad_to(bias.astype(jnp.float32), 0, round_up(n, columns)))
     if residual is not None:
-        operands.append(residual)
+        operands.append(pad_to(residual, 0, m))
 
     def body(x_ref, *arrays, x_tiles, w_tiles, out_tile, bias_tile, ready, free, extras_ready):
         refs = list(arrays)
@@ -202,7 +204,7 @@ def forward(
             plgpu.set_max_registers(24, action="decrease")
             producer()
 
-    return plgpu.kernel(
+    found = plgpu.kernel(
         body,
         kernel_name=f"{name}_forward",
         out_type=[jax.ShapeDtypeStruct((m, n), dtype)] * (1 + saved),
@@ -221,3 +223,4 @@ def forward(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands)
+    return [y[:rows] for y in found]

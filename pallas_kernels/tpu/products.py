@@ -124,9 +124,10 @@ def memory(phase: str, tiles: Tiles, sizes: Sizes) -> int:
         blocks = 2 * size * (x + count * w + (1 + sizes.saved + sizes.read) * y)
         return SLACK + blocks + 4 * count * (y * split[2] + strip)
     read = 2 * size * (1 + sizes.saved) * y + size * strip
+    products = 2 * 4 * count * _padded(max(t.m, min(t.k, 1024)), STRIP)  # before they are added to the sums
     dx = 2 * size * (x + count * w) + 4 * x * split[1]
     dw = 2 * size * (x + count * w) + size * x + 4 * count * w * split[0] + 8 * 4 * count * 3 * round_up(t.n, LANES)
-    return SLACK + read + max(dx, dw)
+    return SLACK + read + products + max(dx, dw)
 
 
 def tiles(name: str, phase: str, sizes: Sizes, dtype: Any) -> Tiles:
@@ -242,7 +243,8 @@ def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
     call = pl.pallas_call(
         kernel,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=memory(phase, tiles, sizes)
+            dimension_semantics=semantics,
+            vmem_limit_bytes=min(memory(phase, tiles, sizes) + SLACK, chips.current("tpu").vmem_bytes),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * sizes.weights * sizes.m * sizes.n * sizes.k,
@@ -259,8 +261,9 @@ def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
 def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes, cut, precision):
     out_refs, sums = refs[: 1 + sizes.saved], list(refs[1 + sizes.saved :])
     step, steps = pl.program_id(2), pl.cdiv(sizes.k, cut.k)
-    ahead, pieces = _ahead(sizes, cut), _pieces(sizes, cut)
+    ahead, pieces = _ahead(sizes, cut), 1
     if ahead:
+        pieces = _pieces(sizes, cut)
         blocks, arrived, *sums = sums
         x_ref, arrive = _fetch_rows(x_ref, blocks, arrived, pieces)
     _clear(x_ref, 1, step, sizes.k)

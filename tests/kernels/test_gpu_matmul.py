@@ -19,12 +19,12 @@ from tests.compare import no_worse
 Tiles = products.Tiles
 SILU, GELU, RELU = jax.nn.silu, jax.nn.gelu, jax.nn.relu
 CASES = {  # kernel, m, k, n, what comes after the product, activation, tiles
-    "edges": (matmul, 130, 200, 136, ("bias", "residual"), GELU, Tiles(64, 2)),
-    "one": (matmul, 1, 8, 8, ("bias",), RELU, None),
-    "plain": (matmul, 70, 136, 264, (), None, None),
-    "residual": (matmul, 257, 72, 72, ("residual",), jnp.tanh, None),
-    "gated": (gated_linear_unit, 130, 200, 136, (), SILU, Tiles(64, 2)),
-    "gated-wide": (gated_linear_unit, 70, 264, 264, (), GELU, None),
+    "edges": (matmul, 130, 192, 192, ("bias", "residual"), GELU, Tiles(128, 2)),
+    "one": (matmul, 1, 64, 64, ("bias",), RELU, None),
+    "plain": (matmul, 70, 128, 320, (), None, None),
+    "residual": (matmul, 257, 64, 64, ("residual",), jnp.tanh, None),
+    "gated": (gated_linear_unit, 130, 192, 192, (), SILU, Tiles(128, 2)),
+    "gated-wide": (gated_linear_unit, 70, 256, 256, (), GELU, None),
 }
 
 
@@ -71,7 +71,7 @@ def test_interpreted(name):
 @pytest.mark.timeout(300)
 def test_vmap():
     """Of two problems that share their weight each is as alone."""
-    operands = build(matmul, 70, 72, 72, ())
+    operands = build(matmul, 70, 64, 64, ())
     two = jnp.stack([operands["x"], 2 * operands["x"]])
     with chips.target(chips.named("h100")), interpreter():
         got = jax.vmap(lambda x: matmul.value(x, operands["w"], activation=None, precision=None)[0])(two)
@@ -84,7 +84,7 @@ def test_vmap():
 @pytest.mark.timeout(300)
 def test_a_planted_fault_is_found(monkeypatch):
     """A result that leaves before it is written."""
-    operands = build(matmul, 64, 72, 72, ())
+    operands = build(matmul, 64, 64, 64, ())
     with chips.target(chips.named("h100")), interpreter():
         monkeypatch.setattr(plgpu, "commit_smem", lambda *_: None)
         with pytest.raises(Exception, match="RACE DETECTED"):
@@ -103,7 +103,11 @@ def shape(*sizes, dtype="bfloat16"):
         ("h100", {"x": shape(8, 128, dtype="float32")}, "x must be bfloat16, got float32"),
         ("h100", {"w": shape(128, 256, dtype="float16")}, "a weight must be bfloat16, got float16"),
         ("h100", {"residual": shape(8, 256, dtype="float32")}, "residual must be bfloat16, got float32"),
-        ("h100", {"w": shape(128, 257)}, "k and n a multiple of 8, got 128 and 257"),
+        (
+            "h100",
+            {"w": shape(128, 257)},
+            "k and n must be multiples of 64, the width of the tiles that TMA copies, got 128 and 257",
+        ),
         ("h100", {"activation": jnp.sin}, "activation or its gradient calls sin"),
         ("h100", {"x": shape(1 << 24, 128)}, "the grid is limited"),
     ],
@@ -121,7 +125,7 @@ def test_what_jax_offers_goes_into_a_kernel():
 
 
 def test_tiles_fit():
-    for sizes in ((8192, 4096, 11008), (1, 8, 8), (1000, 50256, 304)):
+    for sizes in ((8192, 4096, 11008), (1, 64, 64), (1000, 50304, 320)):
         operands = dict(x=shape(sizes[0], sizes[2]), w=shape(sizes[2], sizes[1]), activation=SILU, precision=None)
         with chips.target(chips.named("h100")):
             chosen = matmul.tiles("forward", **operands)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -131,9 +132,19 @@ def test_the_state_is_a_tree_like_the_parameters():
         "no": (0, 3),
     }
     assert optim.sgd(1e-3).init(params).trace is None
-    again = jax.tree.unflatten(jax.tree.structure(together), jax.tree.leaves(together))  # as a checkpoint does
-    ours = optim.lion(1e-3)
-    ours.apply(params, params, optim.LionState(jnp.int32(0), again))
+
+
+def test_orbax_saves_the_state(tmp_path):
+    params = {"a": [np.ones(8, np.float32)] * 3, "w": np.ones((4, 5), np.float32)}
+    ours = optim.adamw(1e-2)
+    step = jax.jit(ours.apply)
+    params, state = step(params, params, ours.init(params))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        again = checkpointer.restore(tmp_path / "state", ours.init(params))
+    results = zip(*(jax.tree.leaves(step(params, params, s)) for s in (state, again)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in results)
 
 
 def test_shared_arrays_have_a_largest_size(monkeypatch):

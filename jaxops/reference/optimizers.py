@@ -2,7 +2,7 @@
 
     p ← p - learning rate · (direction + weight decay · p)
 
-A rule is frozen, so it can be part of a compiled program, and has
+A rule has
 
     moments                            how many arrays of the parameter's shape it keeps
     factors(count)                     the numbers that depend on the step alone, three scalars; count starts at 1

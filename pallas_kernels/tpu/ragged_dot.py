@@ -85,14 +85,19 @@ class Tiles:
         return self.vmem_bytes(k, itemsize, backward) + SLACK <= chips.current("tpu").vmem_bytes
 
     def vmem_bytes(self, k: int, itemsize: int, backward: bool) -> int:
-        """VMEM of a kernel. Blocks are there twice, the next arriving while this one is worked on."""
+        """VMEM of a kernel. Blocks are there twice, the next arriving while this one is worked on. float32 operands of
+        a turn are there once more, split into the parts of bfloat16 that are multiplied."""
+        split = 16 if itemsize == 4 else 0
         if backward:  # x and dy; the sum, and drhs
-            return (
-                2 * itemsize * self.rows * (self.inner + self.columns) + (4 + 2 * itemsize) * self.inner * self.columns
-            )
-        return 2 * itemsize * round_up(k, LANES) * (self.rows + self.columns) + 2 * 4 * self.rows * self.columns
+            turn = self.rows * (min(self.inner, _TURN_INNER) + min(self.columns, _TURN_COLUMNS))
+            blocks = 2 * itemsize * self.rows * (self.inner + self.columns)
+            return blocks + (4 + 2 * itemsize) * self.inner * self.columns + split * turn
+        k = round_up(k, LANES)
+        turn = k * (self.rows + min(self.columns, _turn_columns()))
+        return 2 * itemsize * k * (self.rows + self.columns) + 2 * 4 * self.rows * self.columns + split * turn
 
 
+_TURN_INNER, _TURN_COLUMNS = 1024, 2048  # of drhs in one turn of a loop
 _FORWARD = ((128, 128), (256, 256), (256, 512), (512, 512), (512, 1024), (1024, 1024), (1024, 2048))
 _BACKWARD = (
     (128, 128, 128),
@@ -243,10 +248,19 @@ def pieces(bounds: jax.Array, rows: int, tile_rows: int, *, sums: bool) -> jax.A
     return jnp.sum(jnp.where(here, fields[:, None], 0), axis=2, dtype=jnp.int32)
 
 
+def _turn_columns() -> int:
+    """Columns of y in one turn of a loop, at most."""
+    side = chips.current("tpu").mxu
+    return 2 * side * side // LANES
+
+
 def _turn(size: int, most: int, work: int) -> int:
     """How much of `size` one turn of a loop takes: a multiple of 128 that divides it, ≤ `most`, with `work`
     multiply-adds for each unit."""
-    bound = WORK * chips.current("tpu").mxu ** 2
+    side = chips.current("tpu").mxu
+    # The start and the end of a turn keep the matrix unit from working: of 256 it has the less time to spare, because
+    # its memory is slow for it.
+    bound = WORK * side**2 * side // LANES
     return max(u for u in range(LANES, most + 1, LANES) if size % u == 0 and (u == LANES or u * work <= bound))
 
 
@@ -275,7 +289,7 @@ def _product_kernel(cut, x_ref, rhs_ref, out_ref, *, transposed, precision):
     (rows, columns), inner = out_ref.shape, x_ref.shape[1]
     begin, end, action = cut[LOW, s], cut[HIGH, s], cut[ACTION, s]
     whole = (begin == 0) & (end == rows)
-    width = _turn(columns, min(columns, 2 * chips.current("tpu").mxu), LANES * inner)
+    width = _turn(columns, min(columns, _turn_columns()), LANES * inner)
 
     def product(here, there):
         rhs = rhs_ref[0, there, :] if transposed else rhs_ref[0, :, there]
@@ -393,8 +407,8 @@ def _sum_kernel(cut, x_ref, dy_ref, out_ref, sum_ref, *, precision):
     (rows, inner), columns = x_ref.shape, dy_ref.shape[1]
     begin, end, action = cut[LOW, s], cut[HIGH, s], cut[ACTION, s]
     whole = (action == PRODUCT) & (begin == 0) & (end == rows)
-    width = _turn(columns, min(columns, 2048), LANES * rows)
-    height = _turn(inner, min(inner, 1024), width * rows)
+    width = _turn(columns, min(columns, _TURN_COLUMNS), LANES * rows)
+    height = _turn(inner, min(inner, _TURN_INNER), width * rows)
 
     def over(body):
         _loop(inner, height, lambda here: _loop(columns, width, functools.partial(body, here)))

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend import core
 
 from pallas_kernels import modifiers, random
+from pallas_kernels.gpu.elementwise import COMPILED, lowered
 from pallas_kernels.masks import Band, Blocks
 from pallas_kernels.padding import pad_to, round_up
 
@@ -155,47 +155,6 @@ def by_keys(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return operands | {name: operands[name].swapaxes(2, 3) for name in ("bias", "mask") if name in operands}
 
 
-# Elementwise primitives that Mosaic GPU lowers, all of them tried. (Its sine is wrong far from 0.)
-_LOWERED = frozenset(
-    {
-        "abs",
-        "add",
-        "and",
-        "broadcast_in_dim",
-        "convert_element_type",
-        "div",
-        "eq",
-        "exp",
-        "exp2",
-        "ge",
-        "gt",
-        "jit",
-        "le",
-        "log",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "not",
-        "or",
-        "rem",
-        "rsqrt",
-        "select_n",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sqrt",
-        "square",
-        "sub",
-        "xor",
-    }
-)
-
-
 def not_lowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | None:
     """Why Mosaic GPU cannot compile a modifier, or None."""
     for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
@@ -206,7 +165,7 @@ def not_lowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | 
             programs.append(modifiers.traced(_score_and_slope(function), scored=True))
         for program in programs:
             for equation in modifiers.equations(program):
-                if equation.primitive.name not in _LOWERED:
+                if equation.primitive.name not in COMPILED:
                     return f"{name} uses {equation.primitive.name}, which the kernel cannot compile"
                 wide = [v.aval.dtype for v in equation.outvars if v.aval.dtype.itemsize not in (1, 4)]
                 if wide:
@@ -508,80 +467,8 @@ class Tile:
         return random.kept(spread(first, self.shape), spread(second, self.shape), key, self.rows.problem.dropout_rate)
 
 
-def lowered(function):
-    """`function` of arrays, in the primitives that Mosaic GPU compiles as they are."""
-
-    def evaluate(program, *values):
-        jaxpr = program.jaxpr
-        found = dict(zip((*jaxpr.invars, *jaxpr.constvars), (*values, *program.consts), strict=True))
-        read = lambda x: x.val if isinstance(x, core.Literal) else found[x]
-        for equation in jaxpr.eqns:
-            inputs, name, parameters = [read(x) for x in equation.invars], equation.primitive.name, equation.params
-            if name in _INLINED:
-                outputs = evaluate(parameters[_INLINED[name]], *inputs)
-            elif name in _REPLACED:
-                outputs = [_REPLACED[name](*inputs, **parameters)]
-            else:
-                outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(parameters))
-                outputs = outputs if equation.primitive.multiple_results else [outputs]
-            found |= zip(equation.outvars, outputs, strict=True)
-        return [read(x) for x in jaxpr.outvars]
-
-    def call(*arguments):
-        program, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        return jax.tree.unflatten(jax.tree.structure(shape), evaluate(program, *arguments))
-
-    return call
-
-
 def _score_and_slope(score_mod):
     return lowered(functools.partial(modifiers.score_and_slope, score_mod))
-
-
-def _tanh(x, **_):
-    """±(1 - e) / (1 + e), e = exp(-2 |x|): the hardware's is wrong by 2⁻¹¹."""
-    e = jnp.exp(-2 * jnp.abs(x))
-    root = lax.rsqrt(1 + e)  # a division costs a subroutine
-    size = (1 - e) * (root * root)
-    return jnp.where(x >= 0, size, -size)
-
-
-def _log1p(x, **_):
-    """log(u) x / (u - 1), u = 1 + x: the rounding of u cancels (Goldberg 1991, theorem 4)."""
-    u = 1 + x
-    exact = (u == 1) | (u == jnp.inf)
-    return jnp.where(exact, x, jnp.log(u) * x / jnp.where(exact, 1.0, u - 1))
-
-
-def _power(x, *, y, **_):
-    """x to an integer, by squaring: Mosaic takes only the square."""
-    if y < 0:
-        return 1 / _power(x, y=-y)
-    if y < 2:
-        return x if y else jnp.ones_like(x)
-    half = _power(x, y=y // 2)
-    return half * half * x if y % 2 else half * half
-
-
-def _not(x, **_):
-    return jnp.not_equal(x, True) if x.dtype == jnp.bool_ else ~x
-
-
-def _select(which, *cases, **_):
-    return lax.select_n(jnp.broadcast_to(which, cases[0].shape), *cases)
-
-
-_INLINED = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
-_REPLACED: dict[str, Callable[..., jax.Array]] = {
-    "add_any": lambda x, y, **_: lax.add(x, y),
-    "integer_pow": _power,
-    "is_finite": lambda x, **_: jnp.abs(x) < jnp.inf,
-    "log1p": _log1p,
-    "not": _not,
-    "one_minus_square": lambda x, **_: (1 - x) * (1 + x),
-    "select_n": _select,
-    "tanh": _tanh,
-}
 
 
 def down(x, shape):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.gpu import products
-from pallas_kernels.gpu.attention_scores import lowered
+from pallas_kernels.gpu.elementwise import lowered
 from pallas_kernels.gpu.products import Tiles as Tiles
 
 

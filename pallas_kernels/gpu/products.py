@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import activations, chips, tuned
-from pallas_kernels.gpu.attention_scores import across, lowered, smem
+from pallas_kernels.gpu.attention_scores import across, smem
+from pallas_kernels.gpu.elementwise import lowered
 from pallas_kernels.padding import pad_to, round_up
 
 ROWS = 64  # rows of one warpgroup: the height of a wgmma

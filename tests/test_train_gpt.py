@@ -158,6 +158,7 @@ def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, m
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_is_that_of_plain_jax(book, tmp_path, capsys):
     """Each device routes its own bytes, and holds half of every expert; plain JAX is partitioned by XLA."""
     mesh = ("--devices", "4", "--tensor", "2")

@@ -143,6 +143,15 @@ def jax_squared_relu(x):
     return jnp.square(jax.nn.relu(x))
 
 
+def jax_linear_distillation(
+    x, weight, teacher_x, teacher_weight, *, bias=None, teacher_bias=None, temperature=1.0, reduction="mean"
+):
+    """τ² KL(softmax of the teacher's logits / τ ‖ that of the student's), reduced, of jax.nn and jax.numpy."""
+    student, teacher = jax_matmul(x, weight, bias=bias), jax_matmul(teacher_x, teacher_weight, bias=teacher_bias)
+    log_p, log_q = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (student, teacher))
+    return _reduced(temperature**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), -1), reduction)
+
+
 def jax_matmul(x, w, *, bias=None, activation=None, residual=None, precision=None):
     """activation(x · w + bias) + residual, of jax.nn and jax.numpy."""
     y = jnp.matmul(x, w, precision=precision)
@@ -215,17 +224,6 @@ def flax_layer_norm(x, scale=None, bias=None, *, eps=1e-6):
     parameters = {name: p for name, p in (("scale", scale), ("bias", bias)) if p is not None}
     module = nn.LayerNorm(epsilon=eps, dtype=x.dtype, use_scale=scale is not None, use_bias=bias is not None)
     return module.apply({"params": parameters}, x)
-
-
-def optax_linear_distillation(
-    x, weight, teacher_x, teacher_weight, *, bias=None, teacher_bias=None, temperature=1.0, reduction="mean"
-):
-    """τ² KL(softmax of the teacher's logits / τ ‖ that of the student's), reduced, with the loss of optax."""
-    import optax
-
-    student, teacher = jax_matmul(x, weight, bias=bias), jax_matmul(teacher_x, teacher_weight, bias=teacher_bias)
-    log_p, log_q = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (student, teacher))
-    return _reduced(temperature**2 * optax.losses.kl_divergence_with_log_targets(log_p, log_q), reduction)
 
 
 def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"):
@@ -393,6 +391,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "gelu": jax_gelu,
         "layer_norm": jax_layer_norm,
         "linear_cross_entropy": jax_linear_cross_entropy,
+        "linear_distillation": jax_linear_distillation,
         "matmul": jax_matmul,
         "paged_attention": jax_paged_attention,
         "ragged_dot": jax_ragged_dot,
@@ -408,10 +407,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "layer_norm": flax_layer_norm,
         "rms_norm": flax_rms_norm,
     },
-    "optax": {
-        "linear_cross_entropy": optax_linear_cross_entropy,
-        "linear_distillation": optax_linear_distillation,
-    },
+    "optax": {"linear_cross_entropy": optax_linear_cross_entropy},
     "tokamax": {
         "dot_product_attention": tokamax_dot_product_attention,
         "gated_linear_unit": tokamax_gated_linear_unit,

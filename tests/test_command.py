@@ -36,6 +36,7 @@ def test_list_as_a_table(capsys, monkeypatch):
     [
         (["compiled"], ["compiled"], "kernel"),
         (["compiled", "refused"], ["compiled", "compiled"], "kernel, some shapes in XLA"),
+        (["compiled", "refused"], ["refused", "refused"], "forward, some shapes in XLA"),
         (["compiled", "compiled"], ["refused", "refused"], "forward"),
         (["refused"], ["refused"], "XLA"),
         (["compiled"], ["failed"], "fails"),

@@ -100,8 +100,8 @@ def reddened(before: Cells, now: Cells) -> list[str]:
 
 
 def summary(cells: Cells) -> dict[tuple[str, str], dict[str, str]]:
-    """(operator, dtype) → chip → what runs there: "kernel", "forward" (the gradient in XLA), "kernel, some shapes in
-    XLA", "XLA" or "fails"."""
+    """(operator, dtype) → chip → what runs there: "kernel", "forward" (the gradient in XLA), either with ", some shapes
+    in XLA", "XLA" or "fails"."""
     found: dict[tuple[str, str], dict[str, list[tuple[str, str]]]] = {}
     names: dict[str, None] = {}
     for key, cell in cells.items():
@@ -117,13 +117,11 @@ def _mark(cells: list[tuple[str, str]]) -> str:
     if any(status == "failed" for _, status in cells):
         return "fails"
     compiled = {direction: {s == "compiled" for d, s in cells if d == direction} for direction in DIRECTIONS}
-    if compiled == {"forward": {True}, "backward": {True}}:
-        return "kernel"
-    if compiled == {"forward": {True}, "backward": {False}}:
-        return "forward"
     if not any(True in statuses for statuses in compiled.values()):
         return "XLA"
-    return "kernel, some shapes in XLA"
+    what = "forward" if compiled["backward"] == {False} else "kernel"
+    whole = compiled["forward"] == {True} and (what == "forward" or compiled["backward"] == {True})
+    return what if whole else f"{what}, some shapes in XLA"
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

@@ -147,7 +147,10 @@ def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypat
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == (unbroken[0] / "log.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("mesh", ["--devices 1", "--devices 4", "--devices 8", "--devices 4 --tensor 2"])
+@pytest.mark.parametrize(
+    "mesh",
+    ["--devices 1", "--devices 4", pytest.param("--devices 8", marks=pytest.mark.slow), "--devices 4 --tensor 2"],
+)
 def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
     assert train(book, tmp_path / "run", *mesh.split()) == 0

@@ -27,8 +27,11 @@ CASES = {
 }  # fmt: skip
 
 
+IN_EVERY_RUN = ("splits, an empty sequence", "quantised", "pages, mixed", "quantised pages")
+
+
 @pytest.mark.timeout(300)  # a lost arrival is a deadlock
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n if n in IN_EVERY_RUN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_interpreted(name):
     operands, options = build(CASES[name])
     assert decode_attention.unsupported(**operands, **options) is None

@@ -160,7 +160,11 @@ TRANSFORMED = [
         (("bias", (1, 4, 140, 150)), ("mask", (8, 1, 1, 150))),
         marks=pytest.mark.slow,
     ),
-    (dict(CAUSAL, score_mod=bent_alike, mask_mod=blockwise, dropout_rate=0.25), ("prefix", "alibi", "dropout")),
+    pytest.param(
+        dict(CAUSAL, score_mod=bent_alike, mask_mod=blockwise, dropout_rate=0.25),
+        ("prefix", "alibi", "dropout"),
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

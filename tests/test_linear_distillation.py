@@ -48,6 +48,7 @@ def test_values_and_gradients(tokens, hidden, teacher_hidden, vocab, dtype, temp
     check(per_token, reference, operands, **static)
 
 
+@pytest.mark.slow
 def test_transforms():
     operands = operands_of(16, 12, 9, 40)
     sharded = {"x": 0, "teacher_x": 0}

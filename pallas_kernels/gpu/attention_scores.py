@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import modifiers, random
-from pallas_kernels.gpu.elementwise import COMPILED, lowered
+from pallas_kernels.gpu.elementwise import lowered, refusal
 from pallas_kernels.masks import Band, Blocks
 from pallas_kernels.padding import pad_to, round_up
 
@@ -165,11 +165,8 @@ def not_lowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | 
             programs.append(modifiers.traced(_score_and_slope(function), scored=True))
         for program in programs:
             for equation in modifiers.equations(program):
-                if equation.primitive.name not in COMPILED:
-                    return f"{name} uses {equation.primitive.name}, which the kernel cannot compile"
-                wide = [v.aval.dtype for v in equation.outvars if v.aval.dtype.itemsize not in (1, 4)]
-                if wide:
-                    return f"{name} computes in {wide[0]}, and the kernel only in float32, int32 and bool"
+                if reason := refusal(equation):
+                    return f"{name} {reason}"
     return None
 
 

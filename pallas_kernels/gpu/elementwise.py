@@ -1,6 +1,7 @@
 """Elementwise functions of the user inside a Mosaic GPU kernel, in the primitives that its compiler takes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,44 +9,29 @@ from jax import lax
 from jax.extend import core
 
 # Elementwise primitives that Mosaic GPU lowers, all of them tried. (Its sine is wrong far from 0.)
-COMPILED = frozenset(
-    {
-        "abs",
-        "add",
-        "and",
-        "broadcast_in_dim",
-        "convert_element_type",
-        "div",
-        "eq",
-        "exp",
-        "exp2",
-        "ge",
-        "gt",
+_COMPILED = frozenset(
+    (
         "jit",
-        "le",
-        "log",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "not",
-        "or",
-        "rem",
-        "rsqrt",
-        "select_n",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sqrt",
-        "square",
-        "sub",
-        "xor",
-    }
+        *("abs", "add", "and", "broadcast_in_dim", "convert_element_type", "div", "eq", "exp", "exp2", "ge"),
+        *("gt", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "rem", "rsqrt"),
+        *("select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sqrt", "square"),
+        *("sub", "xor"),
+    )
 )
+
+
+def refusal(equation: Any) -> str | None:
+    """Why the compiler cannot take an equation of a `lowered` function, as what the function does, or None."""
+    name = equation.primitive.name
+    if name not in _COMPILED:
+        return f"uses {name}, which the kernel cannot compile"
+    for variable in equation.outvars:
+        dtype = variable.aval.dtype
+        if dtype.itemsize not in (1, 4):
+            return f"computes in {dtype}, and the kernel only in float32, int32 and bool"
+        if name == "rem" and jnp.issubdtype(dtype, jnp.floating):
+            return "takes a remainder of floating numbers, which the kernel cannot compile"
+    return None
 
 
 def lowered(function: Callable) -> Callable:
@@ -103,6 +89,12 @@ def _not(x, **_):
     return jnp.not_equal(x, True) if x.dtype == jnp.bool_ else ~x
 
 
+def _convert(x, *, new_dtype, **_):
+    if x.dtype == jnp.bool_ and new_dtype != jnp.bool_:
+        return jnp.where(x, jnp.ones((), new_dtype), jnp.zeros((), new_dtype))
+    return lax.convert_element_type(x, new_dtype)
+
+
 def _select(which, *cases, **_):
     return lax.select_n(jnp.broadcast_to(which, cases[0].shape), *cases)
 
@@ -110,6 +102,7 @@ def _select(which, *cases, **_):
 _INLINED = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 _REPLACED: dict[str, Callable[..., jax.Array]] = {
     "add_any": lambda x, y, **_: lax.add(x, y),
+    "convert_element_type": _convert,
     "integer_pow": _power,
     "is_finite": lambda x, **_: jnp.abs(x) < jnp.inf,
     "log1p": _log1p,

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import activations, chips, tuned
 from pallas_kernels.gpu.attention_scores import across, smem
-from pallas_kernels.gpu.elementwise import lowered
+from pallas_kernels.gpu.elementwise import lowered, refusal
 from pallas_kernels.padding import pad_to, round_up
 
 ROWS = 64  # rows of one warpgroup: the height of a wgmma
@@ -112,7 +112,7 @@ def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str |
     rows = math.prod(x.shape[:-1])
     if max(pl.cdiv(rows, CONSUMERS * ROWS), pl.cdiv(n, PIECE)) > 65535:
         return f"the grid is limited to 65535 blocks of 128 rows and of 64 columns, got {rows} rows and {n} columns"
-    return activations.unsupported(activation, "gpu", computed)
+    return activations.unsupported(activation, refusal, computed)
 
 
 def forward(

@@ -39,7 +39,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, modifiers, random
 from pallas_kernels.padding import pad_to, round_up
-from pallas_kernels.tpu import attention_tiles
+from pallas_kernels.tpu import attention_tiles, elementwise
 from pallas_kernels.tpu.attention_operands import Operands, sequence_third
 from pallas_kernels.tpu.attention_tiles import HEADER, Problem
 from pallas_kernels.tpu.attention_tiles import Tiles as Tiles
@@ -490,66 +490,6 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
 
 
 # ---------------------------------------------------------------------------------------------- modifiers
-# What Mosaic lowers, elementwise on float32, int32 and booleans.
-_LOWERED = frozenset(
-    {
-        "abs",
-        "add",
-        "add_any",
-        "and",
-        "broadcast_in_dim",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "cos",
-        "div",
-        "eq",
-        "erf",
-        "exp",
-        "exp2",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-        "log1p",
-        "log2",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "not",
-        "one_minus_square",
-        "or",
-        "pow",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sin",
-        "sqrt",
-        "square",
-        "sub",
-        "tan",
-        "stop_gradient",
-        "tanh",
-        "xor",
-        "custom_jvp_call",
-        "jit",
-    }
-)
-_TYPES = frozenset(("float32", "int32", "uint32", "bool"))
-
-
 def _unlowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | None:
     """Why the modifiers cannot stand in a kernel, or None."""
     if reason := modifiers.no_kernel(score_mod, mask_mod):
@@ -563,13 +503,8 @@ def _unlowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | N
         programs += [("mask_mod", modifiers.traced(mask_mod, scored=False))]
     for name, program in programs:
         for equation in modifiers.equations(program):
-            if equation.primitive.name not in _LOWERED:
-                return f"{name} uses {equation.primitive.name}, which the TPU kernel does not lower"
-            if equation.primitive.name == "select_n" and equation.outvars[0].aval.dtype == jnp.bool_:
-                return f"{name} chooses between booleans, which the TPU kernel does not lower: write (c & a) | (~c & b)"
-            for variable in (*equation.invars, *equation.outvars):
-                if jnp.dtype(variable.aval.dtype).name not in _TYPES:
-                    return f"{name} computes in {variable.aval.dtype}; the TPU kernel takes {', '.join(sorted(_TYPES))}"
+            if reason := elementwise.refusal(equation):
+                return f"{name} {reason}"
     return None
 
 

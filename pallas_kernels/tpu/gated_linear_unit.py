@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from pallas_kernels import activations
-from pallas_kernels.tpu import products
+from pallas_kernels.tpu import elementwise, products
 from pallas_kernels.tpu.products import Tiles as Tiles
 
 _NAME = "gated_linear_unit"
@@ -29,7 +29,7 @@ def _sizes(x, w_gate, saving: bool = True) -> products.Sizes:
 
 def unsupported(x, w_gate, w_up, *, activation: Callable) -> str | None:
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
-    return products.unsupported(x, None, w_gate, w_up) or activations.unsupported(activation, "tpu")
+    return products.unsupported(x, None, w_gate, w_up) or activations.unsupported(activation, elementwise.refusal)
 
 
 def tiles(phase: str, x, w_gate, w_up, **options) -> Tiles:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import activations
-from pallas_kernels.tpu import products
+from pallas_kernels.tpu import elementwise, products
 from pallas_kernels.tpu.products import Tiles as Tiles
 
 f32 = jnp.float32
@@ -29,7 +29,7 @@ def unsupported(x, w, bias=None, residual=None, *, activation: Callable | None, 
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
     if residual is not None and residual.dtype not in (f32, jnp.bfloat16):
         return f"residual must be float32 or bfloat16 on a TPU, got {residual.dtype}"
-    return products.unsupported(x, precision, w) or activations.unsupported(activation, "tpu")
+    return products.unsupported(x, precision, w) or activations.unsupported(activation, elementwise.refusal)
 
 
 def tiles(phase: str, x, w, bias=None, residual=None, *, activation, **options) -> Tiles:

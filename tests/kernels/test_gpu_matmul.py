@@ -13,7 +13,7 @@ from jaxops.ops.matmul import plain_activation
 from jaxops.reference.gated_linear_unit import gated_linear_unit as gated_reference
 from jaxops.reference.matmul import matmul as matmul_reference
 from pallas_kernels import activations, chips
-from pallas_kernels.gpu import gated_linear_unit, matmul, products
+from pallas_kernels.gpu import elementwise, gated_linear_unit, matmul, products
 from tests.compare import no_worse
 
 Tiles = products.Tiles
@@ -108,7 +108,8 @@ def shape(*sizes, dtype="bfloat16"):
             {"w": shape(128, 257)},
             "k and n must be multiples of 64, the width of the tiles that TMA copies, got 128 and 257",
         ),
-        ("h100", {"activation": jnp.sin}, "activation or its gradient calls sin"),
+        ("h100", {"activation": jnp.sin}, "activation or its gradient uses sin, which the kernel cannot compile"),
+        ("h100", {"activation": lambda x: x % 2}, "activation or its gradient takes a remainder of floating numbers"),
         ("h100", {"x": shape(1 << 24, 128)}, "the grid is limited"),
     ],
 )
@@ -119,9 +120,10 @@ def test_refusals(chip, changes, reason):
 
 
 def test_what_jax_offers_goes_into_a_kernel():
-    for function in (SILU, GELU, RELU, jnp.tanh, jax.nn.sigmoid, jax.nn.leaky_relu):
+    step = lambda x: x * (x > 0)
+    for function in (SILU, GELU, RELU, jnp.tanh, jax.nn.sigmoid, jax.nn.leaky_relu, step):
         plain = plain_activation("matmul", function)[0]
-        assert activations.unsupported(plain, "gpu", products.computed) is None
+        assert activations.unsupported(plain, elementwise.refusal, products.computed) is None
 
 
 def test_tiles_fit():

@@ -30,6 +30,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 
 @contextlib.contextmanager
+def unoptimized() -> Iterator[None]:
+    """XLA compiles without the optimisations of LLVM: sooner, for what runs once."""
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.read(flag)
+    jax.config.update(flag, True)
+    try:
+        yield
+    finally:
+        jax.config.update(flag, before)
+
+
+@contextlib.contextmanager
 def tpu(**parameters: Any) -> Iterator[None]:
     """TPU kernels traced in this context are interpreted, with race detection. Its state is fresh, also after an error.
 
@@ -37,7 +49,10 @@ def tpu(**parameters: Any) -> Iterator[None]:
     """
     interpret_pallas_call.reset_tpu_interpret_mode_state()
     try:
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**{"detect_races": True, **parameters})):
+        with (
+            unoptimized(),
+            pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**{"detect_races": True, **parameters})),
+        ):
             yield
     finally:
         interpret_pallas_call.reset_tpu_interpret_mode_state()
@@ -61,7 +76,10 @@ def gpu(**parameters: Any) -> Iterator[None]:
     _in_flight.clear()
     gpu_callbacks.reset_gpu_interpret_mode_state()
     try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**{"detect_races": True, **parameters})):
+        with (
+            unoptimized(),
+            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**{"detect_races": True, **parameters})),
+        ):
             yield
     finally:
         for name, function in originals.items():

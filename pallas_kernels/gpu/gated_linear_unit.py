@@ -6,6 +6,7 @@ A forward pass that is differentiated saves gate and up, in the dtype of y.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -20,8 +21,9 @@ def _sizes(x, w_gate) -> products.Sizes:
     return products.Sizes(math.prod(x.shape[:-1]), w_gate.shape[1], w_gate.shape[0], 2)
 
 
-def unsupported(x, w_gate, w_up, *, activation: Callable) -> str | None:
+def unsupported(x, w_gate, w_up, *, activation: Callable, precision: Any) -> str | None:
     """Why the kernel cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    del precision
     return products.unsupported(activation, x, w_gate, w_up)
 
 
@@ -46,10 +48,12 @@ def forward(
     w_up: jax.Array,
     *,
     activation: Callable,
+    precision: Any,
     tiles: Tiles | None = None,
     saving: bool = True,
 ):
-    """((y,), residuals): gate and up, unless not `saving`."""
+    """((y,), residuals): gate and up, unless not `saving`. Products of bfloat16 are exact in every precision."""
+    del precision
     active = lowered(activation)
 
     def finish(zs, bias, residual):

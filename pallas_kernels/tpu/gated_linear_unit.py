@@ -11,6 +11,7 @@ kept as float32 in HBM. dgate and dup themselves exist only in VMEM.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -27,9 +28,9 @@ def _sizes(x, w_gate, saving: bool = True) -> products.Sizes:
     )
 
 
-def unsupported(x, w_gate, w_up, *, activation: Callable) -> str | None:
+def unsupported(x, w_gate, w_up, *, activation: Callable, precision: Any) -> str | None:
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
-    return products.unsupported(x, None, w_gate, w_up) or activations.unsupported(activation, "tpu")
+    return products.unsupported(x, precision, w_gate, w_up) or activations.unsupported(activation, "tpu")
 
 
 def tiles(phase: str, x, w_gate, w_up, **options) -> Tiles:
@@ -53,6 +54,7 @@ def forward(
     w_up: jax.Array,
     *,
     activation: Callable,
+    precision: Any,
     tiles: Tiles | None = None,
     saving: bool = True,
 ):
@@ -67,7 +69,7 @@ def forward(
     sizes = _sizes(x, w_gate, saving)
     tiles = tiles or products.tiles(_NAME, "forward", sizes, x.dtype)
     flat = x.reshape(sizes.m, sizes.k)
-    found = products.forward(_NAME, flat, [w_gate, w_up], None, None, finish, sizes, tiles, None)
+    found = products.forward(_NAME, flat, [w_gate, w_up], None, None, finish, sizes, tiles, precision)
     y, *saved = (a.reshape(*x.shape[:-1], sizes.n) for a in found)
     return (y,), tuple(saved)
 
@@ -86,6 +88,7 @@ def backward(
     residuals,
     cotangents,
     activation: Callable,
+    precision: Any,
     tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
     """Gradients of the operands from the cotangent of y."""
@@ -99,5 +102,5 @@ def backward(
     tiles = tiles or products.tiles(_NAME, "backward", sizes, x.dtype)
     dy, *saved = (a.astype(x.dtype).reshape(sizes.m, sizes.n) for a in (cotangents[0], *residuals))
     flat = x.reshape(sizes.m, sizes.k)
-    dx, (dw_gate, dw_up), _ = products.backward(_NAME, flat, [w_gate, w_up], dy, saved, start, sizes, tiles, None)
+    dx, (dw_gate, dw_up), _ = products.backward(_NAME, flat, [w_gate, w_up], dy, saved, start, sizes, tiles, precision)
     return {"x": dx.reshape(x.shape), "w_gate": dw_gate, "w_up": dw_up}

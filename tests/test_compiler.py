@@ -576,6 +576,8 @@ def test_compile_tells_collectives_and_schedules(service, capsys):
         ([*NORM, "--workers", "0"], ["--workers", "at least 1"]),
         ([*NORM, "--fuzz", "-1"], ["--fuzz", "at least 0"]),
         ([*NORM, "--fuzz", "3", "--schedule"], ["--fuzz", "--schedule"]),
+        ([*NORM, "x=4x8", "scale=8", "--fuzz", "3"], ["--fuzz", "rms_norm", "x=4x8 scale=8"]),
+        ([*NORM, "--set", "eps=0.1", "--fuzz", "3"], ["--fuzz", "rms_norm", "--set eps=0.1"]),
         (["compile", "rms_nrom", "--fuzz", "3"], ["rms_nrom", "did you mean rms_norm?"]),
         (["compile", "matmul", "x=8x8", "w=8x8", "--set", "activation=jaxops.sliu"], ["activation", "sliu"]),
         (["compile", "os.path:join"], ["os.path:join", "needs operands"]),

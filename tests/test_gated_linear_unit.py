@@ -11,14 +11,14 @@ from jaxops.reference.gated_linear_unit import gated_linear_unit as reference
 from tests.compare import check, error
 
 SOME = ("jvp", "vmap of grad", "grad of grad", "shard_map, Explicit mesh", "jit, Explicit mesh")
-# leading shape, k, n, dtype, activation.
+# leading shape, k, n, dtype, activation, precision.
 CASES = [
-    ((1,), 1, 1, "float32", silu),
-    ((127,), 128, 129, "float32", gelu),
-    ((2, 129), 1000, 127, "bfloat16", silu),
-    ((128,), 127, 1000, "float16", jax.nn.sigmoid),
-    ((), 129, 128, "float32", lambda x: x),
-    ((0,), 5, 3, "float32", silu),
+    ((1,), 1, 1, "float32", silu, None),
+    ((127,), 128, 129, "float32", gelu, "highest"),
+    ((2, 129), 1000, 127, "bfloat16", silu, "highest"),
+    ((128,), 127, 1000, "float16", jax.nn.sigmoid, None),
+    ((), 129, 128, "float32", lambda x: x, jax.lax.Precision.HIGH),
+    ((0,), 5, 3, "float32", silu, None),
 ]
 
 
@@ -28,17 +28,17 @@ def operands_of(leading, k, n):
     return dict(x=random.standard_normal((*leading, k)), **weights)
 
 
-@pytest.mark.parametrize(("leading", "k", "n", "dtype", "activation"), CASES)
-def test_values_and_gradients(leading, k, n, dtype, activation):
+@pytest.mark.parametrize(("leading", "k", "n", "dtype", "activation", "precision"), CASES)
+def test_values_and_gradients(leading, k, n, dtype, activation, precision):
     operands = operands_of(leading, k, n)
-    options = dict(differentiable=tuple(operands), dtype=dtype, transforms=(), activation=activation)
-    check(gated_linear_unit, reference, operands, **options)
+    options = dict(differentiable=tuple(operands), dtype=dtype, transforms=())
+    check(gated_linear_unit, reference, operands, activation=activation, precision=precision, **options)
 
 
 def test_transforms():
     operands = operands_of((16,), 5, 7)
-    options = dict(differentiable=tuple(operands), sharded={"x": 0}, transforms=SOME, activation=silu)
-    check(gated_linear_unit, reference, operands, **options)
+    options = dict(differentiable=tuple(operands), sharded={"x": 0}, transforms=SOME)
+    check(gated_linear_unit, reference, operands, activation=silu, precision=None, **options)
 
 
 def test_the_formula():
@@ -46,6 +46,16 @@ def test_the_formula():
     gate, up = o["x"] @ o["w_gate"], o["x"] @ o["w_up"]
     assert error(gated_linear_unit(**o), gate * jax.nn.sigmoid(gate) * up) < 1e-6
     assert error(gated_linear_unit(**o, activation=lambda z: z**3), gate**3 * up) < 1e-5
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_all_products_have_the_precision(precision):
+    """The two of the value and the four of its gradients."""
+    o = {name: jnp.asarray(x, jnp.float32) for name, x in operands_of((6,), 5, 7).items()}
+    program = jax.jit(jax.grad(lambda o: gated_linear_unit(**o, precision=precision).sum())).lower(o).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    wanted = "DEFAULT" if precision is None else "HIGHEST"
+    assert len(products) == 6 and all(f"[{wanted}, {wanted}]" in line for line in products)
 
 
 X, W = jnp.ones((4, 3)), jnp.ones((3, 7))

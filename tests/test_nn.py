@@ -275,6 +275,9 @@ def test_gated_mlp_is_its_formula():
             layer = jaxops.nn.GatedMLP(WIDTH, 40, 9, activation=activation, precision=precision, rngs=nnx.Rngs(0))
             gate, up, down = (linear.kernel[...] for linear in (layer.gate, layer.up, layer.down))
             np.testing.assert_allclose(layer(x), (activation(x @ gate) * (x @ up)) @ down, rtol=1e-4, atol=1e-5)
+            calls = [e.params["call"] for e in jax.make_jaxpr(layer)(x).eqns if e.primitive.name == "jaxops"]
+            assert [call.operator.name for call in calls] == ["gated_linear_unit", "matmul"]
+            assert all(("precision", precision) in call.static for call in calls)
     assert jaxops.nn.GatedMLP(WIDTH, 40, **BFLOAT16, rngs=nnx.Rngs(0))(x).dtype == jnp.bfloat16
 
 

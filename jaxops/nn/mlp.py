@@ -1,6 +1,5 @@
 """The gated feed-forward layer (SwiGLU, GeGLU, …)."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,12 +30,8 @@ def gated_mlp(
     """(activation(x · gate) ∘ (x · up)) · down, in `dtype` or the promoted one: what NNX and Linen layers share."""
     dtype = jnp.result_type(x, gate, up, down) if dtype is None else dtype
     x, gate, up, down = (jnp.asarray(array, dtype) for array in (x, gate, up, down))
-    if precision is None:
-        hidden = gated_linear_unit(x, gate, up, activation=activation, implementation=implementation)
-    else:
-        product = functools.partial(matmul, precision=precision, implementation=implementation)
-        hidden = product(x, gate, activation=activation) * product(x, up)
-    return matmul(hidden, down, precision=precision, implementation=implementation)
+    options: dict[str, Any] = {"precision": precision, "implementation": implementation}
+    return matmul(gated_linear_unit(x, gate, up, activation=activation, **options), down, **options)
 
 
 class GatedMLP(nnx.Module):

@@ -12,18 +12,18 @@ from jaxops.reference.gated_linear_unit import gated_linear_unit as reference
 from pallas_kernels import gpu, tpu
 
 
-def _forward(x, w_gate, w_up, *, activation):
+def _forward(x, w_gate, w_up, *, activation, precision):
     dtype = jnp.promote_types(x.dtype, jnp.promote_types(w_gate.dtype, w_up.dtype))
     wide = jnp.promote_types(dtype, jnp.float32)
-    gate, up = (jnp.dot(x, w, preferred_element_type=wide) for w in (w_gate, w_up))
+    gate, up = (jnp.dot(x, w, precision=precision, preferred_element_type=wide) for w in (w_gate, w_up))
     return ((activation(gate) * up).astype(dtype),), (kept(gate, dtype), kept(up, dtype))
 
 
-def _backward(x, w_gate, w_up, *, outputs, residuals, cotangents, activation):
+def _backward(x, w_gate, w_up, *, outputs, residuals, cotangents, activation, precision):
     """dgate = dy ∘ up ∘ activation'(gate),  dup = dy ∘ activation(gate), and the gradients of two products."""
     del outputs
     dgate, dup = pull_back(lambda gate, up: activation(gate) * up, residuals, cotangents[0])
-    dx, (dw_gate, dw_up) = product_gradients(x, [(w_gate, dgate), (w_up, dup)], None)
+    dx, (dw_gate, dw_up) = product_gradients(x, [(w_gate, dgate), (w_up, dup)], precision)
     return {"x": dx, "w_gate": dw_gate, "w_up": dw_up}
 
 
@@ -44,6 +44,7 @@ def gated_linear_unit(
     w_up: jax.Array,
     *,
     activation: Activation = silu,
+    precision: jax.lax.PrecisionLike = None,
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
     """y = activation(x · w_gate) ∘ (x · w_up): SwiGLU with silu, GEGLU with gelu, or any other gate.
@@ -53,6 +54,7 @@ def gated_linear_unit(
       w_gate, w_up: floating [k, n].
       activation: an elementwise function of a float32 array (float64 for float64). May be your own: it becomes part of
         the kernel, and JAX derives its gradient.
+      precision: of both products, as in `jnp.matmul`.
       implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
 
     Returns:
@@ -71,4 +73,4 @@ def gated_linear_unit(
     w_up = checks.floating(name, "w_up", w_up, shape=w_gate.shape, of="the shape of w_gate")
     activation, known = plain_activation(name, activation)
     operands = dict(x=x, w_gate=w_gate, w_up=w_up)
-    return call_unless_traced(_OPERATOR, known, operands, implementation, activation=activation)
+    return call_unless_traced(_OPERATOR, known, operands, implementation, activation=activation, precision=precision)

@@ -1,13 +1,9 @@
 """linear_cross_entropy: public function and XLA rules that never hold the logits."""
 
-import dataclasses
-import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
@@ -15,49 +11,23 @@ from jaxops.ops import checks, vocabulary
 from jaxops.reference.linear_cross_entropy import linear_cross_entropy as reference
 from pallas_kernels import tpu
 
-REDUCTIONS = ("mean", "sum", "none")
+
+def _width(elements: int, layer: vocabulary.Layer) -> int:
+    tokens, hidden = layer.x.shape
+    return vocabulary.chunk_width(elements, tokens, hidden, layer.vocab)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Logits:
-    """z = cap(x · weight + bias), a chunk of the vocabulary at a time."""
-
-    x: jax.Array
-    weight: jax.Array
-    labels: jax.Array
-    bias: jax.Array | None
-    cap: float | None
-    width: int
-
-    @property
-    def wide(self):
-        return jnp.promote_types(jnp.promote_types(self.x.dtype, self.weight.dtype), jnp.float32)
-
-    @property
-    def vocab(self) -> int:
-        return self.weight.shape[1]
-
-    def chunk(self, start, width: int):
-        """The chunk's weight[hidden, width], z[tokens, width], the slope of cap there, and which z is the label's."""
-        weight = lax.dynamic_slice_in_dim(self.weight, start, width, 1)
-        z = jnp.dot(self.x, weight, preferred_element_type=self.wide)
-        if self.bias is not None:
-            z = z + lax.dynamic_slice_in_dim(self.bias, start, width, 0).astype(self.wide)
-        slope = None
-        if self.cap is not None:
-            bent = jnp.tanh(z / self.cap)
-            z, slope = self.cap * bent, 1 - bent * bent
-        chosen = (self.labels - start)[:, None] == jnp.arange(width, dtype=jnp.int32)
-        return weight, z, slope, chosen
-
-    def loop(self, step: Callable, carry):
-        """carry = step(start, width, carry) over all chunks."""
-        return vocabulary.loop(self.vocab, self.width, step, carry)
+def _capped(z, cap: float | None):
+    """cap · tanh(z / cap) and its slope; z itself and None without a cap."""
+    if cap is None:
+        return z, None
+    bent = jnp.tanh(z / cap)
+    return cap * bent, 1 - bent * bent
 
 
-def _chunked(elements: int, x, weight, labels, bias, cap) -> _Logits:
-    width = vocabulary.chunk_width(elements, x.shape[0], x.shape[1], weight.shape[1])
-    return _Logits(x, weight, labels, bias, cap, width)
+def _chosen(labels, start, width: int):
+    """Which logits of a chunk, [tokens, width], are the labels'."""
+    return (labels - start)[:, None] == jnp.arange(width, dtype=jnp.int32)
 
 
 def _forward(x, weight, labels, bias=None, **static):
@@ -68,24 +38,25 @@ def _forward(x, weight, labels, bias=None, **static):
 
 
 def _forward_chunked(elements, x, weight, labels, bias, *, label_smoothing, z_loss, logits_soft_cap):
-    logits = _chunked(elements, x, weight, labels, bias, logits_soft_cap)
-    zero = jnp.zeros(x.shape[0], logits.wide)
+    layer = vocabulary.Layer(x, weight, bias)
+    zero = jnp.zeros(x.shape[0], layer.wide)
 
     def step(start, width, carry):
         top, total, chosen_z, all_z = carry
-        _, z, _, chosen = logits.chunk(start, width)
+        z, _ = _capped(layer.logits(start, width), logits_soft_cap)
         new_top = jnp.maximum(top, jnp.max(z, -1))
         total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(z - new_top[:, None]), -1)
-        chosen_z = chosen_z + jnp.sum(jnp.where(chosen, z, 0), -1)
+        chosen_z = chosen_z + jnp.sum(jnp.where(_chosen(labels, start, width), z, 0), -1)
         if label_smoothing:
             all_z = all_z + jnp.sum(z, -1)
         return new_top, total, chosen_z, all_z
 
-    top, total, chosen_z, all_z = logits.loop(step, (jnp.full_like(zero, -jnp.inf), zero, zero, zero))
+    carry = jnp.full_like(zero, -jnp.inf), zero, zero, zero
+    top, total, chosen_z, all_z = vocabulary.over_chunks(layer.vocab, _width(elements, layer), step, carry)
     lse = top + jnp.log(total)
     loss = lse - (1 - label_smoothing) * chosen_z + z_loss * lse * lse
     if label_smoothing:
-        loss = loss - label_smoothing / logits.vocab * all_z
+        loss = loss - label_smoothing / layer.vocab * all_z
     return loss, lse
 
 
@@ -100,31 +71,18 @@ def _backward(x, weight, labels, bias=None, *, outputs, residuals, cotangents, *
 
 def _backward_chunked(elements, x, weight, labels, bias, lse, g, *, label_smoothing, z_loss, logits_soft_cap):
     """dz = g · (p · (1 + 2 · z_loss · lse) - (1 - ε) · [label] - ε / vocab) · slope,  dx = dz · wᵀ,  dw = xᵀ · dz."""
-    logits = _chunked(elements, x, weight, labels, bias, logits_soft_cap)
+    layer = vocabulary.Layer(x, weight, bias)
     of_p, of_label = g * (1 + 2 * z_loss * lse), g * (1 - label_smoothing)
-    # What the products take: as wide as they would be if the logits had been held.
-    narrow = jnp.promote_types(x.dtype, weight.dtype)
 
-    def step(start, width, carry):
-        dx, dweight, dbias = carry
-        chunk, z, slope, chosen = logits.chunk(start, width)
+    def dz_of(start, z):
+        z, slope = _capped(z, logits_soft_cap)
+        chosen = _chosen(labels, start, z.shape[1])
         dz = jnp.exp(z - lse[:, None]) * of_p[:, None] - jnp.where(chosen, of_label[:, None], 0)
         if label_smoothing:
-            dz = dz - (g * (label_smoothing / logits.vocab))[:, None]
-        if slope is not None:
-            dz = dz * slope
-        if bias is not None:
-            dbias = lax.dynamic_update_slice_in_dim(dbias, jnp.sum(dz, 0).astype(dbias.dtype), start, 0)
-        dz = dz.astype(narrow)
-        product = functools.partial(lax.dot_general, preferred_element_type=logits.wide)
-        dx = dx + product(dz, chunk.astype(narrow), (((1,), (1,)), ((), ())))
-        part = product(x.astype(narrow), dz, (((0,), (0,)), ((), ())))
-        return dx, lax.dynamic_update_slice_in_dim(dweight, part.astype(weight.dtype), start, 1), dbias
+            dz = dz - (g * (label_smoothing / layer.vocab))[:, None]
+        return dz if slope is None else dz * slope
 
-    empty = (jnp.zeros(x.shape, logits.wide), jnp.zeros_like(weight), None if bias is None else jnp.zeros_like(bias))
-    dx, dweight, dbias = logits.loop(step, empty)
-    gradients = {"x": dx.astype(x.dtype), "weight": dweight}
-    return gradients if bias is None else {**gradients, "bias": dbias}
+    return vocabulary.gradients(layer, _width(elements, layer), dz_of)
 
 
 _OPERATOR = Operator(
@@ -200,7 +158,7 @@ def linear_cross_entropy(
     z_loss = checks.number(name, "z_loss", z_loss)
     if logits_soft_cap is not None:
         logits_soft_cap = checks.number(name, "logits_soft_cap", logits_soft_cap, positive=True)
-    check_reduction(name, reduction)
+    vocabulary.check_reduction(name, reduction)
 
     tokens = math.prod(leading)
     index = labels.astype(jnp.int32)
@@ -223,18 +181,4 @@ def linear_cross_entropy(
     if token_weights is not None:
         weights = jnp.where(counted, token_weights.astype(loss.dtype), 0)
         loss = jnp.where(counted, weights * loss, 0)
-    return reduced(loss, weights, reduction)
-
-
-def check_reduction(operator: str, reduction: str) -> None:
-    """Raises `ValueError` unless it is one of `REDUCTIONS`."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{operator}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
-
-
-def reduced(loss: jax.Array, weights: jax.Array, reduction: str) -> jax.Array:
-    """Weighted losses as they are ("none"), their sum, or their mean: Σ loss / Σ weights, 0 where those sum to 0."""
-    if reduction == "none":
-        return loss
-    total, count = jnp.sum(loss), jnp.sum(weights)
-    return total if reduction == "sum" else jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
+    return vocabulary.reduced(loss, weights, reduction)

@@ -1,7 +1,5 @@
 """linear_distillation: public function and XLA rules that never hold the logits of the student or the teacher."""
 
-import dataclasses
-import functools
 import math
 
 import jax
@@ -11,45 +9,22 @@ from jax import lax
 from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks, vocabulary
-from jaxops.ops.linear_cross_entropy import check_reduction, reduced
 from jaxops.reference.linear_distillation import linear_distillation as reference
 
 
-@dataclasses.dataclass(frozen=True)
-class _Logits:
-    """z = (x · weight + bias) / τ, a chunk of the vocabulary at a time."""
-
-    x: jax.Array
-    weight: jax.Array
-    bias: jax.Array | None
-    temperature: float
-
-    @property
-    def wide(self):
-        return jnp.promote_types(jnp.promote_types(self.x.dtype, self.weight.dtype), jnp.float32)
-
-    def chunk(self, start, width: int) -> tuple[jax.Array, jax.Array]:
-        """The chunk's weight[hidden, width] and z[tokens, width]."""
-        weight = lax.dynamic_slice_in_dim(self.weight, start, width, 1)
-        z = jnp.dot(self.x, weight, preferred_element_type=self.wide)
-        if self.bias is not None:
-            z = z + lax.dynamic_slice_in_dim(self.bias, start, width, 0).astype(self.wide)
-        return weight, z / self.temperature
-
-
-def _width(elements: int, student: _Logits, teacher: _Logits) -> int:
+def _width(elements: int, student: vocabulary.Layer, teacher: vocabulary.Layer) -> int:
     hidden = max(student.x.shape[1], teacher.x.shape[1])
-    return vocabulary.chunk_width(elements, 2 * student.x.shape[0], hidden, student.weight.shape[1])
+    return vocabulary.chunk_width(elements, 2 * student.x.shape[0], hidden, student.vocab)
 
 
 def _forward(x, weight, teacher_x, teacher_weight, bias=None, teacher_bias=None, *, temperature):
     def run(elements, x, weight, bias, teacher_x, teacher_weight, teacher_bias):
-        student = _Logits(x, weight, bias, temperature)
-        teacher = _Logits(teacher_x, teacher_weight, teacher_bias, temperature)
+        student = vocabulary.Layer(x, weight, bias)
+        teacher = vocabulary.Layer(teacher_x, teacher_weight, teacher_bias)
 
         def step(start, width, carry):
             (top, total), (teacher_top, teacher_total, mixed) = carry
-            z, teacher_z = student.chunk(start, width)[1], teacher.chunk(start, width)[1]
+            z, teacher_z = (layer.logits(start, width) / temperature for layer in (student, teacher))
             new_top = jnp.maximum(top, jnp.max(z, -1))
             total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(z - new_top[:, None]), -1)
             new_teacher_top = jnp.maximum(teacher_top, jnp.max(teacher_z, -1))
@@ -61,7 +36,7 @@ def _forward(x, weight, teacher_x, teacher_weight, bias=None, teacher_bias=None,
         mixed = jnp.zeros(x.shape[:1], jnp.promote_types(student.wide, teacher.wide))
         carry = start(student.wide), (*start(teacher.wide), mixed)
         width = _width(elements, student, teacher)
-        (top, total), (teacher_top, teacher_total, mixed) = vocabulary.loop(weight.shape[1], width, step, carry)
+        (top, total), (teacher_top, teacher_total, mixed) = vocabulary.over_chunks(student.vocab, width, step, carry)
         lse, teacher_lse = top + jnp.log(total), teacher_top + jnp.log(teacher_total)
         # A divergence is never negative, though the rounding of its parts can be.
         loss = temperature**2 * jnp.maximum(mixed / teacher_total - (teacher_lse - lse), 0)
@@ -88,27 +63,15 @@ def _backward(
     _, lse, teacher_lse = outputs
 
     def run(elements, x, weight, bias, teacher_x, teacher_weight, teacher_bias, lse, teacher_lse, g):
-        student = _Logits(x, weight, bias, temperature)
-        teacher = _Logits(teacher_x, teacher_weight, teacher_bias, temperature)
-        narrow = jnp.promote_types(x.dtype, weight.dtype)
-        product = functools.partial(lax.dot_general, preferred_element_type=lse.dtype)
+        student = vocabulary.Layer(x, weight, bias)
+        teacher = vocabulary.Layer(teacher_x, teacher_weight, teacher_bias)
 
-        def step(start, width, carry):
-            dx, dweight, dbias = carry
-            (chunk, z), (_, teacher_z) = student.chunk(start, width), teacher.chunk(start, width)
-            dz = jnp.exp(z - lse[:, None]) - jnp.exp(teacher_z - teacher_lse[:, None])
-            dz = (dz * (temperature * g)[:, None]).astype(lse.dtype)
-            if bias is not None:
-                dbias = lax.dynamic_update_slice_in_dim(dbias, jnp.sum(dz, 0).astype(dbias.dtype), start, 0)
-            dz = dz.astype(narrow)
-            dx = dx + product(dz, chunk.astype(narrow), (((1,), (1,)), ((), ())))
-            part = product(x.astype(narrow), dz, (((0,), (0,)), ((), ())))
-            return dx, lax.dynamic_update_slice_in_dim(dweight, part.astype(weight.dtype), start, 1), dbias
+        def dz_of(start, z):
+            teacher_z = teacher.logits(start, z.shape[1]) / temperature
+            dz = jnp.exp(z / temperature - lse[:, None]) - jnp.exp(teacher_z - teacher_lse[:, None])
+            return dz * (temperature * g)[:, None]
 
-        empty = jnp.zeros(x.shape, lse.dtype), jnp.zeros_like(weight), None if bias is None else jnp.zeros_like(bias)
-        width = _width(elements, student, teacher)
-        dx, dweight, dbias = vocabulary.loop(weight.shape[1], width, step, empty)
-        return {"x": dx.astype(x.dtype), "weight": dweight} | ({} if bias is None else {"bias": dbias})
+        return vocabulary.gradients(student, _width(elements, student, teacher), dz_of)
 
     operands = (x, weight, bias, teacher_x, teacher_weight, teacher_bias, lse, teacher_lse, cotangents[0])
     return vocabulary.by_platform(run, *operands)
@@ -186,7 +149,7 @@ def linear_distillation(
     temperature = checks.number(name, "temperature", temperature, positive=True)
     if token_weights is not None:
         token_weights = checks.floating(name, "token_weights", token_weights, shape=leading, of="the leading axes of x")
-    check_reduction(name, reduction)
+    vocabulary.check_reduction(name, reduction)
 
     tokens = math.prod(leading)
     teacher = dict(
@@ -201,4 +164,4 @@ def linear_distillation(
     )
     loss = loss.reshape(leading)
     weights = jnp.ones_like(loss) if token_weights is None else token_weights.astype(loss.dtype)
-    return reduced(loss if token_weights is None else weights * loss, weights, reduction)
+    return vocabulary.reduced(loss if token_weights is None else weights * loss, weights, reduction)

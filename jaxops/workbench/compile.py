@@ -130,6 +130,10 @@ def _drawn_jobs(options: argparse.Namespace, names: Sequence[str]) -> list[Job]:
     if options.mesh or options.schedule:
         raise Problem(f"--fuzz draws calls of one device, without {'--mesh' if options.mesh else '--schedule'}")
     if options.operator in operators():
+        if given := [*options.operands, *(f"--set {text}" for text in options.set)]:
+            raise Problem(
+                f"--fuzz draws the operands and options of {options.operator} itself: leave out {' '.join(given)}"
+            )
         specimen = Specimen(options.operator, {})
     else:
         specimen = specimen_of(options.operator, options.operands, options.set, options.dtype)

@@ -6,6 +6,7 @@ A forward pass that is differentiated saves gate and up, in the dtype of y.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -20,8 +21,9 @@ def _sizes(x, w_gate) -> products.Sizes:
     return products.Sizes(math.prod(x.shape[:-1]), w_gate.shape[1], w_gate.shape[0], 2)
 
 
-def unsupported(x, w_gate, w_up, *, activation: Callable) -> str | None:
+def unsupported(x, w_gate, w_up, *, activation: Callable, precision: Any) -> str | None:
     """Why the kernel cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    del precision
     return products.unsupported(activation, x, w_gate, w_up)
 
 
@@ -40,7 +42,18 @@ def memory(phase: str, tiles: Tiles, x, w_gate, w_up, **options) -> int:
     return products.memory(tiles, _sizes(x, w_gate))
 
 
-def _forward(x, w_gate, w_up, activation, tiles, saving):
+def forward(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    *,
+    activation: Callable,
+    precision: Any,
+    tiles: Tiles | None = None,
+    saving: bool = True,
+):
+    """((y,), residuals): gate and up, unless not `saving`. Products of bfloat16 are exact in every precision."""
+    del precision
     active = lowered(activation)
 
     def finish(zs, bias, residual):
@@ -50,17 +63,12 @@ def _forward(x, w_gate, w_up, activation, tiles, saving):
 
     sizes = _sizes(x, w_gate)
     tiles = tiles or products.tiles(_NAME, sizes, x.dtype)
-    flat, saved = x.reshape(sizes.m, sizes.k), 2 * int(saving)
-    found = products.forward(_NAME, flat, [w_gate, w_up], None, None, finish, saved=saved, tiles=tiles)
-    return [y.reshape(*x.shape[:-1], sizes.n) for y in found]
-
-
-def forward(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, *, activation: Callable, tiles: Tiles | None = None):
-    """((y,), (gate, up))."""
-    y, *saved = _forward(x, w_gate, w_up, activation, tiles, True)
+    flat, kept = x.reshape(sizes.m, sizes.k), 2 * int(saving)
+    found = products.forward(_NAME, flat, [w_gate, w_up], None, None, finish, saved=kept, tiles=tiles)
+    y, *saved = (a.reshape(*x.shape[:-1], sizes.n) for a in found)
     return (y,), tuple(saved)
 
 
-def value(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, *, activation: Callable, tiles: Tiles | None = None):
-    """(y,), with nothing saved."""
-    return tuple(_forward(x, w_gate, w_up, activation, tiles, False))
+def value(*operands, **options):
+    """(y,), with nothing saved: `forward` for a call that is not differentiated."""
+    return forward(*operands, **options, saving=False)[0]

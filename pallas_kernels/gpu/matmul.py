@@ -39,7 +39,20 @@ def memory(phase: str, tiles: Tiles, x, w, bias=None, residual=None, **options) 
     return products.memory(tiles, _sizes(x, w))
 
 
-def _forward(x, w, bias, residual, activation, tiles, saving):
+def forward(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    *,
+    activation: Callable | None,
+    precision: Any,
+    tiles: Tiles | None = None,
+    saving: bool = True,
+):
+    """((y,), residuals): z is saved if there is an activation, unless not `saving`. A product of bfloat16 is exact in
+    every precision."""
+    del precision
     active = lowered(activation) if activation is not None else lambda z: z
 
     def finish(zs, bias, residual):
@@ -50,37 +63,12 @@ def _forward(x, w, bias, residual, activation, tiles, saving):
     sizes = _sizes(x, w)
     flat = lambda a: None if a is None else a.reshape(sizes.m, a.shape[-1])
     tiles = tiles or products.tiles("matmul", sizes, x.dtype)
-    saved = int(saving and activation is not None)
-    found = products.forward("matmul", flat(x), [w], bias, flat(residual), finish, saved=saved, tiles=tiles)
-    return [y.reshape(*x.shape[:-1], sizes.n) for y in found]
-
-
-def forward(
-    x: jax.Array,
-    w: jax.Array,
-    bias: jax.Array | None = None,
-    residual: jax.Array | None = None,
-    *,
-    activation: Callable | None,
-    precision: Any,
-    tiles: Tiles | None = None,
-):
-    """((y,), residuals): z is saved if there is an activation. A bfloat16 product is exact whatever the precision."""
-    del precision
-    y, *saved = _forward(x, w, bias, residual, activation, tiles, True)
+    kept = int(saving and activation is not None)
+    found = products.forward("matmul", flat(x), [w], bias, flat(residual), finish, saved=kept, tiles=tiles)
+    y, *saved = (a.reshape(*x.shape[:-1], sizes.n) for a in found)
     return (y,), tuple(saved)
 
 
-def value(
-    x: jax.Array,
-    w: jax.Array,
-    bias: jax.Array | None = None,
-    residual: jax.Array | None = None,
-    *,
-    activation: Callable | None,
-    precision: Any,
-    tiles: Tiles | None = None,
-):
-    """(y,), with nothing saved."""
-    del precision
-    return tuple(_forward(x, w, bias, residual, activation, tiles, False))
+def value(*operands, **options):
+    """(y,), with nothing saved: `forward` for a call that is not differentiated."""
+    return forward(*operands, **options, saving=False)[0]

@@ -11,6 +11,7 @@ kept as float32 in HBM. dgate and dup themselves exist only in VMEM.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -27,9 +28,9 @@ def _sizes(x, w_gate, saving: bool = True) -> products.Sizes:
     )
 
 
-def unsupported(x, w_gate, w_up, *, activation: Callable) -> str | None:
+def unsupported(x, w_gate, w_up, *, activation: Callable, precision: Any) -> str | None:
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
-    return products.unsupported(x, None, w_gate, w_up) or activations.unsupported(activation, elementwise.refusal)
+    return products.unsupported(x, precision, w_gate, w_up) or activations.unsupported(activation, elementwise.refusal)
 
 
 def tiles(phase: str, x, w_gate, w_up, **options) -> Tiles:
@@ -47,7 +48,18 @@ def memory(phase: str, tiles: Tiles, x, w_gate, w_up, **options) -> int:
     return products.memory(phase, tiles, _sizes(x, w_gate))
 
 
-def _forward(x, w_gate, w_up, activation, tiles, saving):
+def forward(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    *,
+    activation: Callable,
+    precision: Any,
+    tiles: Tiles | None = None,
+    saving: bool = True,
+):
+    """((y,), residuals): gate and up, unless not `saving`."""
+
     def finish(zs, bias, residual):
         del bias, residual
         gate, up = zs
@@ -57,19 +69,14 @@ def _forward(x, w_gate, w_up, activation, tiles, saving):
     sizes = _sizes(x, w_gate, saving)
     tiles = tiles or products.tiles(_NAME, "forward", sizes, x.dtype)
     flat = x.reshape(sizes.m, sizes.k)
-    found = products.forward(_NAME, flat, [w_gate, w_up], None, None, finish, sizes, tiles, None)
-    return [y.reshape(*x.shape[:-1], sizes.n) for y in found]
-
-
-def forward(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, *, activation: Callable, tiles: Tiles | None = None):
-    """((y,), (gate, up))."""
-    y, *saved = _forward(x, w_gate, w_up, activation, tiles, True)
+    found = products.forward(_NAME, flat, [w_gate, w_up], None, None, finish, sizes, tiles, precision)
+    y, *saved = (a.reshape(*x.shape[:-1], sizes.n) for a in found)
     return (y,), tuple(saved)
 
 
-def value(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, *, activation: Callable, tiles: Tiles | None = None):
-    """(y,), with nothing saved."""
-    return tuple(_forward(x, w_gate, w_up, activation, tiles, False))
+def value(*operands, **options):
+    """(y,), with nothing saved: `forward` for a call that is not differentiated."""
+    return forward(*operands, **options, saving=False)[0]
 
 
 def backward(
@@ -81,6 +88,7 @@ def backward(
     residuals,
     cotangents,
     activation: Callable,
+    precision: Any,
     tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
     """Gradients of the operands from the cotangent of y."""
@@ -94,5 +102,5 @@ def backward(
     tiles = tiles or products.tiles(_NAME, "backward", sizes, x.dtype)
     dy, *saved = (a.astype(x.dtype).reshape(sizes.m, sizes.n) for a in (cotangents[0], *residuals))
     flat = x.reshape(sizes.m, sizes.k)
-    dx, (dw_gate, dw_up), _ = products.backward(_NAME, flat, [w_gate, w_up], dy, saved, start, sizes, tiles, None)
+    dx, (dw_gate, dw_up), _ = products.backward(_NAME, flat, [w_gate, w_up], dy, saved, start, sizes, tiles, precision)
     return {"x": dx.reshape(x.shape), "w_gate": dw_gate, "w_up": dw_up}

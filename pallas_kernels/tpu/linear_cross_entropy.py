@@ -11,7 +11,6 @@ while the tokens stream past, transposed: logits are [vocab, tokens], what belon
 for free, and no product has to transpose an operand. dx is a float32 array in HBM to which each block of the vocabulary
 adds: read while the logits are computed, written while the next are. Each core takes a share of the vocabulary and has
 a dx of its own; XLA adds them.
-float32 operands are multiplied at JAX's default matmul precision, as XLA would.
 Source: Milakov and Gimelshein 2018 (online softmax); Wijmans et al. 2024 (cut cross-entropy).
 """
 
@@ -28,15 +27,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, tuned
 from pallas_kernels.padding import pad_to, round_up
+from pallas_kernels.tpu import matrix_unit
+from pallas_kernels.tpu.matrix_unit import LANES, NN, NT, dot
 
 f32 = jnp.float32
-LANES = 128
 FLOOR = -1e30  # below every logit; -inf would make exp(-inf - -inf) of a block without any
 SLACK = 6 << 20  # VMEM left to the compiler for what does not stay in registers
 STRIP = 256  # of the vocabulary in one product; the arithmetic on a strip hides behind the product of the next
-WORK = 1 << 15  # passes of the matrix unit written out in one turn of a loop: more only makes the program longer
-NN = (((1,), (0,)), ((), ()))  # a · b
-NT = (((1,), (1,)), ((), ()))  # a · bᵀ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +136,8 @@ def unsupported(
         return f"x must be float32 or bfloat16 on a TPU, got {x.dtype}"
     if weight.dtype != x.dtype:
         return f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}"
+    if reason := matrix_unit.unsupported(x.dtype, None):
+        return reason
     vmem = chips.current("tpu").vmem_bytes
 
     def fits(hidden):
@@ -149,20 +148,6 @@ def unsupported(
         limit = f"the least tiles must fit the {vmem >> 20} MiB of VMEM"
         return f"{limit}, that is hidden ≤ {most} in {x.dtype}, got {x.shape[-1]}"
     return None
-
-
-def _dot(a, b, dims):
-    """A product summed in float32. Those of bfloat16 are exact whatever the precision; Mosaic wants none named."""
-    exact = a.dtype == f32 and jax.config.jax_default_matmul_precision not in (None, "default", "fastest", "bfloat16")
-    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=f32)
-
-
-def _turn(size, most, work):
-    """How much of `size` one turn of a loop takes: a multiple of 128 that divides it, ≤ `most`, with `work`
-    multiply-adds for each unit."""
-    bound = WORK * chips.current("tpu").mxu ** 2
-    return max(u for u in range(LANES, most + 1, LANES) if size % u == 0 and (u == LANES or u * work <= bound))
 
 
 def _loop(size, turn, body):
@@ -212,8 +197,8 @@ def _forward_kernel(x_ref, w_ref, labels_ref, *refs, vocab, tiles, label_smoothi
         labels_column[...] = jnp.broadcast_to(labels_ref[...], (LANES, tiles.tokens)).T
 
     _clear_past_the_end(w_ref, j, vocab)
-    columns = _turn(tiles.vocab, 2 * STRIP, 0)
-    rows = _turn(tiles.tokens, tiles.tokens, columns * x_ref.shape[1])
+    columns = matrix_unit.turn(tiles.vocab, 0, most=2 * STRIP)
+    rows = matrix_unit.turn(tiles.tokens, columns * x_ref.shape[1])
     lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
 
     def inside(groups, offsets, value):
@@ -246,7 +231,7 @@ def _forward_kernel(x_ref, w_ref, labels_ref, *refs, vocab, tiles, label_smoothi
     def turn(row, column):
         here = pl.ds(row, rows)
         _overlapped(
-            column, columns, lambda strip: _dot(x_ref[here], w_ref[:, strip], NN), functools.partial(gather, here)
+            column, columns, lambda strip: dot(x_ref[here], w_ref[:, strip], NN, None), functools.partial(gather, here)
         )
 
     _loop(tiles.tokens, rows, lambda row: _loop(tiles.vocab, columns, functools.partial(turn, row)))
@@ -436,9 +421,9 @@ def _backward_kernel(
                 db_sum[...] = jnp.zeros(db_sum.shape, f32)
 
         def turn(start):
-            _overlapped(start, columns, lambda strip: _dot(wt_ref[strip], xt_ref[...], NN), logits_gradient)
+            _overlapped(start, columns, lambda strip: dot(wt_ref[strip], xt_ref[...], NN, None), logits_gradient)
 
-        columns = _turn(tiles.vocab, 2 * STRIP, w_ref.shape[0] * tiles.tokens)
+        columns = matrix_unit.turn(tiles.vocab, w_ref.shape[0] * tiles.tokens, most=2 * STRIP)
         _loop(tiles.vocab, columns, turn)
 
         @pl.when(step > 0)
@@ -462,10 +447,10 @@ def _backward_kernel(
 
         def products(start):
             here = pl.ds(start, height)
-            dw_sum[here] += _dot(xt_ref[here], dz_ref[...], NT)
-            dx_ref[slot, here] += _dot(w_ref[here], dz_ref[...], NN)
+            dw_sum[here] += dot(xt_ref[here], dz_ref[...], NT, None)
+            dx_ref[slot, here] += dot(w_ref[here], dz_ref[...], NN, None)
 
-        height = _turn(w_ref.shape[0], 512, 2 * tiles.vocab * tiles.tokens)
+        height = matrix_unit.turn(w_ref.shape[0], 2 * tiles.vocab * tiles.tokens, most=512)
         _loop(w_ref.shape[0], height, products)
         write(step).start()
 

@@ -47,24 +47,6 @@ def memory(phase: str, tiles: Tiles, x, w, bias=None, residual=None, *, activati
     return products.memory(phase, tiles, _sizes(x, w, residual, activation))
 
 
-def _forward(x, w, bias, residual, activation, precision, tiles, saving):
-    def finish(zs, bias, residual):
-        (z,) = zs
-        if bias is not None:
-            z = z + bias
-        y = z if activation is None else activation(z)
-        if residual is not None:
-            y = y + residual
-        return (y, z) if saving and activation is not None else (y,)
-
-    shape = (*x.shape[:-1], w.shape[1])
-    sizes = _sizes(x, w, residual, activation, saving)
-    tiles = tiles or products.tiles("matmul", "forward", sizes, x.dtype)
-    rows = lambda a: None if a is None else a.reshape(sizes.m, a.shape[-1])
-    found = products.forward("matmul", rows(x), [w], bias, rows(residual), finish, sizes, tiles, precision)
-    return [y.reshape(shape) for y in found]
-
-
 def forward(
     x: jax.Array,
     w: jax.Array,
@@ -74,24 +56,31 @@ def forward(
     activation: Callable | None,
     precision: Any,
     tiles: Tiles | None = None,
+    saving: bool = True,
 ):
-    """((y,), residuals): z is saved if there is an activation."""
-    y, *saved = _forward(x, w, bias, residual, activation, precision, tiles, True)
+    """((y,), residuals): z is saved if there is an activation, unless not `saving`."""
+    keep = saving and activation is not None
+
+    def finish(zs, bias, residual):
+        (z,) = zs
+        if bias is not None:
+            z = z + bias
+        y = z if activation is None else activation(z)
+        if residual is not None:
+            y = y + residual
+        return (y, z) if keep else (y,)
+
+    sizes = _sizes(x, w, residual, activation, saving)
+    tiles = tiles or products.tiles("matmul", "forward", sizes, x.dtype)
+    rows = lambda a: None if a is None else a.reshape(sizes.m, a.shape[-1])
+    found = products.forward("matmul", rows(x), [w], bias, rows(residual), finish, sizes, tiles, precision)
+    y, *saved = (a.reshape(*x.shape[:-1], sizes.n) for a in found)
     return (y,), tuple(saved)
 
 
-def value(
-    x: jax.Array,
-    w: jax.Array,
-    bias: jax.Array | None = None,
-    residual: jax.Array | None = None,
-    *,
-    activation: Callable | None,
-    precision: Any,
-    tiles: Tiles | None = None,
-):
-    """(y,), with nothing saved."""
-    return tuple(_forward(x, w, bias, residual, activation, precision, tiles, False))
+def value(*operands, **options):
+    """(y,), with nothing saved: `forward` for a call that is not differentiated."""
+    return forward(*operands, **options, saving=False)[0]
 
 
 def backward(

@@ -8,7 +8,6 @@ Three kernels, each a grid of output tiles times steps along the contracted axis
 the d_i never get there. A tile is worked on in strips: the matrix units multiply one strip while the vector units
 finish the one before or start the one after. Edges that a contraction crosses are cleared by selection, because memory
 past the end of an array may hold NaN; others only make rows and columns that no one writes.
-float32 operands are multiplied at JAX's default matmul precision, as XLA would, or in full where asked.
 """
 
 import dataclasses
@@ -25,14 +24,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, tuned
 from pallas_kernels.padding import round_up
+from pallas_kernels.tpu import matrix_unit
+from pallas_kernels.tpu.matrix_unit import LANES, NN, NT, dot
 
 f32 = jnp.float32
-LANES = 128
 SLACK = 6 << 20  # VMEM left to the compiler for what does not stay in registers
 STRIP = 256  # columns of a strip
-WORK = 1 << 15  # passes of the matrix unit written out in one turn of a loop: more only makes the program longer
-NN = (((1,), (0,)), ((), ()))  # a · b
-NT = (((1,), (1,)), ((), ()))  # a · bᵀ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,36 +159,7 @@ def unsupported(x, precision: Any, *weights) -> str | None:
     for w in weights:
         if w.dtype != x.dtype:
             return f"the weights must have the dtype of x, {x.dtype}, got {w.dtype}"
-    if x.dtype == f32 and in_full(precision) is None:
-        return f"float32 is multiplied in precision default or highest on a TPU, not {precision}"
-    return None
-
-
-def _dot(a, b, dims, precision):
-    """A product summed in float32. Those of bfloat16 are exact whatever the precision; Mosaic wants none named."""
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=f32)
-
-
-def in_full(precision: Any) -> bool | None:
-    """Whether a precision asks for float32 products in full, or None if the kernels have no such products."""
-    if precision is None:
-        precision = jax.config.jax_default_matmul_precision
-    if precision in (None, "default", "fastest", "bfloat16", lax.Precision.DEFAULT):
-        return False
-    return True if precision in ("highest", "float32", lax.Precision.HIGHEST) else None
-
-
-def _precision(dtype, precision):
-    return lax.Precision.HIGHEST if dtype == f32 and in_full(precision) else lax.Precision.DEFAULT
-
-
-def _turn(size: int, work: int) -> int:
-    """How much of `size` one turn of a loop takes: all of it, or a divisor that is a multiple of 128, for `work`
-    multiply-adds each."""
-    bound = WORK * chips.current("tpu").mxu ** 2
-    if size % LANES or size * work <= bound:
-        return size
-    return max(u for u in range(LANES, size + 1, LANES) if size % u == 0 and (u == LANES or u * work <= bound))
+    return matrix_unit.unsupported(x.dtype, precision)
 
 
 def _strips(size: int, width: int) -> list[Any]:
@@ -269,10 +237,10 @@ def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes,
     _clear(x_ref, 1, step, sizes.k)
     for w_ref in w_refs:
         _clear(w_ref, 0, step, sizes.k)
-    height = _turn(cut.m, cut.n * cut.k * sizes.weights)
+    height = matrix_unit.turn(cut.m, cut.n * cut.k * sizes.weights)
 
     def products(row, column):
-        return [_dot(x_ref[row], w_ref[:, column], NN, precision) for w_ref in w_refs]
+        return [dot(x_ref[row], w_ref[:, column], NN, precision) for w_ref in w_refs]
 
     def complete(row, column, zs):
         bias = None if bias_ref is None else bias_ref[:, column].astype(f32)
@@ -368,9 +336,7 @@ def forward(
         x_spec, parallel = pl.BlockSpec(memory_space=pl.ANY), "arbitrary"
         fetched = [pltpu.VMEM((2, cut.m, cut.k), x.dtype), pltpu.SemaphoreType.DMA((2, _pieces(sizes, cut)))]
     return _call(
-        functools.partial(
-            _forward_kernel, finish=finish, sizes=sizes, cut=cut, precision=_precision(x.dtype, precision)
-        ),
+        functools.partial(_forward_kernel, finish=finish, sizes=sizes, cut=cut, precision=precision),
         f"{name}_forward",
         "forward",
         tiles,
@@ -441,7 +407,7 @@ class _Gradients:
         `most` rows or columns of the result, `work` multiply-adds each for one number of d; meanwhile the next strip is
         made."""
         (height, columns), width = self.dy.shape, self.width
-        strips, size = columns // width, _turn(most, height * width * work)
+        strips, size = columns // width, matrix_unit.turn(most, height * width * work)
         if height % (16 * (most // size)):  # else the next strip could not be made in as many parts
             size = most
         parts = most // size
@@ -497,7 +463,7 @@ def _dx_kernel(dy_ref, saved_refs, w_refs, dx_ref, total, *buffers, start, sizes
 
     def product(ds, columns, part):
         total[:, part] += sum(
-            _dot(d_ref[...], w_ref[part, columns], NT, precision) for d_ref, w_ref in zip(ds, w_refs, strict=True)
+            dot(d_ref[...], w_ref[part, columns], NT, precision) for d_ref, w_ref in zip(ds, w_refs, strict=True)
         )
 
     _accumulate(*(step, pl.cdiv(sizes.n, cut.n), [total], [dx_ref]), lambda: d.multiply(cut.k, sizes.weights, product))
@@ -517,7 +483,7 @@ def _dw_kernel(x_ref, dy_ref, saved_refs, *refs, start, sizes, cut, precision, w
 
     def product(ds, columns, part):
         for d_ref, total in zip(ds, totals, strict=True):
-            total[part, columns] += _dot(transposed[part], d_ref[...], NN, precision)
+            total[part, columns] += dot(transposed[part], d_ref[...], NN, precision)
 
     _accumulate(step, pl.cdiv(sizes.m, cut.m), (*totals, *sums), outs, add)
 
@@ -539,7 +505,7 @@ def backward(
 
     start(dy, saved …) -> (d_1, …), of float32 tiles; None for dy itself.
     """
-    cut, steps, precision = sizes.cut(tiles), sizes.steps(tiles), _precision(x.dtype, precision)
+    cut, steps = sizes.cut(tiles), sizes.steps(tiles)
     count, (m, n, k) = sizes.weights, _axes(cut)
     strip = STRIP if n % STRIP == 0 else n
     buffers = [pltpu.VMEM((2, m, strip), x.dtype)] * (count if start is not None else 0)

@@ -9,7 +9,6 @@ rows of its group, and columns are cut only as VMEM and the chip's cores ask for
 product; of any other only the strips of rows that it touches are multiplied, so a border between groups costs a strip
 and not a tile. drhs is summed in VMEM while the pieces of a group pass by.
 Rows are gathered before and scattered after the kernels, by XLA.
-float32 operands are multiplied at JAX's default matmul precision, as XLA would.
 Source: Gale et al. 2022 (MegaBlocks).
 """
 
@@ -26,15 +25,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, tuned
 from pallas_kernels.padding import pad_to, round_up
+from pallas_kernels.tpu import matrix_unit
+from pallas_kernels.tpu.matrix_unit import LANES, NN, NT, TN, dot
 
 f32 = jnp.float32
-LANES = 128
 STRIP = 128  # rows that are multiplied where a piece does not fill its tile
 SLACK = 6 << 20  # VMEM left to the compiler
-WORK = 1 << 15  # passes of the matrix unit written out in one turn of a loop: more only makes the program longer
-NN = (((1,), (0,)), ((), ()))  # a · b
-NT = (((1,), (1,)), ((), ()))  # a · bᵀ
-TN = (((0,), (0,)), ((), ()))  # aᵀ · b
 NOTHING, PRODUCT, ZEROS = range(3)  # what there is to do for a piece
 # The rows of the list of pieces: the tile of rows and the matrix that a piece takes, the block of the result that it
 # gives, its rows low … high - 1 of the tile, and what to do.
@@ -174,8 +170,8 @@ def unsupported(
         return f"rhs must have the dtype of lhs, {lhs.dtype}, got {rhs.dtype}"
     if dtype not in (f32, jnp.bfloat16):
         return f"the result must be float32 or bfloat16 on a TPU, got {dtype}"
-    if precision not in (None, "default", "highest", lax.Precision.DEFAULT, lax.Precision.HIGHEST):
-        return f"precision must be None, DEFAULT or HIGHEST in the kernel, got {precision!r}"
+    if reason := matrix_unit.unsupported(lhs.dtype, precision):
+        return reason
     vmem = chips.current("tpu").vmem_bytes
     for name, size in (("k", rhs.shape[1]), ("n", rhs.shape[2])):  # each is whole in one of y and dx
 
@@ -187,20 +183,6 @@ def unsupported(
             limit = f"the least tiles must fit the {vmem >> 20} MiB of VMEM"
             return f"{limit}, that is {name} ≤ {most} in {lhs.dtype}, got {size}"
     return None
-
-
-def _dot(a, b, dims, precision):
-    """A product summed in float32. Those of bfloat16 are exact whatever the precision; Mosaic wants none named."""
-    if precision in (None, "default", lax.Precision.DEFAULT):
-        precision = jax.config.jax_default_matmul_precision if precision is None else "default"
-    exact = a.dtype == f32 and precision not in (None, "default", "fastest", "bfloat16")
-    return lax.dot_general(
-        a,
-        b,
-        dims,
-        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
-        preferred_element_type=f32,
-    )
 
 
 def pieces(bounds: jax.Array, rows: int, tile_rows: int, *, sums: bool) -> jax.Array:
@@ -254,14 +236,12 @@ def _turn_columns() -> int:
     return 2 * side * side // LANES
 
 
-def _turn(size: int, most: int, work: int) -> int:
-    """How much of `size` one turn of a loop takes: a multiple of 128 that divides it, ≤ `most`, with `work`
-    multiply-adds for each unit."""
-    side = chips.current("tpu").mxu
+def _turn(size: int, work: int, *, most: int | None = None) -> int:
+    """As `matrix_unit.turn`, but the larger the matrix unit, the longer."""
     # The start and the end of a turn keep the matrix unit from working: of 256 it has the less time to spare, because
     # its memory is slow for it.
-    bound = WORK * side**2 * side // LANES
-    return max(u for u in range(LANES, most + 1, LANES) if size % u == 0 and (u == LANES or u * work <= bound))
+    passes = matrix_unit.WORK * chips.current("tpu").mxu // LANES
+    return matrix_unit.turn(size, work, most=most, passes=passes)
 
 
 def _loop(size: int, turn: int, body) -> None:
@@ -289,15 +269,15 @@ def _product_kernel(cut, x_ref, rhs_ref, out_ref, *, transposed, precision):
     (rows, columns), inner = out_ref.shape, x_ref.shape[1]
     begin, end, action = cut[LOW, s], cut[HIGH, s], cut[ACTION, s]
     whole = (begin == 0) & (end == rows)
-    width = _turn(columns, min(columns, _turn_columns()), LANES * inner)
+    width = _turn(columns, LANES * inner, most=min(columns, _turn_columns()))
 
     def product(here, there):
         rhs = rhs_ref[0, there, :] if transposed else rhs_ref[0, :, there]
-        return _dot(x_ref[here], rhs, NT if transposed else NN, precision)
+        return dot(x_ref[here], rhs, NT if transposed else NN, precision)
 
     @pl.when((action == PRODUCT) & whole)
     def _():
-        height = _turn(rows, rows, width * inner)
+        height = _turn(rows, width * inner)
 
         def store(there, here):
             out_ref[here, there] = product(here, there).astype(out_ref.dtype)
@@ -407,8 +387,8 @@ def _sum_kernel(cut, x_ref, dy_ref, out_ref, sum_ref, *, precision):
     (rows, inner), columns = x_ref.shape, dy_ref.shape[1]
     begin, end, action = cut[LOW, s], cut[HIGH, s], cut[ACTION, s]
     whole = (action == PRODUCT) & (begin == 0) & (end == rows)
-    width = _turn(columns, min(columns, _TURN_COLUMNS), LANES * rows)
-    height = _turn(inner, min(inner, _TURN_INNER), width * rows)
+    width = _turn(columns, LANES * rows, most=min(columns, _TURN_COLUMNS))
+    height = _turn(inner, width * rows, most=min(inner, _TURN_INNER))
 
     def over(body):
         _loop(inner, height, lambda here: _loop(columns, width, functools.partial(body, here)))
@@ -420,7 +400,7 @@ def _sum_kernel(cut, x_ref, dy_ref, out_ref, sum_ref, *, precision):
     def _():
         def add(here, there):
             # Whether it is the first of its group or the last, in one form: it hides behind the product.
-            total = _dot(x_ref[:, here], dy_ref[:, there], TN, precision)
+            total = dot(x_ref[:, here], dy_ref[:, there], TN, precision)
             total = total + jnp.where(first, 0.0, sum_ref[here, there])
             sum_ref[here, there] = total
             out_ref[0, here, there] = total.astype(out_ref.dtype)
@@ -443,7 +423,7 @@ def _sum_kernel(cut, x_ref, dy_ref, out_ref, sum_ref, *, precision):
                     jnp.where(inside, ref[rows, part], jnp.zeros((), ref.dtype))
                     for ref, part in ((x_ref, here), (dy_ref, there))
                 )
-                sum_ref[here, there] += _dot(x, dy, TN, precision)
+                sum_ref[here, there] += dot(x, dy, TN, precision)
 
             _strips(begin, end, strip)
 

@@ -55,7 +55,7 @@ def saved_by(operands, activation):
 def test_interpreted(name):
     kernel, m, k, n, more, activation, tiles = CASES[name]
     operands = build(kernel, m, k, n, more)
-    static = dict(activation=activation, precision=None) if kernel is matmul else dict(activation=activation)
+    static = dict(activation=activation, precision=None)
     with chips.target(chips.named("h100")), interpreter():
         assert kernel.unsupported(**operands, **static) is None
         outputs, residuals = jax.block_until_ready(kernel.forward(**operands, **static, tiles=tiles))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips
+from pallas_kernels import chips, modifiers
 from pallas_kernels.tpu import linear_cross_entropy as kernel
 
 Tiles = kernel.Tiles
@@ -157,3 +157,19 @@ def test_refusals(change, reason):
     }
     assert kernel.unsupported(**operands, **dict(zip(STATIC, ALL, strict=True))) is None
     assert reason in kernel.unsupported(**(operands | change), **dict(zip(STATIC, ALL, strict=True)))
+
+
+@pytest.mark.parametrize("precision", [None, "default", "highest", "float32", "high", "BF16_BF16_F32_X3"])
+def test_the_default_precision_of_jax_is_kept_or_refused(precision):
+    x, weight, labels = (jax.ShapeDtypeStruct(*s) for s in (((8, 128), f32), ((128, 256), f32), ((8,), jnp.int32)))
+    static = dict(zip(STATIC, PLAIN, strict=True))
+    with jax.default_matmul_precision(precision), chips.target(chips.named("v5e")):
+        reason = kernel.unsupported(x, weight, labels, **static)
+        if precision in ("high", "BF16_BF16_F32_X3"):
+            assert f"in precision default or highest on a TPU, not {precision}" in reason
+            return
+        assert reason is None
+        program = jax.make_jaxpr(lambda *args: kernel.forward(*args, **static))(x, weight, labels)
+    products = [e for e in modifiers.equations(program) if e.primitive.name == "dot_general"]
+    wanted = jax.lax.Precision.HIGHEST if precision in ("highest", "float32") else jax.lax.Precision.DEFAULT
+    assert products and all(e.params["precision"] == (wanted, wanted) for e in products)

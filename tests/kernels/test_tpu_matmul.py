@@ -11,7 +11,7 @@ from jaxops.interpreter import tpu as interpreter
 from jaxops.ops.matmul import plain_activation
 from jaxops.reference.gated_linear_unit import gated_linear_unit as gated_reference
 from jaxops.reference.matmul import matmul as matmul_reference
-from pallas_kernels import activations, chips
+from pallas_kernels import activations, chips, modifiers
 from pallas_kernels.tpu import elementwise, gated_linear_unit, matmul, products
 from tests.compare import no_worse
 
@@ -94,8 +94,26 @@ def test_matmul(m, k, n, more, dtype, activation, tiles, monkeypatch):
 def test_gated_linear_unit(m, k, n, dtype, activation, tiles, monkeypatch):
     monkeypatch.setattr(products, "STRIP", 128)
     operands = {"x": (m, k), "w_gate": (k, n), "w_up": (k, n)}
-    with jax.default_matmul_precision(FULL):
-        compare(gated_linear_unit, gated_reference, operands, dtype, tiles, activation=activation)
+    compare(gated_linear_unit, gated_reference, operands, dtype, tiles, activation=activation, precision=FULL)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [None, FULL])
+def test_the_products_of_the_gated_linear_unit_have_the_precision(precision, dtype):
+    """Those of float32: of bfloat16 they are exact anyway."""
+    x, w, y = shape(128, 256, dtype=dtype), shape(256, 128, dtype=dtype), shape(128, 128, dtype=dtype)
+    static = dict(activation=SILU, precision=precision)
+
+    def both(x, w_gate, w_up, dy):
+        outputs, residuals = gated_linear_unit.forward(x, w_gate, w_up, **static)
+        saved = dict(outputs=outputs, residuals=residuals, cotangents=(dy,))
+        return gated_linear_unit.backward(x, w_gate, w_up, **saved, **static)
+
+    with chips.target(chips.named("v5e")):
+        program = jax.make_jaxpr(both)(x, w, w, y)
+    products = [e for e in modifiers.equations(program) if e.primitive.name == "dot_general"]
+    wanted = jax.lax.Precision.HIGHEST if (precision, dtype) == (FULL, "float32") else jax.lax.Precision.DEFAULT
+    assert len(products) >= 6 and all(e.params["precision"] == (wanted, wanted) for e in products)
 
 
 def test_leading_axes_and_vmap():
@@ -165,6 +183,14 @@ def test_refusals(changes, reason):
     call = {"x": shape(8, 128), "w": shape(128, 256), "activation": None, "precision": None}
     assert matmul.unsupported(**call) is None
     assert reason in matmul.unsupported(**(call | changes))
+
+
+def test_the_gated_linear_unit_refuses_what_its_products_have_not():
+    wide = {"x": shape(8, 128, dtype="float32"), **dict.fromkeys(("w_gate", "w_up"), shape(128, 256, dtype="float32"))}
+    for precision in (None, "default", FULL, jax.lax.Precision.HIGHEST):
+        assert gated_linear_unit.unsupported(**wide, activation=SILU, precision=precision) is None
+    reason = gated_linear_unit.unsupported(**wide, activation=SILU, precision="high")
+    assert "float32 is multiplied in precision default or highest on a TPU, not high" in reason
 
 
 def test_what_jax_offers_goes_into_a_kernel():

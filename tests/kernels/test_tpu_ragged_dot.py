@@ -148,13 +148,19 @@ def test_pieces_are_all_rows_in_order(sizes, sums):
         assert set(cut[kernel.RESULT]) == set(range(len(sizes)))
 
 
+WIDE = {"lhs": jax.ShapeDtypeStruct((8, 128), f32), "rhs": jax.ShapeDtypeStruct((3, 128, 256), f32)}
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
         ({"lhs": jax.ShapeDtypeStruct((8, 128), jnp.float16)}, "lhs must be float32 or bfloat16"),
         ({"rhs": jax.ShapeDtypeStruct((3, 128, 256), f32)}, "rhs must have the dtype of lhs"),
         ({"dtype": jnp.dtype(jnp.float16)}, "the result must be float32 or bfloat16"),
-        ({"precision": "tensorfloat32"}, "precision must be None, DEFAULT or HIGHEST"),
+        (
+            {**WIDE, "precision": "tensorfloat32"},
+            "multiplied in precision default or highest on a TPU, not tensorfloat32",
+        ),
         ({"rhs": jax.ShapeDtypeStruct((3, 1 << 17, 256), bf16)}, "k ≤"),
         ({"rhs": jax.ShapeDtypeStruct((3, 128, 1 << 17), bf16)}, "n ≤"),
     ],
@@ -166,5 +172,6 @@ def test_refusals(change, reason):
         "bounds": jax.ShapeDtypeStruct((4,), jnp.int32),
     }
     static = dict(out_size=8, dtype=jnp.dtype(bf16), precision=None)
-    assert kernel.unsupported(**operands, **static) is None
+    assert kernel.unsupported(**operands, **static | {"precision": "tensorfloat32"}) is None  # bfloat16: exact anyway
+    assert kernel.unsupported(**operands | WIDE, **static | {"precision": "highest"}) is None
     assert reason in kernel.unsupported(**(operands | static | change))

@@ -391,13 +391,15 @@ def _matmul(c: _Chance) -> tuple[dict, dict]:
         "bias": normal((columns,), c.of(dtype, "float32")) if c.of(False, True) else None,
         "residual": normal((*shape[:-1], columns), c.of(dtype, "float32")) if c.of(False, True) else None,
     }
-    return operands, {"activation": _activation(c)} if c.of(False, True) else {}
+    activation = {"activation": _activation(c)} if c.of(False, True) else {}
+    return operands, {**activation, "precision": c.of(None, "highest")}
 
 
 def _gated(c: _Chance) -> tuple[dict, dict]:
     dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
     weights = {name: normal((inner, columns), dtype) for name in ("w_gate", "w_up")}
-    return {"x": normal(c.shape(inner), dtype), **weights}, {"activation": _activation(c)}
+    options = {"activation": _activation(c), "precision": c.of(None, "highest")}
+    return {"x": normal(c.shape(inner), dtype), **weights}, options
 
 
 def _softmax(c: _Chance) -> tuple[dict, dict]:

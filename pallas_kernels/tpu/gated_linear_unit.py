@@ -16,15 +16,22 @@ from typing import Any
 import jax
 
 from pallas_kernels import activations
-from pallas_kernels.tpu import elementwise, products
+from pallas_kernels.tpu import elementwise, matrix_unit, products
 from pallas_kernels.tpu.products import Tiles as Tiles
 
 _NAME = "gated_linear_unit"
 
 
-def _sizes(x, w_gate, saving: bool = True) -> products.Sizes:
+def _sizes(x, w_gate, precision, saving: bool = True) -> products.Sizes:
     return products.Sizes(
-        math.prod(x.shape[:-1]), w_gate.shape[1], w_gate.shape[0], x.dtype.itemsize, 2, 0, 2 * int(saving)
+        m=math.prod(x.shape[:-1]),
+        n=w_gate.shape[1],
+        k=w_gate.shape[0],
+        itemsize=x.dtype.itemsize,
+        weights=2,
+        read=0,
+        saved=2 * int(saving),
+        full=matrix_unit.full(x.dtype, precision),
     )
 
 
@@ -33,19 +40,19 @@ def unsupported(x, w_gate, w_up, *, activation: Callable, precision: Any) -> str
     return products.unsupported(x, precision, w_gate, w_up) or activations.unsupported(activation, elementwise.refusal)
 
 
-def tiles(phase: str, x, w_gate, w_up, **options) -> Tiles:
+def tiles(phase: str, x, w_gate, w_up, *, activation, precision) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return products.tiles(_NAME, phase, _sizes(x, w_gate), x.dtype)
+    return products.tiles(_NAME, phase, _sizes(x, w_gate, precision), x.dtype)
 
 
-def candidates(phase: str, x, w_gate, w_up, **options) -> Iterator[Tiles]:
+def candidates(phase: str, x, w_gate, w_up, *, activation, precision) -> Iterator[Tiles]:
     """Tiles worth trying that fit the chip's VMEM, the default first."""
-    return products.candidates(phase, _sizes(x, w_gate))
+    return products.candidates(phase, _sizes(x, w_gate, precision))
 
 
-def memory(phase: str, tiles: Tiles, x, w_gate, w_up, **options) -> int:
+def memory(phase: str, tiles: Tiles, x, w_gate, w_up, *, activation, precision) -> int:
     """Bytes of VMEM that the kernels of `phase` are estimated to take."""
-    return products.memory(phase, tiles, _sizes(x, w_gate))
+    return products.memory(phase, tiles, _sizes(x, w_gate, precision))
 
 
 def forward(
@@ -66,7 +73,7 @@ def forward(
         y = activation(gate) * up
         return (y, gate, up) if saving else (y,)
 
-    sizes = _sizes(x, w_gate, saving)
+    sizes = _sizes(x, w_gate, precision, saving)
     tiles = tiles or products.tiles(_NAME, "forward", sizes, x.dtype)
     flat = x.reshape(sizes.m, sizes.k)
     found = products.forward(_NAME, flat, [w_gate, w_up], None, None, finish, sizes, tiles, precision)
@@ -98,7 +105,7 @@ def backward(
         active, dgate = activations.along(activation, gate, dy * up)
         return dgate, dy * active
 
-    sizes = _sizes(x, w_gate)
+    sizes = _sizes(x, w_gate, precision)
     tiles = tiles or products.tiles(_NAME, "backward", sizes, x.dtype)
     dy, *saved = (a.astype(x.dtype).reshape(sizes.m, sizes.n) for a in (cotangents[0], *residuals))
     flat = x.reshape(sizes.m, sizes.k)

@@ -14,15 +14,23 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import activations
-from pallas_kernels.tpu import elementwise, products
+from pallas_kernels.tpu import elementwise, matrix_unit, products
 from pallas_kernels.tpu.products import Tiles as Tiles
 
 f32 = jnp.float32
 
 
-def _sizes(x, w, residual, activation, saving: bool = True) -> products.Sizes:
-    rows, saved = math.prod(x.shape[:-1]), int(saving and activation is not None)
-    return products.Sizes(rows, w.shape[1], w.shape[0], x.dtype.itemsize, 1, int(residual is not None), saved)
+def _sizes(x, w, residual, activation, precision, saving: bool = True) -> products.Sizes:
+    return products.Sizes(
+        m=math.prod(x.shape[:-1]),
+        n=w.shape[1],
+        k=w.shape[0],
+        itemsize=x.dtype.itemsize,
+        weights=1,
+        read=int(residual is not None),
+        saved=int(saving and activation is not None),
+        full=matrix_unit.full(x.dtype, precision),
+    )
 
 
 def unsupported(x, w, bias=None, residual=None, *, activation: Callable | None, precision: Any) -> str | None:
@@ -32,19 +40,19 @@ def unsupported(x, w, bias=None, residual=None, *, activation: Callable | None, 
     return products.unsupported(x, precision, w) or activations.unsupported(activation, elementwise.refusal)
 
 
-def tiles(phase: str, x, w, bias=None, residual=None, *, activation, **options) -> Tiles:
+def tiles(phase: str, x, w, bias=None, residual=None, *, activation, precision) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return products.tiles("matmul", phase, _sizes(x, w, residual, activation), x.dtype)
+    return products.tiles("matmul", phase, _sizes(x, w, residual, activation, precision), x.dtype)
 
 
-def candidates(phase: str, x, w, bias=None, residual=None, *, activation, **options) -> Iterator[Tiles]:
+def candidates(phase: str, x, w, bias=None, residual=None, *, activation, precision) -> Iterator[Tiles]:
     """Tiles worth trying that fit the chip's VMEM, the default first."""
-    return products.candidates(phase, _sizes(x, w, residual, activation))
+    return products.candidates(phase, _sizes(x, w, residual, activation, precision))
 
 
-def memory(phase: str, tiles: Tiles, x, w, bias=None, residual=None, *, activation, **options) -> int:
+def memory(phase: str, tiles: Tiles, x, w, bias=None, residual=None, *, activation, precision) -> int:
     """Bytes of VMEM that the kernels of `phase` are estimated to take."""
-    return products.memory(phase, tiles, _sizes(x, w, residual, activation))
+    return products.memory(phase, tiles, _sizes(x, w, residual, activation, precision))
 
 
 def forward(
@@ -70,7 +78,7 @@ def forward(
             y = y + residual
         return (y, z) if keep else (y,)
 
-    sizes = _sizes(x, w, residual, activation, saving)
+    sizes = _sizes(x, w, residual, activation, precision, saving)
     tiles = tiles or products.tiles("matmul", "forward", sizes, x.dtype)
     rows = lambda a: None if a is None else a.reshape(sizes.m, a.shape[-1])
     found = products.forward("matmul", rows(x), [w], bias, rows(residual), finish, sizes, tiles, precision)
@@ -98,7 +106,7 @@ def backward(
 ) -> dict[str, jax.Array]:
     """Gradients of the operands that are present, from the cotangent of y."""
     del outputs
-    sizes = _sizes(x, w, None, activation)
+    sizes = _sizes(x, w, None, activation, precision)
     tiles = tiles or products.tiles("matmul", "backward", sizes, x.dtype)
     dy = cotangents[0].astype(x.dtype)
     start = None if activation is None else lambda dy, z: activations.along(activation, z, dy)[1:]

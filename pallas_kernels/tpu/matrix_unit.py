@@ -20,12 +20,13 @@ TN = (((0,), (0,)), ((), ()))  # aᵀ · b
 
 def dot(a: jax.Array, b: jax.Array, dims: Any, precision: Any) -> jax.Array:
     """A product summed in float32. Those of bfloat16 are exact whatever the precision; Mosaic wants none named."""
-    exact = a.dtype == jnp.float32 and in_full(precision)
+    if 1 in b.shape:  # Mosaic makes of it products of vectors, and those of bfloat16 wrongly
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return lax.dot_general(
         a,
         b,
         dims,
-        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        precision=lax.Precision.HIGHEST if full(a.dtype, precision) else lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
 
@@ -35,6 +36,11 @@ def unsupported(dtype: Any, precision: Any) -> str | None:
     if dtype == jnp.float32 and in_full(precision) is None:
         return f"float32 is multiplied in precision default or highest on a TPU, not {_asked(precision)}"
     return None
+
+
+def full(dtype: Any, precision: Any) -> bool:
+    """Whether operands of `dtype` are float32 multiplied in full: as several products of parts in bfloat16."""
+    return dtype == jnp.float32 and bool(in_full(precision))
 
 
 def in_full(precision: Any) -> bool | None:

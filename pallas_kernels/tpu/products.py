@@ -58,7 +58,8 @@ class Tiles:
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What decides on tiles: the sizes of x[m, k] and the weights [k, n], bytes of a number, how many weights there
-    are, how many arrays [m, n] are read after the products (residual) and how many are saved for the backward pass."""
+    are, how many arrays [m, n] are read after the products (residual), how many are saved for the backward pass, and
+    whether float32 is multiplied in full."""
 
     m: int
     n: int
@@ -67,6 +68,7 @@ class Sizes:
     weights: int
     read: int
     saved: int
+    full: bool
 
     def cut(self, tiles: Tiles) -> "Tiles":
         """The blocks of `tiles`; none is past the end of its axis."""
@@ -112,19 +114,21 @@ def _padded(rows: int, columns: int) -> int:
 
 def memory(phase: str, tiles: Tiles, sizes: Sizes) -> int:
     """Bytes of VMEM that the kernels of `phase` are estimated to take. Blocks are there twice, the next one arriving,
-    or the last one leaving, while this one is worked on."""
+    or the last one leaving, while this one is worked on. float32 operands that are multiplied in full are there once
+    more, split into the parts of bfloat16 that are multiplied."""
     t, size, count = sizes.cut(tiles), sizes.itemsize, sizes.weights
     x, w, y = _padded(t.m, t.k), _padded(t.k, t.n), _padded(t.m, t.n)
     split = [steps > 1 for steps in sizes.steps(tiles)]
     strip = 2 * count * _padded(t.m, min(t.n, STRIP))
+    parts = 16 * sizes.full * (x + count * w + (count * y if phase == "backward" else 0))
     if phase == "forward":
         blocks = 2 * size * (x + count * w + (1 + sizes.saved + sizes.read) * y)
-        return SLACK + blocks + 4 * count * (y * split[2] + strip)
+        return SLACK + blocks + parts + 4 * count * (y * split[2] + strip)
     read = 2 * size * (1 + sizes.saved) * y + size * strip
     products = 2 * 4 * count * _padded(max(t.m, min(t.k, 1024)), STRIP)  # before they are added to the sums
     dx = 2 * size * (x + count * w) + 4 * x * split[1]
     dw = 2 * size * (x + count * w) + size * x + 4 * count * w * split[0] + 8 * 4 * count * 3 * round_up(t.n, LANES)
-    return SLACK + read + products + max(dx, dw)
+    return SLACK + read + parts + products + max(dx, dw)
 
 
 def tiles(name: str, phase: str, sizes: Sizes, dtype: Any) -> Tiles:
@@ -199,7 +203,9 @@ def _clear(ref, axis: int, block, size: int) -> None:
         def _():
             old = ref[edge]
             index = lax.broadcasted_iota(jnp.int32, old.shape, axis) + start
-            ref[edge] = jnp.where(index < inside, old, jnp.zeros((), old.dtype))
+            # Mosaic chooses between 16-bit numbers only in whole registers.
+            wide = old if ref.shape[1 - axis] % 16 == 0 else old.astype(f32)
+            ref[edge] = jnp.where(index < inside, wide, jnp.zeros((), wide.dtype)).astype(ref.dtype)
 
 
 def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):

@@ -68,6 +68,8 @@ def test_the_cost_of_a_norm_is_what_it_moves():
     assert megabyte(cost.of(jaxops.rms_norm, x, scale)) == 134
     # Forward: x and y. Backward: x, dy and dx; the saved y is not read.
     assert megabyte(cost.of(with_gradients(jaxops.rms_norm), dict(x=x, scale=scale), x)) == 134 + 201 + 1
+    both = cost.of(with_gradients(jaxops.add_rms_norm), dict(x=x, residual=x, scale=scale), (x, x))
+    assert megabyte(both) == 268 + 268 + 1  # one gradient for x and for the residual
 
 
 def test_the_cost_of_cross_entropy_does_not_count_what_is_computed_again():

@@ -106,15 +106,17 @@ class GroupNorm(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if (self.num_groups is None) == (self.group_size is None):
-            raise ValueError(
-                "GroupNorm: either num_groups or group_size must be given and the other be None, got "
-                f"{self.num_groups} and {self.group_size}"
-            )
         channels = x.shape[-1]
-        if self.group_size is not None and (self.group_size < 1 or channels % self.group_size):
-            raise ValueError(f"GroupNorm: group_size must be a divisor of {channels}, got {self.group_size}")
-        num_groups = self.num_groups if self.group_size is None else channels // self.group_size
+        match self.num_groups, self.group_size:
+            case int(num_groups), None:
+                pass
+            case None, int(size) if size > 0 and channels % size == 0:
+                num_groups = channels // size
+            case given:
+                raise ValueError(
+                    "GroupNorm: num_groups or group_size must be a divisor of the "
+                    f"{channels} channels of x, and the other None, got {given[0]} and {given[1]}"
+                )
         scale = self.param("scale", self.scale_init, (channels,), self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, (channels,), self.param_dtype) if self.use_bias else None
         x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)

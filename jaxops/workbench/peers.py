@@ -262,8 +262,10 @@ def flax_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     import flax.linen as nn
 
     parameters = {name: p for name, p in (("scale", scale), ("bias", bias)) if p is not None}
-    used = {"use_scale": scale is not None, "use_bias": bias is not None}
-    return nn.GroupNorm(num_groups, epsilon=eps, dtype=x.dtype, **used).apply({"params": parameters}, x)
+    module = nn.GroupNorm(
+        num_groups, epsilon=eps, dtype=x.dtype, use_scale=scale is not None, use_bias=bias is not None
+    )
+    return module.apply({"params": parameters}, x)
 
 
 def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"):

@@ -330,7 +330,7 @@ def _call(body, name, out_type, scratch, blocks, tiles):
     )
 
 
-def _copies(piece: _Piece, refs, slots):
+def _copies(piece: _Piece, refs, slots) -> tuple[list, list]:
     """Where the pieces of the rows come from and where they go, for `_stream`."""
     return (
         [lambda i, ref=ref: ref.at[piece.first + i, piece.index] for ref in refs],
@@ -366,9 +366,9 @@ def forward(x, scale, bias, residual=None, *, eps: float, scale_offset: float, t
     results = [jax.ShapeDtypeStruct(sources[0].shape, jnp.result_type(*(a.dtype for a in sources)))] * count
 
     def body(*refs):
-        refs = iter(refs)
-        source_refs, parameter_refs, result_refs = ([next(refs) for _ in a] for a in (sources, parameters, results))
-        arrived, leaving, parameter_smem, ready, parameters_ready, exchange, met = refs
+        left = iter(refs)
+        source_refs, parameter_refs, result_refs = ([next(left) for _ in a] for a in (sources, parameters, results))
+        arrived, leaving, parameter_smem, ready, parameters_ready, exchange, met = left
         piece = _Piece(row, t, rows, exchange, met)
         group, used = piece.group, piece.used
         piece.fetch_parameters(parameter_refs, parameter_smem, parameters_ready)

@@ -182,21 +182,19 @@ def _centred(features, tiles, center, read, first=None):
     return (lambda c: read(c) - mean,) * 2
 
 
-def _forward_kernel(*refs, rows, tiles, eps, center, added):
-    """refs: x, w, [bias], [residual], y, [x + residual]."""
-    refs = iter(refs)
-    x_ref, w_ref = next(refs), next(refs)
-    bias_ref, residual_ref = next(refs) if center else None, next(refs) if added else None
-    y_ref, total_ref = next(refs), next(refs) if added else x_ref
-    features = x_ref.shape[1]
+def _forward_kernel(x_ref, w_ref, *refs, rows, tiles, eps, center, added):
+    """refs: [bias], [residual], y, [x + residual]."""
+    bias_ref, residual_ref = refs[:center], refs[center : center + added]
+    y_ref, *total_ref = refs[center + added :]
+    source_ref, features = total_ref[0] if added else x_ref, x_ref.shape[1]
 
     def group(here, _):
         def read(c):
-            return total_ref[here, c].astype(f32)
+            return source_ref[here, c].astype(f32)
 
         def add(c):
-            total = (x_ref[here, c].astype(f32) + residual_ref[here, c].astype(f32)).astype(total_ref.dtype)
-            total_ref[here, c] = total
+            total = (x_ref[here, c].astype(f32) + residual_ref[0][here, c].astype(f32)).astype(source_ref.dtype)
+            source_ref[here, c] = total
             return total.astype(f32)
 
         first, centred = _centred(features, tiles, center, read, add if added else None)
@@ -205,7 +203,7 @@ def _forward_kernel(*refs, rows, tiles, eps, center, added):
 
         def write(c, _):
             y = centred(c) * r * w_ref[:, c]
-            y_ref[here, c] = (y + bias_ref[:, c] if center else y).astype(y_ref.dtype)
+            y_ref[here, c] = (y + bias_ref[0][:, c] if center else y).astype(y_ref.dtype)
             return 0
 
         _over_columns(features, tiles.columns, write, 0)
@@ -213,11 +211,9 @@ def _forward_kernel(*refs, rows, tiles, eps, center, added):
     _over_groups(pl.program_id(0), rows, tiles, group)
 
 
-def _backward_kernel(*refs, rows, blocks, tiles, eps, center, added):
-    """refs: x, w, dy, [the other cotangent of x], dx, dw, [dbias]."""
-    x_ref, w_ref, dy_ref, *refs = refs
-    added_ref = refs.pop(0) if added else None
-    dx_ref, dw_ref, *dbias_ref = refs
+def _backward_kernel(x_ref, w_ref, dy_ref, *refs, rows, blocks, tiles, eps, center, added):
+    """refs: [the other cotangent of x], dx, dw, [dbias]."""
+    added_ref, (dx_ref, dw_ref, *dbias_ref) = refs[:added], refs[added:]
     features = x_ref.shape[1]
     block = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
 
@@ -249,7 +245,7 @@ def _backward_kernel(*refs, rows, blocks, tiles, eps, center, added):
             normal, dy = centred(c) * r, dy_ref[here, c].astype(f32)
             dx = r * (dy * w_ref[:, c]) - slope * normal
             dx = dx - offset[0] if offset else dx
-            dx_ref[here, c] = (dx + added_ref[here, c].astype(f32) if added else dx).astype(dx_ref.dtype)
+            dx_ref[here, c] = (dx + added_ref[0][here, c].astype(f32) if added else dx).astype(dx_ref.dtype)
             fold(dw_ref, c, dy * normal)
             if dbias_ref:
                 fold(dbias_ref[0], c, dy)

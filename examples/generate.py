@@ -220,8 +220,8 @@ def advance(model: GPT, pages: Pages, batch: dict[str, Any]) -> tuple[jax.Array,
         keys = keys.at[place].set(key.astype(keys.dtype), mode="drop")
         values = values.at[place].set(layer.value(h).astype(values.dtype), mode="drop")
         h = jaxops.paged_attention(query, keys, values, batch["table"], batch["lengths"], batch["starts"])
-        x = x + layer.out(h)
-        x = x + block.mlp(block.mlp_norm(x))
+        h, x = block.mlp_norm(layer.out(h), residual=x)
+        x = x + block.mlp(h)
         new.append((keys, values))
     last = model.norm(x[jnp.maximum(batch["starts"][1:] - 1, 0)])
     return jnp.matmul(last, model.output_weight().astype(x.dtype), preferred_element_type=jnp.float32), new

@@ -95,13 +95,16 @@ def _bytes(variables: Any) -> int:
 
 
 def _moved(equation: Any) -> int:
-    """The bytes of one call of an operator: what it writes, and what its rule reads of all that it is given."""
+    """The bytes of one call of an operator: what it writes, and what its rule reads of all that it is given.
+
+    What two operands have in common as their gradient is written once.
+    """
     call = equation.params["call"]
     with dispatch.alone():
         shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
-        rule = jax.make_jaxpr(call.run("xla", None))(*shapes).jaxpr
+        rule = jax.make_jaxpr(call.run("xla", None).__wrapped__)(*shapes).jaxpr
     _, read = partial_eval.dce_jaxpr(rule, [True] * len(rule.outvars))
-    return _bytes([*(v for v, used in zip(equation.invars, read, strict=True) if used), *equation.outvars])
+    return _bytes([*(v for v, used in zip(equation.invars, read, strict=True) if used), *rule.outvars])
 
 
 def _count(jaxpr: Any) -> tuple[int, int, bool]:

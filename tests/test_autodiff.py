@@ -53,6 +53,57 @@ def plain(x, scale, shift):
     return _reference(x, scale, shift, power=3)[0]
 
 
+def _two_reference(x, scale, shift, *, power):
+    """Two differentiable outputs, and one that is not."""
+    y, top = _reference(x, scale, shift, power=power)
+    return y, x * jnp.cos(scale), top
+
+
+def _two_forward(x, scale, shift, *, power):
+    return _two_reference(x, scale, shift, power=power), (jnp.sin(x),)
+
+
+def _two_backward(x, scale, shift, *, outputs, residuals, cotangents, power):
+    ct, other, none = cotangents
+    rest = dict(outputs=outputs, residuals=residuals, cotangents=(ct, none), power=power)
+    found = _backward(x, scale, shift, **rest)
+    if other is None:
+        CALLS.append("without the other")
+        return found
+    dscale = jnp.sum(-other * x * jnp.sin(scale), range(x.ndim - 1))
+    return {"x": found["x"] + other * jnp.cos(scale), "scale": found["scale"] + dscale}
+
+
+_TWO = Operator(
+    "waves",
+    ("x", "scale"),
+    _two_reference,
+    Rules(_two_forward, _two_backward),
+    "no TPU kernel",
+    "no GPU kernel",
+    partition=lambda spec: (spec, spec, PartitionSpec(*spec[:-1])),
+    differentiable_outputs=2,
+)
+
+
+def waves(x, scale, shift):
+    y, z, _ = _TWO(dict(x=x, scale=scale, shift=shift), power=3)
+    return y + z * z
+
+
+def second_wave(x, scale, shift):
+    return _TWO(dict(x=x, scale=scale, shift=shift), power=3)[1]
+
+
+def plain_waves(x, scale, shift):
+    y, z, _ = _two_reference(x, scale, shift, power=3)
+    return y + z * z
+
+
+def plain_second_wave(x, scale, shift):
+    return x * jnp.cos(scale)
+
+
 _R = np.random.default_rng(0)
 X = jnp.asarray(_R.standard_normal((8, 6)), jnp.float32)
 S = jnp.asarray(_R.standard_normal(6), jnp.float32)
@@ -139,10 +190,29 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_jax_own(name):
+OF_TWO_OUTPUTS = (
+    "gradient of one operand",
+    "hessian",
+    "fourth order",
+    "nested vmap, different operands",
+    "grad of nested vmap",
+    "second order in scan",
+    "shard_map, second order",
+    "explicit, second order",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs"),
+    [
+        *(pytest.param(name, wave, plain, id=name) for name in CASES),
+        *(pytest.param(name, waves, plain_waves, id=f"two outputs: {name}") for name in OF_TWO_OUTPUTS),
+        *(pytest.param(name, second_wave, plain_second_wave, id=f"the second: {name}") for name in OF_TWO_OUTPUTS[:3]),
+    ],
+)
+def test_equals_jax_own(name, ours, theirs):
     meshes = name.startswith(("shard_map", "explicit"))
-    got, want = ((CASES[name](f) if meshes else jax.jit(lambda f=f: CASES[name](f))()) for f in (wave, plain))
+    got, want = ((CASES[name](f) if meshes else jax.jit(lambda f=f: CASES[name](f))()) for f in (ours, theirs))
     for (path, a), (_, b) in zip(jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want), strict=True):
         assert a.shape == b.shape
         assert error(jax.device_get(a), jax.device_get(b)) < 1e-5, f"{name}{jax.tree_util.keystr(path)}"
@@ -161,6 +231,22 @@ def test_reverse_mode_meets_only_the_two_rules():
 def test_forward_mode_meets_no_backward_rule():
     traced = jax.jit(lambda x: jax.jvp(lambda x: wave(x, S, H), (x,), (x,))).trace(X)
     assert {e.params["call"].phase for e in _operators(traced.jaxpr.jaxpr)} == {"forward", "tangent"}
+
+
+def test_an_output_without_a_cotangent_is_left_out():
+    CALLS.clear()
+    first = lambda f: lambda x, s: jnp.sum(jnp.sin(f(x, s)))
+    ours, theirs = first(lambda x, s: _TWO(dict(x=x, scale=s, shift=H), power=3)[0]), first(lambda x, s: plain(x, s, H))
+    for transform in (
+        lambda g: jax.grad(g, (0, 1))(X, S),
+        lambda g: jax.grad(lambda x: jnp.sum(jax.grad(g)(x, S) ** 2))(X),
+        lambda g: jax.jvp(lambda x: jax.grad(g)(x, S), (X,), (X,)),
+        lambda g: jax.vmap(jax.grad(g), (0, None))(jnp.stack([X, 2 * X]), S),
+    ):
+        got, want = (jax.jit(lambda f=f, transform=transform: transform(f))() for f in (ours, theirs))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert error(a, b) < 1e-5
+    assert "without the other" in CALLS
 
 
 def test_the_second_output_is_a_constant_to_every_derivative():

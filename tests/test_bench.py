@@ -68,6 +68,8 @@ def test_the_cost_of_a_norm_is_what_it_moves():
     assert megabyte(cost.of(jaxops.rms_norm, x, scale)) == 134
     # Forward: x and y. Backward: x, dy and dx; the saved y is not read.
     assert megabyte(cost.of(with_gradients(jaxops.rms_norm), dict(x=x, scale=scale), x)) == 134 + 201 + 1
+    both = cost.of(with_gradients(jaxops.add_rms_norm), dict(x=x, residual=x, scale=scale), (x, x))
+    assert megabyte(both) == 268 + 268 + 1  # one gradient for x and for the residual
 
 
 def test_the_cost_of_cross_entropy_does_not_count_what_is_computed_again():
@@ -211,7 +213,7 @@ def test_what_fails_or_gives_something_else_is_a_row(capsys, theirs):
 
 
 def test_every_operator_has_a_usual_call_which_its_jax_peer_answers():
-    sizes = dict(R=6, D=16, B=2, T=8, N=4, H=8, M=6, K=8, V=40, G=3)
+    sizes = dict(R=6, D=16, B=2, T=8, N=4, H=8, M=6, K=8, V=40, G=3, S=3, C=32)
     assert set(measurement.USUAL) == set(operators()) == set(peers.PEERS["jax"])
     for name, usual in measurement.USUAL.items():
         words = tuple(measurement.with_sizes(word, sizes) for word in usual.operands)

@@ -28,6 +28,11 @@ def _layer_norm(x, scale, bias):
     return jaxops.layer_norm(x, scale, bias)
 
 
+def _add_norm(x, residual, scale):
+    y, total = jaxops.add_rms_norm(x, residual, scale)
+    return y + total
+
+
 def _attention(q, k, v):
     return jaxops.dot_product_attention(q, k, v, is_causal=True)
 
@@ -40,6 +45,7 @@ def _cross_entropy(x, weight, labels):
 PROGRAMS = {
     "rms_norm": (_norm, (_array(300, 256), _array(256, dtype=F32)), 2, ("tpu", "cuda")),
     "layer_norm": (_layer_norm, (_array(300, 256), _array(256, dtype=F32), _array(256, dtype=F32)), 3, ("tpu", "cuda")),
+    "add_rms_norm": (_add_norm, (_array(300, 256), _array(300, 256), _array(256, dtype=F32)), 3, ("tpu", "cuda")),
     "dot_product_attention": (
         _attention,
         (_array(2, 256, 4, 128), _array(2, 256, 2, 128), _array(2, 256, 2, 128)),

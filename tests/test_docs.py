@@ -26,7 +26,10 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMPILERS = "<!-- needs the compilers -->"  # two lines above a block: it runs where `make certify` installed them
 WITH_COMPILERS = ROOT / ".venv-compilers" / "bin" / "jaxops"
 FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-PAGE_OF = dict.fromkeys(("gelu", "silu", "relu", "squared_relu"), "activations")  # the others have their own
+PAGE_OF = {  # the others have their own
+    **dict.fromkeys(("gelu", "silu", "relu", "squared_relu"), "activations"),
+    **dict.fromkeys(("add_rms_norm", "add_layer_norm"), "add_norms"),
+}
 
 
 def _name(path: pathlib.Path) -> str:

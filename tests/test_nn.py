@@ -87,6 +87,52 @@ def test_norm_with_mask_and_offset(name):
         offset(data(3, WIDTH), mask=jnp.ones(WIDTH, bool))
 
 
+IN_ONE = {  # case of NORMS → the dtypes of a sum that is added up and normalised by one operator
+    "plain": ("float32",),  # float32 parameters make the result float32
+    "bfloat16": ("bfloat16",),
+    "no scale": ("float32", "bfloat16"),
+    "other axis, served by flax": None,
+}
+
+
+@pytest.mark.parametrize(("name", "operator"), [("RMSNorm", "rms_norm"), ("LayerNorm", "layer_norm")])
+@pytest.mark.parametrize("case", IN_ONE)
+def test_norm_of_a_sum(name, operator, case):
+    options = NORMS[case] | ({"use_bias": False} if (name, case) == ("LayerNorm", "no scale") else {})
+    ours, theirs = twins(getattr(jaxops.nn, name), getattr(nnx, name), WIDTH, **options)
+    for dtype in ("float32", "bfloat16"):
+        x, residual = (data(3, 5, WIDTH, seed=seed).astype(dtype) for seed in (0, 1))
+        (y, total), want = ours(x, residual=residual), theirs(x + residual)
+        assert (y.dtype, total.dtype) == (want.dtype, dtype) and jnp.array_equal(total, x + residual)
+        tolerance = 2e-5 if y.dtype == jnp.float32 else 2e-2
+        np.testing.assert_allclose(y.astype(jnp.float32), want.astype(jnp.float32), rtol=tolerance, atol=tolerance)
+        called = [line.operator for line in jaxops.explain(lambda *o: ours(o[0], residual=o[1]), x, residual).lines]
+        in_one = IN_ONE[case]
+        assert called == ([] if in_one is None else [f"add_{operator}" if dtype in in_one else operator])
+
+
+GROUP_NORMS = {
+    "plain": ((WIDTH, 6), {}),
+    "size of a group": ((WIDTH, None, 2), {"epsilon": 0.1}),
+    "bfloat16": ((WIDTH, 6), BFLOAT16),
+    "no bias": ((WIDTH, 1), {"use_bias": False}),
+    "no scale": ((WIDTH, 3), {"use_scale": False}),
+    "other axes, served by flax": ((WIDTH, 6), {"reduction_axes": (1, 3)}),
+}
+
+
+@pytest.mark.parametrize("case", GROUP_NORMS)
+def test_group_norm_is_flax_group_norm(case):
+    args, options = GROUP_NORMS[case]
+    layers = twins(jaxops.nn.GroupNorm, nnx.GroupNorm, *args, **options)
+    agree(*layers, data(2, 3, 5, WIDTH), tolerance=2e-2 if case == "bfloat16" else 2e-5)
+
+
+def test_group_norm_with_a_mask_is_flax_group_norm():
+    layers = twins(jaxops.nn.GroupNorm, nnx.GroupNorm, WIDTH, 6)
+    agree(*layers, data(2, 5, WIDTH), mask=jnp.broadcast_to(jnp.arange(5)[:, None] < 3, (2, 5, WIDTH)))
+
+
 MASK = jnp.asarray(np.random.default_rng(5).random((2, 1, 7, 7)) < 0.6) | jnp.eye(7, dtype=bool)
 ATTENTION = {  # constructor, input shape, call
     "plain": ({}, (2, 7, WIDTH), {}),
@@ -281,6 +327,11 @@ def test_gated_mlp_is_its_formula():
     assert jaxops.nn.GatedMLP(WIDTH, 40, **BFLOAT16, rngs=nnx.Rngs(0))(x).dtype == jnp.bfloat16
 
 
+def own_norm(features, *, implementation, **arguments):
+    del implementation
+    return nnx.RMSNorm(features, **arguments)
+
+
 def test_block_is_its_formula_and_decodes():
     block = jaxops.nn.TransformerBlock(4, WIDTH, 40, num_kv_heads=2, is_causal=True, use_rope=True, rngs=nnx.Rngs(0))
     x = data(2, 7, WIDTH)
@@ -293,12 +344,18 @@ def test_block_is_its_formula_and_decodes():
         4, WIDTH, 40, norm=jaxops.nn.LayerNorm, implementation=["pallas", "xla"], rngs=nnx.Rngs(0)
     )
     assert jax.jit(lambda x: norm(x))(x).shape == x.shape
+    called = [line.operator for line in jaxops.explain(lambda x: norm(x), x).lines]
+    assert called[:3] == ["layer_norm", "dot_product_attention", "add_layer_norm"]
+    plain = jaxops.nn.TransformerBlock(4, WIDTH, 40, norm=own_norm, rngs=nnx.Rngs(0))  # knows of no residual
+    h = x + plain.attention(plain.attention_norm(x))
+    np.testing.assert_allclose(plain(x), h + plain.mlp(plain.mlp_norm(h)), rtol=1e-5, atol=1e-5)
 
 
 GROUPED = {"num_kv_heads": 2, "is_causal": True, "use_rope": True}
 LINEN = {
     "RMSNorm": ((WIDTH,), (), {"scale_offset": 1.0}),
     "LayerNorm": ((WIDTH,), (), {"epsilon": 1e-3}),
+    "GroupNorm": ((WIDTH, 6), (6,), {"epsilon": 1e-3}),
     "MultiHeadAttention": (
         (4, WIDTH),
         (4,),
@@ -325,6 +382,16 @@ def test_linen_twin(name, dtype):
     found, expected = twin.apply({"params": parameters}, x), layer(x)
     assert found.dtype == expected.dtype
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-5, atol=1e-5)
+
+
+def test_linen_norm_of_a_sum():
+    x, residual = data(2, 7, WIDTH), data(2, 7, WIDTH, seed=1)
+    for name in ("RMSNorm", "LayerNorm"):
+        layer = getattr(linen, name)()
+        variables = layer.init(jax.random.key(0), x)
+        y, total = layer.apply(variables, x, residual=residual)
+        np.testing.assert_allclose(y, layer.apply(variables, x + residual), rtol=1e-5, atol=1e-5)
+        assert jnp.array_equal(total, x + residual)
 
 
 def test_linen_decoding_is_the_whole_sequence():
@@ -389,6 +456,16 @@ BAD = {
     "num_heads: expected a divisor": lambda: linen.MultiHeadAttention(5).init(jax.random.key(0), data(2, 3, WIDTH)),
     "implementation must be None": lambda: jaxops.nn.RMSNorm(WIDTH, implementation="triton", rngs=nnx.Rngs(0))(
         data(2, WIDTH)
+    ),
+    "no Mosaic TPU kernel for group_norm": lambda: jaxops.nn.GroupNorm(
+        WIDTH, 6, implementation="pallas", rngs=nnx.Rngs(0)
+    )(data(2, WIDTH)),
+    "a divisor of the 24 channels of x, and the other None, got None and 5": lambda: linen.GroupNorm(None, 5).init(
+        jax.random.key(0), data(2, WIDTH)
+    ),
+    "and the other None, got 6 and 4": lambda: linen.GroupNorm(6, 4).init(jax.random.key(0), data(2, WIDTH)),
+    "residual must have shape": lambda: jaxops.nn.RMSNorm(WIDTH, rngs=nnx.Rngs(0))(
+        data(2, WIDTH), residual=data(3, WIDTH)
     ),
     "implementation 'pallas' was asked for": lambda: jaxops.nn.RMSNorm(
         WIDTH, implementation="pallas", rngs=nnx.Rngs(0)

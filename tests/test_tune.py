@@ -250,6 +250,8 @@ CALLS = [
     ("attention", attention(100_000, 256, "float32")),
     *[("rms_norm", norm(*size)) for size in ((8192, 4096), (111, 1000), (1, 1), (5, 100_000))],
     ("layer_norm", norm(8192, 1024, "float32", bias=True)),
+    ("add_rms_norm", norm(111, 1000) | {"residual": SHAPE((111, 1000), "float32")}),
+    ("add_layer_norm", norm(8192, 4096, bias=True) | {"residual": SHAPE((8192, 4096), "bfloat16")}),
     ("linear_cross_entropy", cross_entropy(8192, 2048, 65536)),
     ("linear_cross_entropy", cross_entropy(100, 512, 50257, "float32")),
 ]

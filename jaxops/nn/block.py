@@ -11,12 +11,14 @@ from jaxops.dispatch import Implementation
 from jaxops.nn.attention import MultiHeadAttention
 from jaxops.nn.implementation import without_kernels
 from jaxops.nn.mlp import GatedMLP
-from jaxops.nn.norms import RMSNorm
+from jaxops.nn.norms import LayerNorm, RMSNorm
 from jaxops.ops.activations import silu
 
 
 class TransformerBlock(nnx.Module):
     """h = x + attention(norm(x));  y = h + mlp(norm(h)): normalisation before each part, as in Llama.
+
+    The first addition and the norm after it are one operator, `add_rms_norm` or `add_layer_norm`.
 
     The submodules are `attention_norm`, `attention`, `mlp_norm` and `mlp`.
 
@@ -74,8 +76,13 @@ class TransformerBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, **attention_arguments: Any) -> jax.Array:
         """`x[batch…, T, in_features]` to the same shape; the keywords are those of a call of `MultiHeadAttention`."""
-        x = x + self.attention(self.attention_norm(x), **attention_arguments)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attention(self.attention_norm(x), **attention_arguments)
+        if isinstance(self.mlp_norm, (RMSNorm, LayerNorm)):
+            normal, x = self.mlp_norm(attended, residual=x)
+        else:
+            x = x + attended
+            normal = self.mlp_norm(x)
+        return x + self.mlp(normal)
 
     def init_cache(self, input_shape: tuple[int, ...], dtype: Any = jnp.float32) -> None:
         """The attention's cache for decoding `[batch…, length, in_features]`."""

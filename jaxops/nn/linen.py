@@ -1,5 +1,6 @@
 """The layers of `jaxops.nn` as Linen modules: the same mathematics, parameter names and shapes."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,11 @@ from jaxops.nn.attention import AttentionOptions, attend, sources
 from jaxops.nn.implementation import without_kernels
 from jaxops.nn.mlp import gated_mlp
 from jaxops.nn.moe import KERNEL_INIT, mixture
+from jaxops.nn.norms import norm_or_add
 from jaxops.ops.activations import silu
+from jaxops.ops.add_layer_norm import add_layer_norm
+from jaxops.ops.add_rms_norm import add_rms_norm
+from jaxops.ops.group_norm import group_norm
 from jaxops.ops.layer_norm import layer_norm
 from jaxops.ops.rms_norm import rms_norm
 from jaxops.ops.rope import RopeScaling
@@ -23,7 +28,7 @@ Initializer = Callable[..., jax.Array]
 class RMSNorm(linen.Module):
     """y = x · rsqrt(mean(x²) + epsilon) · (scale + scale_offset), over the last axis.
 
-    Fields as in `flax.linen.RMSNorm`.
+    Fields as in `flax.linen.RMSNorm`. Called with a `residual` it gives (the normalised sum, x + residual).
     """
 
     epsilon: float = 1e-6
@@ -35,16 +40,24 @@ class RMSNorm(linen.Module):
     implementation: Implementation = None
 
     @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, residual: jax.Array | None = None) -> Any:
         scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype) if self.use_scale else None
-        x, scale = linen.dtypes.promote_dtype(x, scale, dtype=self.dtype)
-        return rms_norm(x, scale, eps=self.epsilon, scale_offset=self.scale_offset, implementation=self.implementation)
+        return norm_or_add(
+            (rms_norm, add_rms_norm),
+            x,
+            residual,
+            (scale,),
+            functools.partial(linen.dtypes.promote_dtype, dtype=self.dtype),
+            eps=self.epsilon,
+            scale_offset=self.scale_offset,
+            implementation=self.implementation,
+        )
 
 
 class LayerNorm(linen.Module):
     """y = (x - mean(x)) · rsqrt(var(x) + epsilon) · (scale + scale_offset) + bias, over the last axis.
 
-    Fields as in `flax.linen.LayerNorm`.
+    Fields as in `flax.linen.LayerNorm`. Called with a `residual` it gives (the normalised sum, x + residual).
     """
 
     epsilon: float = 1e-6
@@ -58,13 +71,56 @@ class LayerNorm(linen.Module):
     implementation: Implementation = None
 
     @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, residual: jax.Array | None = None) -> Any:
         scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype) if self.use_bias else None
-        x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
-        return layer_norm(
-            x, scale, bias, eps=self.epsilon, scale_offset=self.scale_offset, implementation=self.implementation
+        return norm_or_add(
+            (layer_norm, add_layer_norm),
+            x,
+            residual,
+            (scale, bias),
+            functools.partial(linen.dtypes.promote_dtype, dtype=self.dtype),
+            eps=self.epsilon,
+            scale_offset=self.scale_offset,
+            implementation=self.implementation,
         )
+
+
+class GroupNorm(linen.Module):
+    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance over all axes but the first and
+    over the channels of a group.
+
+    Fields as in `flax.linen.GroupNorm`.
+    """
+
+    num_groups: int | None = 32
+    group_size: int | None = None
+    epsilon: float = 1e-6
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = linen.initializers.zeros
+    scale_init: Initializer = linen.initializers.ones
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        match self.num_groups, self.group_size:
+            case int(num_groups), None:
+                pass
+            case None, int(size) if size > 0 and channels % size == 0:
+                num_groups = channels // size
+            case given:
+                raise ValueError(
+                    "GroupNorm: num_groups or group_size must be a divisor of the "
+                    f"{channels} channels of x, and the other None, got {given[0]} and {given[1]}"
+                )
+        scale = self.param("scale", self.scale_init, (channels,), self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, (channels,), self.param_dtype) if self.use_bias else None
+        x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
+        return group_norm(x, scale, bias, num_groups=num_groups, eps=self.epsilon, implementation=self.implementation)
 
 
 class MultiHeadAttention(linen.Module):
@@ -334,5 +390,10 @@ class TransformerBlock(linen.Module):
             name="mlp",
             **common,
         )
-        x = x + attention(norm("attention_norm")(x), **attention_arguments)
-        return x + mlp(norm("mlp_norm")(x))
+        attended, mlp_norm = attention(norm("attention_norm")(x), **attention_arguments), norm("mlp_norm")
+        if isinstance(mlp_norm, (RMSNorm, LayerNorm)):
+            normal, x = mlp_norm(attended, residual=x)
+        else:
+            x = x + attended
+            normal = mlp_norm(x)
+        return x + mlp(normal)

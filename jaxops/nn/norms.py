@@ -1,12 +1,17 @@
 """Normalisation layers: flax's parameters, names and arguments, one fused operator each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxops.dispatch import Implementation
 from jaxops.nn.implementation import static, strict
+from jaxops.ops.add_layer_norm import add_layer_norm
+from jaxops.ops.add_rms_norm import add_rms_norm
+from jaxops.ops.group_norm import group_norm
 from jaxops.ops.layer_norm import layer_norm
 from jaxops.ops.rms_norm import rms_norm
 
@@ -42,12 +47,23 @@ class RMSNorm(nnx.RMSNorm):
         self.scale_offset = scale_offset
         self.implementation = static(implementation)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Normalises `x[..., num_features]`; the result has its shape, and `dtype` or the promoted dtype."""
-        if _only_flax(self, x, mask):
-            return super().__call__(x, mask)
-        x, scale = self.promote_dtype((x, _value(self.scale)), dtype=self.dtype)
-        return rms_norm(x, scale, eps=self.epsilon, scale_offset=self.scale_offset, implementation=self.implementation)
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, *, residual: jax.Array | None = None) -> Any:
+        """Normalises `x[..., num_features]`; the result has its shape, and `dtype` or the promoted dtype.
+
+        With a `residual` of the shape of x: (the normalised sum, x + residual), in one pass where both have one dtype.
+        """
+        if _only_flax(self, mask, _over_last_axis(self, x)):
+            return _flax(super().__call__, x, mask, residual)
+        return norm_or_add(
+            (rms_norm, add_rms_norm),
+            x,
+            residual,
+            (_value(self.scale),),
+            lambda *arrays: self.promote_dtype(arrays, dtype=self.dtype),
+            eps=self.epsilon,
+            scale_offset=self.scale_offset,
+            implementation=self.implementation,
+        )
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -81,33 +97,114 @@ class LayerNorm(nnx.LayerNorm):
         self.scale_offset = scale_offset
         self.implementation = static(implementation)
 
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, residual: jax.Array | None = None) -> Any:
+        """Normalises `x[..., num_features]`; the result has its shape, and `dtype` or the promoted dtype.
+
+        With a `residual` of the shape of x: (the normalised sum, x + residual), in one pass where both have one dtype.
+        """
+        if _only_flax(self, mask, _over_last_axis(self, x)):
+            return _flax(super().__call__, x, mask, residual)
+        return norm_or_add(
+            (layer_norm, add_layer_norm),
+            x,
+            residual,
+            (_value(self.scale), _value(self.bias)),
+            lambda *arrays: self.promote_dtype(arrays, dtype=self.dtype),
+            eps=self.epsilon,
+            scale_offset=self.scale_offset,
+            implementation=self.implementation,
+        )
+
+
+class GroupNorm(nnx.GroupNorm):
+    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance over all axes but the first and
+    over the channels of a group.
+
+    A drop-in for `nnx.GroupNorm`: every argument of it is accepted, the parameters are the same `scale[num_features]`
+    and `bias[num_features]`, and the dtypes are promoted in the same way. The variance is always the accurate one
+    (`use_fast_variance` is accepted and not needed). A mask, other axes or a mean over a mapped axis are served by
+    flax's own code.
+
+    Args:
+      num_features: channels, the size of the last axis.
+      num_groups, group_size: how many groups, or the channels of one; the other is None.
+      implementation: None | "xla"; there is no kernel.
+      **flax_arguments: those of `nnx.GroupNorm`.
+
+    Raises `ValueError` for a strict `implementation` of kernels. Source: https://arxiv.org/abs/1803.08494
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        *,
+        implementation: Implementation = None,
+        rngs: nnx.Rngs,
+        **flax_arguments: Any,
+    ):
+        super().__init__(num_features, num_groups, group_size, rngs=rngs, **flax_arguments)
+        self.implementation = static(implementation)
+
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalises `x[..., num_features]`; the result has its shape, and `dtype` or the promoted dtype."""
-        if _only_flax(self, x, mask):
+        """Normalises `x[batch, ..., num_features]`; the result has its shape, and `dtype` or the promoted dtype."""
+        if _only_flax(self, mask, self.reduction_axes is None):
             return super().__call__(x, mask=mask)
         x, scale, bias = self.promote_dtype((x, _value(self.scale), _value(self.bias)), dtype=self.dtype)
-        return layer_norm(
-            x, scale, bias, eps=self.epsilon, scale_offset=self.scale_offset, implementation=self.implementation
+        return group_norm(
+            x, scale, bias, num_groups=self.num_groups, eps=self.epsilon, implementation=self.implementation
         )
+
+
+def norm_or_add(
+    operators: tuple[Callable[..., Any], Callable[..., Any]],
+    x: jax.Array,
+    residual: jax.Array | None,
+    parameters: tuple[jax.Array | None, ...],
+    promote: Callable[..., Any],
+    **options: Any,
+) -> Any:
+    """norm(x), or with a residual (norm(x + residual), x + residual): what NNX and Linen layers share.
+
+    operators: the norm alone, and with the addition. promote: gives x and the parameters the dtype of the result; where
+    that is not the dtype of the sum, the addition is a pass of its own.
+    """
+    norm, add_norm = operators
+    if residual is None:
+        return norm(*promote(x, *parameters), **options)
+    dtype = jnp.result_type(x, residual)
+    like, *promoted = promote(x.astype(dtype), *parameters)
+    if like.dtype == dtype:
+        return add_norm(x, residual, *promoted, **options)
+    total = x + residual
+    return norm(*promote(total, *parameters), **options), total
+
+
+def _flax(norm: Callable[..., jax.Array], x: jax.Array, mask: jax.Array | None, residual: jax.Array | None) -> Any:
+    """As `norm_or_add`, of flax's own code."""
+    if residual is None:
+        return norm(x, mask=mask)
+    total = x + residual
+    return norm(total, mask=mask), total
 
 
 def _value(parameter: nnx.Param | None) -> jax.Array | None:
     return None if parameter is None else parameter[...]
 
 
-def _only_flax(norm: RMSNorm | LayerNorm, x: jax.Array, mask: jax.Array | None) -> bool:
+def _over_last_axis(norm: RMSNorm | LayerNorm, x: jax.Array) -> bool:
+    last = [(-1,), (x.ndim - 1,)]
+    return _axes(norm.reduction_axes) in last and _axes(norm.feature_axes) in last
+
+
+def _only_flax(norm: RMSNorm | LayerNorm | GroupNorm, mask: jax.Array | None, usual_axes: bool) -> bool:
     """Whether only flax's code can serve this call. Raises `ValueError` if it cannot either."""
-    last = (-1, x.ndim - 1)
-    over_last_axis = _axes(norm.reduction_axes) in [(a,) for a in last] and _axes(norm.feature_axes) in [
-        (a,) for a in last
-    ]
-    if mask is None and over_last_axis and norm.axis_name is None:
+    if mask is None and usual_axes and norm.axis_name is None:
         return False
-    name = type(norm).__name__
-    if norm.scale_offset != 0.0:
-        raise ValueError(
-            f"{name}: scale_offset must be 0 with a mask, other axes or axis_name, got {norm.scale_offset}"
-        )
+    name, scale_offset = type(norm).__name__, getattr(norm, "scale_offset", 0.0)
+    if scale_offset != 0.0:
+        raise ValueError(f"{name}: scale_offset must be 0 with a mask, other axes or axis_name, got {scale_offset}")
     if strict(norm.implementation):
         raise ValueError(
             f"{name}: implementation 'pallas' was asked for, but no kernel has a mask, other axes or axis_name"

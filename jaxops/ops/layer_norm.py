@@ -19,9 +19,14 @@ def _forward(x, scale, bias, *, eps, scale_offset):
 
 
 def _backward(x, scale, bias, *, outputs, residuals, cotangents, eps, scale_offset):
-    """With n = (x - mean) / deviation and g = dy · gain: dx = (g - mean(g) - n · mean(g · n)) / deviation."""
     del outputs, residuals
-    (dy,) = cotangents
+    dx, dscale, dbias = gradients(x, scale, bias, *cotangents, eps=eps, scale_offset=scale_offset)
+    return {"x": dx, "scale": dscale, "bias": dbias}
+
+
+def gradients(x, scale, bias, dy, added=None, *, eps, scale_offset):
+    """(dx, dscale, dbias) in XLA. With n = (x - mean) / deviation and g = dy · gain:
+    dx = (g - mean(g) - n · mean(g · n)) / deviation, plus what is `added` (as in `rms_norm.gradients`)."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     gain, ones = scale.astype(wide) + scale_offset, jnp.ones(scale.shape, wide)
 
@@ -36,7 +41,8 @@ def _backward(x, scale, bias, *, outputs, residuals, cotangents, eps, scale_offs
 
     (mean, inverse, shift, slope), (dscale, dbias) = reduce_rows(rows, x, dy)
     dx = inverse * (dy.astype(wide) * gain - shift - (x.astype(wide) - mean) * slope)
-    return {"x": dx.astype(x.dtype), "scale": dscale.astype(scale.dtype), "bias": dbias.astype(bias.dtype)}
+    dx = dx if added is None else dx + added.astype(wide)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
 _OPERATOR = Operator(

@@ -17,9 +17,14 @@ def _forward(x, scale, *, eps, scale_offset):
 
 
 def _backward(x, scale, *, outputs, residuals, cotangents, eps, scale_offset):
-    """With n = x / rms and g = dy · gain: dx = (g - n · mean(g · n)) / rms."""
     del outputs, residuals
-    (dy,) = cotangents
+    dx, dscale = gradients(x, scale, *cotangents, eps=eps, scale_offset=scale_offset)
+    return {"x": dx, "scale": dscale}
+
+
+def gradients(x, scale, dy, added=None, *, eps, scale_offset):
+    """(dx, dscale) in XLA. With n = x / rms and g = dy · gain: dx = (g - n · mean(g · n)) / rms, plus what is `added`
+    (a cotangent of x[..., features] from elsewhere, or None)."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     gain, ones = scale.astype(wide) + scale_offset, jnp.ones(scale.shape, wide)
 
@@ -31,7 +36,8 @@ def _backward(x, scale, *, outputs, residuals, cotangents, eps, scale_offset):
 
     (inverse, slope), (dscale,) = reduce_rows(rows, x, dy)
     dx = inverse * (dy.astype(wide) * gain - x.astype(wide) * slope)
-    return {"x": dx.astype(x.dtype), "scale": dscale.astype(scale.dtype)}
+    dx = dx if added is None else dx + added.astype(wide)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
 
 
 _OPERATOR = Operator(

@@ -66,12 +66,13 @@ def check(
     sharded: Mapping[str, int] | None = None,
     dtype: str = "float32",
     transforms: Sequence[str] | None = None,
+    outputs: int = 1,
     **static: Any,
 ) -> None:
     """Raises AssertionError naming the output, the gradient or the transform that differs.
 
-    `operator(**operands, **static)` gives the differentiable output (an array or a tuple that begins with it); so does
-    `reference`, in plain JAX, which serves as the oracle and as the unfused form.
+    `operator(**operands, **static)` gives the differentiable output (an array or a tuple that begins with it), or
+    so many `outputs`; so does `reference`, in plain JAX, which serves as the oracle and as the unfused form.
 
     operands: NumPy arrays; floating ones are cast to `dtype`.
     sharded: for the transforms over devices, the axis of each operand that is split over 8 devices (its size a multiple
@@ -79,8 +80,8 @@ def check(
     transforms: names from `TRANSFORMS`, default all (those over devices only if `sharded` is given).
     """
     low = {name: _cast(x, dtype) for name, x in operands.items()}
-    plain = Problem.of(_first(reference, static), low, differentiable, sharded)
-    problem = dataclasses.replace(plain, function=_first(operator, static))
+    plain = Problem.of(_leading(outputs, reference, static), low, differentiable, sharded)
+    problem = dataclasses.replace(plain, function=_leading(outputs, operator, static))
     for row in first_order(problem, plain, dtype=dtype):
         assert row.holds, f"{row} ({dtype})"
     chosen = TRANSFORMS if transforms is None else transforms
@@ -351,12 +352,14 @@ class Problem:
         return self.scalar(self.function({**self.operands, **(others or {}), **primals}), weights)
 
 
-def _first(function: Callable, static: Mapping[str, Any]) -> Callable[[Arrays], Arrays]:
-    def first(operands: Arrays) -> Arrays:
+def _leading(count: int, function: Callable, static: Mapping[str, Any]) -> Callable[[Arrays], Arrays]:
+    def leading(operands: Arrays) -> Arrays:
         out = function(**operands, **static)
-        return {"output": out[0] if isinstance(out, tuple) else out}
+        if isinstance(out, tuple):
+            out = out[0] if count == 1 else out[:count]
+        return outputs_of(out)
 
-    return first
+    return leading
 
 
 def _cast(x: Any, dtype: Any) -> jax.Array:

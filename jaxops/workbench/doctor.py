@@ -356,7 +356,7 @@ def _float32_product() -> Finding:
 # ---- the operators --------------------------------------------------------------------------------------------------
 
 # Sizes that divide no tile, but for the head size, which kernels ask for.
-_SIZES = {"R": 65, "D": 200, "B": 2, "T": 100, "N": 4, "H": 64, "M": 65, "G": 3, "K": 96, "V": 1000}
+_SIZES = {"R": 65, "D": 200, "B": 2, "T": 100, "N": 4, "H": 64, "M": 65, "G": 3, "K": 96, "V": 1000, "S": 7, "C": 96}
 
 
 def self_test(seconds: float = 120) -> Iterator[Finding]:

@@ -45,6 +45,7 @@ class Usual:
     accelerator: Mapping[str, int]
 
 
+_IMAGES = {"B": 8, "S": 32, "C": 256}, {"B": 16, "S": 64, "C": 512}
 _ROWS = {"R": 4096, "D": 2048}, {"R": 8192, "D": 4096}
 _PRODUCT = {"M": 1024, "K": 1024, "N": 1024}, {"M": 4096, "K": 4096, "N": 4096}
 _HEADS = {"B": 1, "T": 1024, "N": 8, "H": 64}, {"B": 4, "T": 4096, "N": 8, "H": 128}
@@ -53,10 +54,13 @@ _VOCABULARY = {"T": 1024, "D": 256, "V": 16384}, {"T": 8192, "D": 2048, "V": 655
 _GROUPS = {"M": 1024, "G": 8, "K": 512, "N": 512}, {"M": 8192, "G": 8, "K": 4096, "N": 4096}
 _ATTENTION = ("query=BxTxNxH", "key=BxTxNxH", "value=BxTxNxH")
 USUAL = {
+    "add_layer_norm": Usual(("x=RxD", "residual=RxD", "scale=D", "bias=D"), (), *_ROWS),
+    "add_rms_norm": Usual(("x=RxD", "residual=RxD", "scale=D"), (), *_ROWS),
     "decode_attention": Usual(("query=BxNxH", *_ATTENTION[1:], "lengths=B:int32"), (), *_HEADS),
     "dot_product_attention": Usual(_ATTENTION, ("is_causal=True",), *_HEADS),
     "gated_linear_unit": Usual(("x=MxK", "w_gate=KxN", "w_up=KxN"), (), *_PRODUCT),
     "gelu": Usual(("x=RxD",), (), *_ROWS),
+    "group_norm": Usual(("x=BxSxSxC", "scale=C", "bias=C"), ("num_groups=32",), *_IMAGES),
     "layer_norm": Usual(("x=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "linear_cross_entropy": Usual(("x=TxD", "weight=DxV", "labels=T:int32"), (), *_VOCABULARY),
     "linear_distillation": Usual(
@@ -476,12 +480,13 @@ def _torch_call(function: Callable, chosen: Mapping, fixed: Mapping, cotangents:
     pulled = {name: tensor(x) for name, x in cotangents.items()}
 
     def run():
-        out = function(**leaves, **others)
+        outputs = peers.torch_outputs(function(**leaves, **others))
         if not leaves:
-            return {"output": out}
-        gradients = torch.autograd.grad(out, list(leaves.values()), pulled["output"].to(out.dtype))
+            return outputs
+        along = [pulled[name].to(y.dtype) for name, y in outputs.items()]
+        gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), along)
         named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
-        return {"output": out.detach(), **named}
+        return {name: y.detach() for name, y in outputs.items()} | named
 
     return run
 

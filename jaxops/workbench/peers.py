@@ -1,5 +1,4 @@
-"""What others offer for our operators: each peer takes our operands and options by our names and returns our first
-output.
+"""What others offer for our operators: each peer takes our operands and options by our names and returns our outputs.
 
 An option a peer has no counterpart for is not in its signature. What jax and optax users compose from several
 functions is composed here as they would. torch's take and give torch tensors and run on the CPU.
@@ -118,6 +117,26 @@ def jax_layer_norm(x, scale=None, bias=None, *, eps=1e-6, scale_offset=0.0):
     return y.astype(x.dtype)
 
 
+def jax_add_rms_norm(x, residual, scale=None, *, eps=1e-6, scale_offset=0.0):
+    """(norm(x + residual), x + residual), of jax.numpy."""
+    total = x + residual
+    return jax_rms_norm(total, scale, eps=eps, scale_offset=scale_offset), total
+
+
+def jax_add_layer_norm(x, residual, scale=None, bias=None, *, eps=1e-6, scale_offset=0.0):
+    """(norm(x + residual), x + residual), of jax.nn and jax.numpy."""
+    total = x + residual
+    return jax_layer_norm(total, scale, bias, eps=eps, scale_offset=scale_offset), total
+
+
+def jax_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
+    """(x - mean) / √(var + eps) · scale + bias for each group of channels, of jax.nn and jax.numpy."""
+    grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], num_groups, -1)
+    y = jax.nn.standardize(grouped, axis=(*range(1, x.ndim - 1), -1), epsilon=eps).reshape(x.shape)
+    y = y if scale is None else y * scale.astype(jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 def jax_softmax(x, axis=-1, where=None):
     """exp(x) / Σ exp(x), of jax.nn and jax.numpy."""
     return jax.nn.softmax(x, axis, where)
@@ -226,6 +245,29 @@ def flax_layer_norm(x, scale=None, bias=None, *, eps=1e-6):
     return module.apply({"params": parameters}, x)
 
 
+def flax_add_rms_norm(x, residual, scale=None, *, eps=1e-6):
+    """(norm(x + residual), x + residual), the norm of flax.linen."""
+    total = x + residual
+    return flax_rms_norm(total, scale, eps=eps), total
+
+
+def flax_add_layer_norm(x, residual, scale=None, bias=None, *, eps=1e-6):
+    """(norm(x + residual), x + residual), the norm of flax.linen."""
+    total = x + residual
+    return flax_layer_norm(total, scale, bias, eps=eps), total
+
+
+def flax_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
+    """(x - mean) / √(var + eps) · scale + bias for each group of channels, of flax.linen."""
+    import flax.linen as nn
+
+    parameters = {name: p for name, p in (("scale", scale), ("bias", bias)) if p is not None}
+    module = nn.GroupNorm(
+        num_groups, epsilon=eps, dtype=x.dtype, use_scale=scale is not None, use_bias=bias is not None
+    )
+    return module.apply({"params": parameters}, x)
+
+
 def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"):
     """-log softmax(x · weight)[label], reduced, with the loss of optax."""
     import optax
@@ -320,6 +362,11 @@ def torch_dot_product_attention(query, key, value, *, scale=None, is_causal=Fals
     ).transpose(-3, -2)
 
 
+def torch_outputs(y: Any) -> dict[str, Any]:
+    """What a peer returned by name, as `comparison.outputs_of` has it."""
+    return {f"output[{i}]": part for i, part in enumerate(y)} if isinstance(y, tuple) else {"output": y}
+
+
 def torch_rms_norm(x, scale=None, *, eps=1e-6):
     """x / √(mean(x²) + eps) · scale, of torch.nn.functional."""
     from torch.nn.functional import rms_norm
@@ -332,6 +379,25 @@ def torch_layer_norm(x, scale=None, bias=None, *, eps=1e-6):
     from torch.nn.functional import layer_norm
 
     return layer_norm(x, x.shape[-1:], scale, bias, eps)
+
+
+def torch_add_rms_norm(x, residual, scale=None, *, eps=1e-6):
+    """(norm(x + residual), x + residual), the norm of torch.nn.functional."""
+    total = x + residual
+    return torch_rms_norm(total, scale, eps=eps), total
+
+
+def torch_add_layer_norm(x, residual, scale=None, bias=None, *, eps=1e-6):
+    """(norm(x + residual), x + residual), the norm of torch.nn.functional."""
+    total = x + residual
+    return torch_layer_norm(total, scale, bias, eps=eps), total
+
+
+def torch_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
+    """(x - mean) / √(var + eps) · scale + bias for each group of channels, of torch.nn.functional."""
+    from torch.nn.functional import group_norm
+
+    return group_norm(x.movedim(-1, 1), num_groups, scale, bias, eps).movedim(1, -1)
 
 
 def torch_softmax(x, axis=-1):
@@ -385,10 +451,13 @@ def _reduced(loss, reduction: str):
 
 PEERS: dict[str, dict[str, Callable]] = {
     "jax": {
+        "add_layer_norm": jax_add_layer_norm,
+        "add_rms_norm": jax_add_rms_norm,
         "decode_attention": jax_decode_attention,
         "dot_product_attention": jax_dot_product_attention,
         "gated_linear_unit": jax_gated_linear_unit,
         "gelu": jax_gelu,
+        "group_norm": jax_group_norm,
         "layer_norm": jax_layer_norm,
         "linear_cross_entropy": jax_linear_cross_entropy,
         "linear_distillation": jax_linear_distillation,
@@ -403,7 +472,10 @@ PEERS: dict[str, dict[str, Callable]] = {
         "squared_relu": jax_squared_relu,
     },
     "flax": {
+        "add_layer_norm": flax_add_layer_norm,
+        "add_rms_norm": flax_add_rms_norm,
         "dot_product_attention": flax_dot_product_attention,
+        "group_norm": flax_group_norm,
         "layer_norm": flax_layer_norm,
         "rms_norm": flax_rms_norm,
     },
@@ -417,9 +489,12 @@ PEERS: dict[str, dict[str, Callable]] = {
         "rms_norm": tokamax_rms_norm,
     },
     "torch": {
+        "add_layer_norm": torch_add_layer_norm,
+        "add_rms_norm": torch_add_rms_norm,
         "dot_product_attention": torch_dot_product_attention,
         "gated_linear_unit": torch_gated_linear_unit,
         "gelu": torch_gelu,
+        "group_norm": torch_group_norm,
         "layer_norm": torch_layer_norm,
         "linear_cross_entropy": torch_linear_cross_entropy,
         "matmul": torch_matmul,

@@ -20,10 +20,13 @@ SIZES = (1, 2, 3, 7, 8, 16, 31, 64, 127, 128, 129, 160, 255, 256, 257, 300, 511,
 DTYPES = ("float32", "bfloat16")
 # What `jaxops verify` takes where no operands are given, in words; no size divides a tile.
 USUAL: dict[str, tuple[str, str]] = {
+    "add_layer_norm": ("x=40x129 residual=40x129 scale=129 bias=129", ""),
+    "add_rms_norm": ("x=40x129 residual=40x129 scale=129", ""),
     "decode_attention": ("query=3x2x4x128 key=3x304x2x128 value=3x304x2x128 lengths=3:int32<305", ""),
     "dot_product_attention": ("query=2x70x3x32 key=2x130x1x32 value=2x130x1x32", "is_causal=True"),
     "gated_linear_unit": ("x=30x65 w_gate=65x129 w_up=65x129", ""),
     "gelu": ("x=30x129", ""),
+    "group_norm": ("x=3x5x7x129 scale=129 bias=129", "num_groups=3"),
     "layer_norm": ("x=40x129 scale=129 bias=129", ""),
     "linear_cross_entropy": ("x=33x65 weight=65x300 labels=33:int32<300 bias=300", "reduction=none"),
     "linear_distillation": (
@@ -318,15 +321,27 @@ def _cached(c: _Chance, leading: tuple, cache: tuple, names: tuple[str, str]) ->
     return operands, options
 
 
-def _norm(c: _Chance, *, with_bias: bool) -> tuple[dict, dict]:
+def _norm(c: _Chance, *, with_bias: bool, with_residual: bool = False) -> tuple[dict, dict]:
     dtype, features = c.of(*DTYPES, "float16"), c.size()
-    parameters = c.of(dtype, "float32")
+    parameters, shape = c.of(dtype, "float32"), c.shape(features)
     operands = {
-        "x": normal(c.shape(features), dtype),
+        "x": normal(shape, dtype),
+        "residual": normal(shape, c.of(dtype, "float32")) if with_residual else None,
         "scale": normal((features,), parameters) if c.of(True, False) else None,
         "bias": normal((features,), parameters) if with_bias and c.of(True, False) else None,
     }
     return operands, {"eps": c.of(1e-6, 1e-3), "scale_offset": c.of(0.0, 1.0)}
+
+
+def _group_norm(c: _Chance) -> tuple[dict, dict]:
+    dtype, num_groups = c.of(*DTYPES, "float16"), c.of(1, 3, 32)
+    parameters, channels = c.of(dtype, "float32"), num_groups * c.of(1, 2, 5, 16)
+    operands = {
+        "x": normal((c.size(3), *(c.size(40) for _ in range(c.of(1, 0, 2))), channels), dtype),
+        "scale": normal((channels,), parameters) if c.of(True, False) else None,
+        "bias": normal((channels,), parameters) if c.of(True, False) else None,
+    }
+    return operands, {"num_groups": num_groups, "eps": c.of(1e-6, 1e-3)}
 
 
 def _cross_entropy(c: _Chance) -> tuple[dict, dict]:
@@ -442,10 +457,13 @@ def _ragged(c: _Chance) -> tuple[dict, dict]:
 
 
 _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
+    "add_layer_norm": functools.partial(_norm, with_bias=True, with_residual=True),
+    "add_rms_norm": functools.partial(_norm, with_bias=False, with_residual=True),
     "decode_attention": _decode,
     "dot_product_attention": _attention,
     "gated_linear_unit": _gated,
     "gelu": _gelu,
+    "group_norm": _group_norm,
     "layer_norm": functools.partial(_norm, with_bias=True),
     "linear_cross_entropy": _cross_entropy,
     "linear_distillation": _distillation,

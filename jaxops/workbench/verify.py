@@ -502,11 +502,11 @@ def _by_torch(function: Callable, plain: comparison.Problem) -> dict[str, np.nda
 
     operands = {name: torch.from_numpy(np.array(x)) for name, x in plain.operands.items()}
     leaves = {name: operands[name].requires_grad_() for name in plain.differentiable}
-    y = function(**operands)
-    ((name, weights),) = plain.weights.items()
-    scalar = (torch.sin(y.float()) * torch.from_numpy(weights).float().reshape(y.shape)).sum()
+    found = peers.torch_outputs(function(**operands))
+    weights = {name: torch.from_numpy(plain.weights[name]).float().reshape(y.shape) for name, y in found.items()}
+    scalar = sum((torch.sin(y.float()) * weights[name]).sum() for name, y in found.items())
     gradients = torch.autograd.grad(scalar, list(leaves.values()))
-    found = {name: y, **{f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}}
+    found |= {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
     return {name: x.detach().double().numpy() for name, x in found.items()}
 
 

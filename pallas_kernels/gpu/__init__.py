@@ -1,5 +1,7 @@
 """Kernels for GPUs, in Mosaic GPU: one module per operator, each with unsupported, forward, backward and Tiles."""
 
+from pallas_kernels.gpu import add_layer_norm as add_layer_norm
+from pallas_kernels.gpu import add_rms_norm as add_rms_norm
 from pallas_kernels.gpu import attention as attention
 from pallas_kernels.gpu import decode_attention as decode_attention
 from pallas_kernels.gpu import gated_linear_unit as gated_linear_unit

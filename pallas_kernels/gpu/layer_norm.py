@@ -21,7 +21,7 @@ def unsupported(x, scale, bias, *, eps: float, scale_offset: float) -> str | Non
 
 def tiles(phase: str, x, scale, bias, *, eps: float, scale_offset: float) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return row_norm.tiles(phase, x, {"scale": scale, "bias": bias})
+    return row_norm.tiles("layer_norm", phase, x, {"scale": scale, "bias": bias})
 
 
 def candidates(phase: str, x, scale, bias, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
@@ -38,7 +38,7 @@ def forward(
     x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | None = None
 ) -> tuple[tuple[Array], tuple[()]]:
     """((y like x,), ())."""
-    return (row_norm.forward(x, scale, bias, eps=eps, scale_offset=scale_offset, tiles=tiles),), ()
+    return row_norm.forward(x, scale, bias, eps=eps, scale_offset=scale_offset, tiles=tiles, name="layer_norm"), ()
 
 
 def backward(
@@ -47,6 +47,6 @@ def backward(
     """Gradients of `x`, `scale` and `bias`; the statistics are computed again from `x`."""
     del outputs, residuals
     dx, dscale, dbias = row_norm.backward(
-        x, scale, bias, cotangents[0], eps=eps, scale_offset=scale_offset, tiles=tiles
+        x, scale, bias, cotangents[0], eps=eps, scale_offset=scale_offset, tiles=tiles, name="layer_norm"
     )
     return {"x": dx, "scale": dscale, "bias": dbias}

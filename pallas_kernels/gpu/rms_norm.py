@@ -21,7 +21,7 @@ def unsupported(x, scale, *, eps: float, scale_offset: float) -> str | None:
 
 def tiles(phase: str, x, scale, *, eps: float, scale_offset: float) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return row_norm.tiles(phase, x, {"scale": scale})
+    return row_norm.tiles("rms_norm", phase, x, {"scale": scale})
 
 
 def candidates(phase: str, x, scale, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
@@ -36,7 +36,7 @@ def memory(phase: str, tiles: Tiles, x, scale, *, eps: float, scale_offset: floa
 
 def forward(x, scale, *, eps: float, scale_offset: float, tiles: Tiles | None = None) -> tuple[tuple[Array], tuple[()]]:
     """((y like x,), ())."""
-    return (row_norm.forward(x, scale, None, eps=eps, scale_offset=scale_offset, tiles=tiles),), ()
+    return row_norm.forward(x, scale, None, eps=eps, scale_offset=scale_offset, tiles=tiles, name="rms_norm"), ()
 
 
 def backward(
@@ -44,5 +44,7 @@ def backward(
 ) -> dict[str, Array]:
     """Gradients of `x` and `scale`; the inverse root is computed again from `x`."""
     del outputs, residuals
-    dx, dscale, _ = row_norm.backward(x, scale, None, cotangents[0], eps=eps, scale_offset=scale_offset, tiles=tiles)
+    dx, dscale, _ = row_norm.backward(
+        x, scale, None, cotangents[0], eps=eps, scale_offset=scale_offset, tiles=tiles, name="rms_norm"
+    )
     return {"x": dx, "scale": dscale}

@@ -1,9 +1,10 @@
-"""Normalisation of rows on Mosaic GPU: what RMS norm and layer norm share.
+"""Normalisation of rows on Mosaic GPU: what RMS norm and layer norm share, with an addition before them or not.
 
     x̂ = (x - m) · r,   r = rsqrt(mean((x - m)²) + eps),   y = x̂ · w + bias,   w = scale + scale_offset
     g = dy · w,   dx = r · (g - mean(g) - x̂ · mean(g · x̂)),   dscale = Σ_rows dy · x̂,   dbias = Σ_rows dy
 
-Layer norm: m = mean(x). RMS norm: m = 0, no bias, and the mean(g) term is absent.
+Layer norm: m = mean(x). RMS norm: m = 0, no bias, and the mean(g) term is absent. With a residual, x is the sum of two
+arrays, rounded and written beside y; then dx gains the cotangent of that sum.
 
 A team of `split` warpgroups owns one row at a time, each a piece of it: the piece lies across its 128 threads, a mean
 is one reduction, and one exchange through shared memory where there are several pieces. Rows stream through shared
@@ -80,6 +81,27 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """What a kernel holds of a row: its features, and for each of them the bytes that arrive, the bytes that leave,
+    those of the parameters, and the float32 sums that stay in registers."""
+
+    features: int
+    arriving: int
+    leaving: int
+    parameters: int
+    sums: int
+
+    @staticmethod
+    def of(phase: str, x, residual, parameters: dict) -> "Load":
+        """Of a phase; backward, x is the sum if there is a residual, and only the scale is read."""
+        rows = [x.dtype] if residual is None else [x.dtype, residual.dtype]
+        size, widths = jnp.result_type(*rows).itemsize, [p.dtype.itemsize for p in parameters.values()]
+        if phase == "backward":
+            return Load(x.shape[-1], (1 + len(rows)) * size, size, widths[0], len(widths))
+        return Load(x.shape[-1], sum(dtype.itemsize for dtype in rows), len(rows) * size, sum(widths), 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tiles:
     """`blocks` of `groups` warpgroups, `split` to a row, with `stages` slots to arrive in and `stores` to leave."""
 
@@ -89,73 +111,57 @@ class Tiles:
     stages: int
     stores: int
 
-    def smem_bytes(self, features: int, itemsize: int, parameter_bytes: int, *, backward: bool) -> int:
+    def smem_bytes(self, load: Load) -> int:
         """Shared memory of a block: rows, parameters, then reductions, barriers and alignment."""
-        slots = self.groups * (self.stages * (2 if backward else 1) + self.stores)
-        return (
-            Row(features, self.split).size * (slots * itemsize + self.split * parameter_bytes)
-            + 512 * self.groups
-            + 4096
-        )
+        slots = self.groups * (self.stages * load.arriving + self.stores * load.leaving)
+        return Row(load.features, self.split).size * (slots + self.split * load.parameters) + 512 * self.groups + 4096
 
     @staticmethod
-    def default(
-        features: int, itemsize: int, parameter_bytes: int, *, backward: bool, centered: bool
-    ) -> "Tiles | None":
+    def default(load: Load) -> "Tiles | None":
         """The fewest pieces that fit the registers and, two rows at a time, the shared memory; then the most rows.
 
-        `parameter_bytes` is the size of one feature's parameters in shared memory. None: nothing fits.
+        None: nothing fits.
         """
         chip = chips.current("gpu")
-        sums = (2 if centered else 1) if backward else 0
         # A short row costs mostly latency: a second block on the multiprocessor hides it.
-        share = 2 if features <= 1024 else 1
+        share = 2 if load.features <= 1024 else 1
         for split, stages, stores in (
             *((split, *depth) for split in (1, 2, 4) for depth in ((4, 2), (3, 2), (2, 2), (2, 1))),
             (GROUPS, 1, 1),
         ):
             tiles = Tiles(share * chip.cores, GROUPS, split, stages, stores)
-            smem = tiles.smem_bytes(features, itemsize, parameter_bytes, backward=backward)
             # Half of a thread's 128 registers stay free if more pieces can be had.
-            registers = tiles.registers(features, sums)
-            if registers <= (64 if split < GROUPS else 128) and smem * share <= chip.smem_bytes:
+            enough = tiles.registers(load) <= (64 if split < GROUPS else 128)
+            if enough and tiles.smem_bytes(load) * share <= chip.smem_bytes:
                 return tiles
         return None
 
-    def registers(self, features: int, sums: int) -> int:
+    def registers(self, load: Load) -> int:
         """Registers of a thread: two rows pass through them besides the sums."""
-        return Row(features, self.split).size // THREADS * (2 + sums)
+        return Row(load.features, self.split).size // THREADS * (2 + load.sums)
 
-    def allowed(self, features: int, itemsize: int, parameter_bytes: int, *, backward: bool, centered: bool) -> bool:
+    def allowed(self, load: Load) -> bool:
         """Whether the sizes divide as they have to, and registers and shared memory suffice."""
         chip = chips.current("gpu")
         if min(dataclasses.astuple(self)) < 1 or self.groups > 8 or self.groups % self.split:
             return False
-        sums = (2 if centered else 1) if backward else 0
         share = pl.cdiv(self.blocks, chip.cores)  # blocks of a multiprocessor that all fit it at once
-        smem = self.smem_bytes(features, itemsize, parameter_bytes, backward=backward)
-        return self.registers(features, sums) * self.groups <= 128 * GROUPS and smem * share <= chip.smem_bytes
+        fits = self.smem_bytes(load) * share <= chip.smem_bytes
+        return fits and self.registers(load) * self.groups <= 128 * GROUPS
 
 
-def _sizes(phase: str, x, parameters: dict) -> tuple[tuple[int, int, int], dict[str, bool]]:
-    """What `Tiles.default` and `Tiles.allowed` take: backward, only the scale is read."""
-    backward = phase == "backward"
-    width = sum([p.dtype.itemsize for p in parameters.values()][: 1 if backward else 2])
-    return (x.shape[-1], x.dtype.itemsize, width), {"backward": backward, "centered": len(parameters) == 2}
-
-
-def tiles(phase: str, x, parameters: dict) -> Tiles:
+def tiles(name: str, phase: str, x, parameters: dict, residual=None) -> Tiles:
     """The tuned tiles of the nearest x[..., features] that this one allows, else the default."""
-    sizes, kind = _sizes(phase, x, parameters)
-    default = Tiles.default(*sizes, **kind)
+    load = Load.of(phase, x, residual, parameters)
+    default = Tiles.default(load)
     assert default is not None, "`unsupported` refuses what no tiles fit"
     return tuned.choose(
-        f"gpu.{'layer_norm' if kind['centered'] else 'rms_norm'}.{phase}",
+        f"gpu.{name}.{phase}",
         chips.current("gpu"),
         {"rows": x.size // x.shape[-1], "features": x.shape[-1]},
         jnp.dtype(x.dtype).name,
         Tiles,
-        lambda tiles: tiles.allowed(*sizes, **kind),
+        lambda tiles: tiles.allowed(load),
         default,
     )
 
@@ -163,37 +169,34 @@ def tiles(phase: str, x, parameters: dict) -> Tiles:
 _tiles = tiles  # where an argument has this name
 
 
-def candidates(phase: str, x, parameters: dict) -> Iterator[Tiles]:
+def candidates(phase: str, x, parameters: dict, residual=None) -> Iterator[Tiles]:
     """The default, then one, two or four warpgroups to a row, with more or fewer rows on their way."""
-    sizes, kind = _sizes(phase, x, parameters)
-    cores = chips.current("gpu").cores
-    default = Tiles.default(*sizes, **kind)
+    load, cores = Load.of(phase, x, residual, parameters), chips.current("gpu").cores
     depths = ((2, 1), (2, 2), (3, 2), (4, 2))
     found = [
         Tiles(share * cores, groups, split, *depth)
         for groups, split, share, depth in itertools.product((GROUPS, 2, 8), (1, 2, 4), (1, 2), depths)
     ]
-    yield from (t for t in dict.fromkeys([default, *found]) if t is not None and t.allowed(*sizes, **kind))
+    yield from (t for t in dict.fromkeys([Tiles.default(load), *found]) if t is not None and t.allowed(load))
 
 
-def memory(phase: str, tiles: Tiles, x, parameters: dict) -> int:
+def memory(phase: str, tiles: Tiles, x, parameters: dict, residual=None) -> int:
     """Bytes of shared memory that a block of `phase` is estimated to take."""
-    sizes, kind = _sizes(phase, x, parameters)
-    return tiles.smem_bytes(*sizes, backward=kind["backward"])
+    return tiles.smem_bytes(Load.of(phase, x, residual, parameters))
 
 
-def unsupported(x, parameters: dict) -> str | None:
-    """Why these kernels do not take `x[..., features]` and the named `parameters[features]`; None if they do."""
+def unsupported(x, parameters: dict, residual=None) -> str | None:
+    """Why these kernels do not take `x[..., features]`, its residual and the named `parameters[features]`, or None."""
     chip = chips.current("gpu")
     if chip.capability < (9, 0):
         capability = ".".join(map(str, chip.capability))
         return f"the rows are streamed by TMA, which needs compute capability 9.0, got {capability}"
-    for name, operand in {"x": x, **parameters}.items():
+    operands = {"x": x, **({} if residual is None else {"residual": residual}), **parameters}
+    for name, operand in operands.items():
         if operand.dtype not in DTYPES:
             return f"{name} must be float32, bfloat16 or float16, got {operand.dtype}"
     for phase in ("forward", "backward"):
-        sizes, kind = _sizes(phase, x, parameters)
-        if Tiles.default(*sizes, **kind) is None:
+        if Tiles.default(Load.of(phase, x, residual, parameters)) is None:
             return (
                 f"a row, its results and its parameters must fit {chip.smem_bytes} bytes of shared memory and the "
                 f"registers, got {x.shape[-1]} features of {x.dtype}"
@@ -302,10 +305,10 @@ class _Piece:
 
 
 def _scratch(row: Row, tiles: Tiles, arriving, leaving, parameters):
-    """Slots for the rows and the parameters, barriers, and the exchange of the teams."""
+    """Slots for the rows that arrive and leave and for the parameters, barriers, and the exchange of the teams."""
     return [
-        *(plgpu.SMEM((tiles.groups, tiles.stages, *row.shape), dtype) for dtype in arriving),
-        plgpu.SMEM((tiles.groups, tiles.stores, *row.shape), leaving),
+        [plgpu.SMEM((tiles.groups, tiles.stages, *row.shape), a.dtype) for a in arriving],
+        [plgpu.SMEM((tiles.groups, tiles.stores, *row.shape), a.dtype) for a in leaving],
         [plgpu.SMEM((tiles.split, *row.shape), p.dtype) for p in parameters],
         plgpu.Barrier(num_barriers=(tiles.groups, tiles.stages), num_arrivals=len(arriving)),
         plgpu.Barrier(num_arrivals=len(parameters) * tiles.split),
@@ -327,6 +330,14 @@ def _call(body, name, out_type, scratch, blocks, tiles):
     )
 
 
+def _copies(piece: _Piece, refs, slots) -> tuple[list, list]:
+    """Where the pieces of the rows come from and where they go, for `_stream`."""
+    return (
+        [lambda i, ref=ref: ref.at[piece.first + i, piece.index] for ref in refs],
+        [lambda slot, smem=smem: smem.at[piece.group, slot, piece.used] for smem in slots],
+    )
+
+
 def _rows(row: Row, array):
     """`array[..., features]` as [rows, split, used, width]."""
     return pad_to(array.reshape(-1, row.features), 1, row.split * row.piece).reshape(-1, *row.view)
@@ -341,86 +352,85 @@ def _named(scale, bias) -> dict:
     return {"scale": scale} if bias is None else {"scale": scale, "bias": bias}
 
 
-def forward(x, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | None):
-    """y like x[..., features]; with a bias it is layer norm, with None RMS norm."""
-    centered = bias is not None
-    parameters = [scale, bias] if centered else [scale]
-    t = tiles or _tiles("forward", x, _named(scale, bias))
-    row = Row(x.shape[-1], t.split)
-    source = _rows(row, x)
-    rows = len(source)
+def forward(x, scale, bias, residual=None, *, eps: float, scale_offset: float, tiles: Tiles | None, name: str):
+    """(y[..., features],) like x; with a bias it is layer norm, with None RMS norm.
 
-    def body(x_ref, *refs):
-        parameter_refs, (y_ref, x_smem, y_smem, parameter_smem, ready, parameters_ready, exchange, met) = (
-            refs[: len(parameters)], refs[len(parameters) :]
-        )  # fmt: skip
+    With a residual (y, x + residual), both in the common dtype.
+    """
+    centered, added = bias is not None, residual is not None
+    parameters = [scale, bias] if centered else [scale]
+    t = tiles or _tiles(name, "forward", x, _named(scale, bias), residual)
+    row = Row(x.shape[-1], t.split)
+    sources = [_rows(row, a) for a in (x, residual) if a is not None]
+    rows, count = len(sources[0]), len(sources)
+    results = [jax.ShapeDtypeStruct(sources[0].shape, jnp.result_type(*(a.dtype for a in sources)))] * count
+
+    def body(*refs):
+        left = iter(refs)
+        source_refs, parameter_refs, result_refs = ([next(left) for _ in a] for a in (sources, parameters, results))
+        arrived, leaving, parameter_smem, ready, parameters_ready, exchange, met = left
         piece = _Piece(row, t, rows, exchange, met)
         group, used = piece.group, piece.used
         piece.fetch_parameters(parameter_refs, parameter_smem, parameters_ready)
 
         def normalise(i, slot, _):
-            x_slot = x_smem.at[group, slot]
+            x_slot, out = arrived[0].at[group, slot], lax.rem(i, t.stores)
+
+            def store(which, value):
+                leaving[which][group, out] = value.astype(result_refs[which].dtype)
+
+            def wait():
+                plgpu.wait_smem_to_gmem(count * (t.stores - 1), wait_read_only=True)  # the slots' last stores have left
+
+            if added:
+                wait()
+                store(1, piece.load(x_slot) + piece.load(arrived[1].at[group, slot]))
+                x_slot = leaving[1].at[group, out]  # what is normalised is what was rounded
             mean, inverse = piece.statistics(i, x_slot, eps, centered)
             weight = piece.load(parameter_smem[0].at[piece.index]) + scale_offset
             y = piece.normal(x_slot, mean, inverse, centered) * weight
             if centered:
                 y += piece.load(parameter_smem[1].at[piece.index])
-            out = lax.rem(i, t.stores)
-            plgpu.wait_smem_to_gmem(t.stores - 1, wait_read_only=True)  # the slot's last store has left
-            y_smem[group, out] = y.astype(y_ref.dtype)
+            if not added:
+                wait()
+            store(0, y)
             plgpu.commit_smem()  # orders the reads of x and the writes of y before the copies that follow
-            plgpu.copy_smem_to_gmem(y_smem.at[group, out, used], y_ref.at[piece.first + i, piece.index])
+            for smem, ref in zip(leaving, result_refs, strict=True):
+                plgpu.copy_smem_to_gmem(smem.at[group, out, used], ref.at[piece.first + i, piece.index])
             return ()
 
         _stream(
-            [lambda i: x_ref.at[piece.first + i, piece.index]],
-            [lambda slot: x_smem.at[group, slot, used]],
-            lambda slot: ready.at[group, slot],
+            *_copies(piece, source_refs, arrived), lambda slot: ready.at[group, slot],
             piece.count, t.stages, normalise, (),
         )  # fmt: skip
         plgpu.wait_smem_to_gmem(0)
 
-    name = "layer_norm_forward" if centered else "rms_norm_forward"
-    y = _call(
-        body,
-        name,
-        jax.ShapeDtypeStruct(source.shape, x.dtype),
-        _scratch(row, t, [x.dtype], x.dtype, parameters),
-        _share(rows, t)[1],
-        t,
-    )(source, *(_rows(row, p)[0] for p in parameters))
-    return _unrows(row, y, x.shape)
+    found = _call(
+        body, f"{name}_forward", results, _scratch(row, t, sources, results, parameters), _share(rows, t)[1], t
+    )(*sources, *(_rows(row, p)[0] for p in parameters))
+    return tuple(_unrows(row, y, x.shape) for y in found)
 
 
-def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tiles | None):
-    """(dx, dscale, dbias), each like its operand; with no bias, that of RMS norm and None for dbias."""
+def backward(x, scale, bias, dy, added=None, *, eps: float, scale_offset: float, tiles: Tiles | None, name: str):
+    """(dx, dscale, dbias), each like its operand; with no bias, that of RMS norm and None for dbias.
+
+    added: what dx gains, as x, or None.
+    """
     centered = bias is not None
-    t = tiles or _tiles("backward", x, _named(scale, bias))
+    t = tiles or _tiles(name, "backward", x, _named(scale, bias), added)
     row = Row(x.shape[-1], t.split)
-    source, cotangent = _rows(row, x), _rows(row, dy.astype(x.dtype))
-    rows, sums = len(source), 2 if centered else 1
+    sources = [_rows(row, a.astype(x.dtype)) for a in (x, dy, added) if a is not None]
+    rows, sums = len(sources[0]), 2 if centered else 1
 
-    def body(
-        x_ref,
-        dy_ref,
-        scale_ref,
-        dx_ref,
-        sums_ref,
-        x_smem,
-        dy_smem,
-        dx_smem,
-        scale_smem,
-        ready,
-        scale_ready,
-        exchange,
-        met,
-    ):
+    def body(*refs):
+        source_refs, (scale_ref, dx_ref, sums_ref, *scratch) = refs[: len(sources)], refs[len(sources) :]
+        arrived, (dx_smem,), scale_smem, ready, scale_ready, exchange, met = scratch
         piece = _Piece(row, t, rows, exchange, met)
         group, used = piece.group, piece.used
         piece.fetch_parameters([scale_ref], scale_smem, scale_ready)
 
         def differentiate(i, slot, totals):
-            x_slot, dy_slot = x_smem.at[group, slot], dy_smem.at[group, slot]
+            x_slot, dy_slot, *added_slot = (smem.at[group, slot] for smem in arrived)
             mean, inverse = piece.statistics(i, x_slot, eps, centered)
 
             def normal():
@@ -433,17 +443,16 @@ def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tile
             out = lax.rem(i, t.stores)
             plgpu.wait_smem_to_gmem(t.stores - 1, wait_read_only=True)  # the slot's last store has left
             dx = weighted() - normal() * slope
-            dx_smem[group, out] = (inverse * (dx - level[0] if centered else dx)).astype(dx_ref.dtype)
+            dx = inverse * (dx - level[0] if centered else dx)
+            dx_smem[group, out] = (dx + piece.load(added_slot[0]) if added_slot else dx).astype(dx_ref.dtype)
             terms = (piece.load(dy_slot) * normal(), *([piece.load(dy_slot)] if centered else []))
-            plgpu.commit_smem()  # orders the reads of x and dy and the writes of dx before the copies that follow
+            plgpu.commit_smem()  # orders the reads of what arrived and the writes of dx before the copies that follow
             plgpu.copy_smem_to_gmem(dx_smem.at[group, out, used], dx_ref.at[piece.first + i, piece.index])
             return tuple(total + term for total, term in zip(totals, terms, strict=True))
 
         zeros = plgpu.layout_cast(jnp.zeros(row.shape, jnp.float32), row.layout)
         totals = _stream(
-            [lambda i: x_ref.at[piece.first + i, piece.index], lambda i: dy_ref.at[piece.first + i, piece.index]],
-            [lambda slot: x_smem.at[group, slot, used], lambda slot: dy_smem.at[group, slot, used]],
-            lambda slot: ready.at[group, slot],
+            *_copies(piece, source_refs, arrived), lambda slot: ready.at[group, slot],
             piece.count, t.stages, differentiate, (zeros,) * sums,
         )  # fmt: skip
         for which, total in enumerate(totals):
@@ -452,14 +461,15 @@ def backward(x, scale, bias, dy, *, eps: float, scale_offset: float, tiles: Tile
 
     blocks = _share(rows, t)[1]
     partials = (blocks * (t.groups // t.split), sums, t.split, *row.shape)
+    like = jax.ShapeDtypeStruct(sources[0].shape, x.dtype)
     dx, partial = _call(
         body,
-        "layer_norm_backward" if centered else "rms_norm_backward",
-        [jax.ShapeDtypeStruct(source.shape, x.dtype), jax.ShapeDtypeStruct(partials, jnp.float32)],
-        _scratch(row, t, [x.dtype, x.dtype], x.dtype, [scale]),
+        f"{name}_backward",
+        [like, jax.ShapeDtypeStruct(partials, jnp.float32)],
+        _scratch(row, t, sources, [like], [scale]),
         blocks,
         t,
-    )(source, cotangent, _rows(row, scale)[0])
+    )(*sources, _rows(row, scale)[0])
     totals = partial.sum(0).reshape(sums, t.split, row.size)[:, :, : row.piece].reshape(sums, -1)[:, : row.features]
     dbias = totals[1].astype(bias.dtype) if centered else None
     return _unrows(row, dx, x.shape), totals[0].astype(scale.dtype), dbias

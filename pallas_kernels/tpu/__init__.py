@@ -1,5 +1,7 @@
 """Kernels for TPUs, in Mosaic TPU: one module per operator, each with unsupported, forward, backward and Tiles."""
 
+from pallas_kernels.tpu import add_layer_norm as add_layer_norm
+from pallas_kernels.tpu import add_rms_norm as add_rms_norm
 from pallas_kernels.tpu import attention as attention
 from pallas_kernels.tpu import decode_attention as decode_attention
 from pallas_kernels.tpu import gated_linear_unit as gated_linear_unit

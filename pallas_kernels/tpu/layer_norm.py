@@ -41,7 +41,7 @@ def forward(
     """((y[..., features] in x's dtype,), ())."""
     w = scale.astype(jnp.float32) + scale_offset
     t = tiles or row_norm.tiles("layer_norm", "forward", x, parameters=2)
-    return (row_norm.forward(x, w, bias, eps=eps, center=True, tiles=t, name="layer_norm"),), ()
+    return row_norm.forward(x, w, bias, eps=eps, tiles=t, name="layer_norm"), ()
 
 
 def backward(

@@ -38,7 +38,7 @@ def forward(x: jax.Array, scale: jax.Array, *, eps: float, scale_offset: float, 
     """((y[..., features] in x's dtype,), ())."""
     w = scale.astype(jnp.float32) + scale_offset
     t = tiles or row_norm.tiles("rms_norm", "forward", x, parameters=1)
-    return (row_norm.forward(x, w, eps=eps, center=False, tiles=t, name="rms_norm"),), ()
+    return row_norm.forward(x, w, eps=eps, tiles=t, name="rms_norm"), ()
 
 
 def backward(

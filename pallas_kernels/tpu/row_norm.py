@@ -1,8 +1,10 @@
-"""What rms_norm and layer_norm share on the TPU: normalise every row, and its gradient, each in one pass over HBM.
+"""What the norms of rows share on the TPU: normalise every row, and its gradient, each in one pass over HBM.
 
     y  = x̂ · w + bias,   x̂ = (x - mean) · r,   r = rsqrt(mean((x - mean)²) + eps)     (rms_norm: mean = 0, no bias)
     dx = r · (h - mean(h) - x̂ · mean(h · x̂)),   h = dy · w                            (rms_norm: no mean(h))
     dw = Σ_rows dy · x̂,   dbias = Σ_rows dy
+
+With a residual, x is the sum of two arrays, rounded and written beside y. Then dx gains the cotangent of that sum.
 
 Rows are the second-minor axis, features the minor one. A grid step owns `Tiles.rows` whole rows in VMEM; inside, a loop
 takes `Tiles.group` rows by `Tiles.columns` features a turn, so that the program stays short and its values stay in
@@ -52,42 +54,54 @@ class Tiles:
         group = min(64 * 1024 // columns // ROWS * ROWS, most)
         return Tiles(most // group * group, group, columns)
 
-    def allowed(self, x, parameters: int, backward: bool) -> bool:
+    def allowed(self, x, residual, parameters: int, backward: bool) -> bool:
         """Whether the sizes divide as they have to, no block lies past the end, and everything fits VMEM."""
         rows, least = x.size // x.shape[-1], min(self.rows, self.group, self.columns)
         if least <= 0 or self.rows % self.group or self.group % ROWS or self.columns % LANES:
             return False
         if self.rows > max(rows // ROWS * ROWS, ROWS):
             return False
-        need = _vmem_bytes(self, x.shape[-1], x.dtype.itemsize, parameters, backward)
+        need = _vmem_bytes(self, x.shape[-1], _width(x, residual, backward), parameters, backward)
         return need + SLACK <= chips.current("tpu").vmem_bytes
 
 
-def _vmem_bytes(tiles: Tiles, features: int, itemsize: int, parameters: int, backward: bool) -> int:
+def sum_dtype(x, residual):
+    """The dtype of what is normalised: that of x, or the common one of x and its residual."""
+    return x.dtype if residual is None else jnp.promote_types(x.dtype, residual.dtype)
+
+
+def _width(x, residual, backward: bool) -> int:
+    """Bytes that one feature of a row takes in all arrays that are read and written row by row."""
+    size = sum_dtype(x, residual).itemsize
+    if residual is None:
+        return (3 if backward else 2) * size
+    return 4 * size if backward else x.dtype.itemsize + residual.dtype.itemsize + 2 * size
+
+
+def _vmem_bytes(tiles: Tiles, features: int, width: int, parameters: int, backward: bool) -> int:
     """VMEM of a kernel: every operand is there twice, the next block arriving while this one is worked on."""
-    width = round_up(features, LANES)
-    blocks = (3 if backward else 2) * tiles.rows * width * itemsize
-    vectors = parameters * SUBLANES * width * 4 * (2 if backward else 1)
-    return 2 * (blocks + vectors)
+    columns = round_up(features, LANES)
+    vectors = parameters * SUBLANES * columns * 4 * (2 if backward else 1)
+    return 2 * (tiles.rows * columns * width + vectors)
 
 
-def tiles(name: str, phase: str, x, *, parameters: int) -> Tiles:
+def tiles(name: str, phase: str, x, residual=None, *, parameters: int) -> Tiles:
     """The tuned tiles of the nearest x[..., features] that this one allows, else the default."""
-    rows, features = x.size // x.shape[-1], x.shape[-1]
+    rows, features, dtype = x.size // x.shape[-1], x.shape[-1], sum_dtype(x, residual)
     return tuned.choose(
         f"tpu.{name}.{phase}",
         chips.current("tpu"),
         {"rows": rows, "features": features},
-        jnp.dtype(x.dtype).name,
+        jnp.dtype(dtype).name,
         Tiles,
-        lambda tiles: tiles.allowed(x, parameters, phase == "backward"),
-        Tiles.default(rows, features, x.dtype.itemsize),
+        lambda tiles: tiles.allowed(x, residual, parameters, phase == "backward"),
+        Tiles.default(rows, features, dtype.itemsize),
     )
 
 
-def candidates(phase: str, x, *, parameters: int) -> Iterator[Tiles]:
+def candidates(phase: str, x, residual=None, *, parameters: int) -> Iterator[Tiles]:
     """The default, blocks of 128 rows in slices of 128 features, then larger and smaller blocks and turns."""
-    rows, features, itemsize = x.size // x.shape[-1], x.shape[-1], x.dtype.itemsize
+    rows, features, itemsize = x.size // x.shape[-1], x.shape[-1], sum_dtype(x, residual).itemsize
     width = round_up(features, LANES)
     default = Tiles.default(rows, features, itemsize)
     found = [default, Tiles(min(128, max(rows // ROWS, 1) * ROWS), ROWS, LANES)]
@@ -98,25 +112,27 @@ def candidates(phase: str, x, *, parameters: int) -> Iterator[Tiles]:
             most = max(min(block // (width * itemsize), rows) // ROWS, 1) * ROWS
             group = min(group, most)
             found.append(Tiles(most // group * group, group, columns))
-    yield from (tiles for tiles in dict.fromkeys(found) if tiles.allowed(x, parameters, phase == "backward"))
+    yield from (tiles for tiles in dict.fromkeys(found) if tiles.allowed(x, residual, parameters, phase == "backward"))
 
 
-def memory(phase: str, tiles: Tiles, x, *, parameters: int) -> int:
+def memory(phase: str, tiles: Tiles, x, residual=None, *, parameters: int) -> int:
     """Bytes of VMEM that the kernel of `phase` is estimated to take."""
-    return _vmem_bytes(tiles, x.shape[-1], x.dtype.itemsize, parameters, phase == "backward") + SLACK
+    backward = phase == "backward"
+    return _vmem_bytes(tiles, x.shape[-1], _width(x, residual, backward), parameters, backward) + SLACK
 
 
-def unsupported(x, *, parameters: int) -> str | None:
+def unsupported(x, residual=None, *, parameters: int) -> str | None:
     """Why x[..., features] cannot be normalised here, or None."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"x must be float32 or bfloat16 on a TPU, got {x.dtype}"
-    features, itemsize, vmem = x.shape[-1], x.dtype.itemsize, chips.current("tpu").vmem_bytes
+    for name, operand in {"x": x, **({} if residual is None else {"residual": residual})}.items():
+        if operand.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} must be float32 or bfloat16 on a TPU, got {operand.dtype}"
+    features, width, vmem = x.shape[-1], _width(x, residual, True), chips.current("tpu").vmem_bytes
     least = Tiles(ROWS, ROWS, LANES)
-    if _vmem_bytes(least, features, itemsize, parameters, True) + SLACK > vmem:
-        per_feature = _vmem_bytes(least, LANES, itemsize, parameters, True) // LANES
+    if _vmem_bytes(least, features, width, parameters, True) + SLACK > vmem:
+        per_feature = _vmem_bytes(least, LANES, width, parameters, True) // LANES
         most = (vmem - SLACK) // per_feature // LANES * LANES
         limit = f"{ROWS} rows must fit the {vmem >> 20} MiB of VMEM"
-        return f"{limit}, that is at most {most} features of {x.dtype}, got {features}"
+        return f"{limit}, that is at most {most} features of {sum_dtype(x, residual)}, got {features}"
     return None
 
 
@@ -153,26 +169,41 @@ def _means(features, tiles, terms, count):
     return [s / features for s in sums]
 
 
-def _centred(x_ref, here, tiles, center):
-    """columns -> (x - mean)[group, columns] in float32, or x itself. The mean is taken first, so nothing cancels."""
+def _centred(features, tiles, center, read, first=None):
+    """Two functions columns -> (x - mean)[group, columns] in float32, or x itself: for the next sweep, and for others.
+
+    `read(columns)` is x; `first`, if given, is to read it in the first sweep of all. The mean comes before the
+    variance, so that nothing cancels.
+    """
+    first = first or read
     if not center:
-        return lambda c: x_ref[here, c].astype(f32)
-    (mean,) = _means(x_ref.shape[1], tiles, lambda c: (x_ref[here, c].astype(f32),), 1)
-    return lambda c: x_ref[here, c].astype(f32) - mean
+        return first, read
+    (mean,) = _means(features, tiles, lambda c: (first(c),), 1)
+    return (lambda c: read(c) - mean,) * 2
 
 
-def _forward_kernel(x_ref, w_ref, *refs, rows, tiles, eps, center):
-    *bias_ref, y_ref = refs
-    features = x_ref.shape[1]
+def _forward_kernel(x_ref, w_ref, *refs, rows, tiles, eps, center, added):
+    """refs: [bias], [residual], y, [x + residual]."""
+    bias_ref, residual_ref = refs[:center], refs[center : center + added]
+    y_ref, *total_ref = refs[center + added :]
+    source_ref, features = total_ref[0] if added else x_ref, x_ref.shape[1]
 
     def group(here, _):
-        centred = _centred(x_ref, here, tiles, center)
-        (variance,) = _means(features, tiles, lambda c: (jnp.square(centred(c)),), 1)
+        def read(c):
+            return source_ref[here, c].astype(f32)
+
+        def add(c):
+            total = (x_ref[here, c].astype(f32) + residual_ref[0][here, c].astype(f32)).astype(source_ref.dtype)
+            source_ref[here, c] = total
+            return total.astype(f32)
+
+        first, centred = _centred(features, tiles, center, read, add if added else None)
+        (variance,) = _means(features, tiles, lambda c: (jnp.square(first(c)),), 1)
         r = lax.rsqrt(variance + eps)
 
         def write(c, _):
             y = centred(c) * r * w_ref[:, c]
-            y_ref[here, c] = (y + bias_ref[0][:, c] if bias_ref else y).astype(y_ref.dtype)
+            y_ref[here, c] = (y + bias_ref[0][:, c] if center else y).astype(y_ref.dtype)
             return 0
 
         _over_columns(features, tiles.columns, write, 0)
@@ -180,7 +211,9 @@ def _forward_kernel(x_ref, w_ref, *refs, rows, tiles, eps, center):
     _over_groups(pl.program_id(0), rows, tiles, group)
 
 
-def _backward_kernel(x_ref, w_ref, dy_ref, dx_ref, dw_ref, *dbias_ref, rows, blocks, tiles, eps, center):
+def _backward_kernel(x_ref, w_ref, dy_ref, *refs, rows, blocks, tiles, eps, center, added):
+    """refs: [the other cotangent of x], dx, dw, [dbias]."""
+    added_ref, (dx_ref, dw_ref, *dbias_ref) = refs[:added], refs[added:]
     features = x_ref.shape[1]
     block = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
 
@@ -190,7 +223,7 @@ def _backward_kernel(x_ref, w_ref, dy_ref, dx_ref, dw_ref, *dbias_ref, rows, blo
             ref[...] = jnp.zeros(ref.shape, f32)
 
     def group(here, first):
-        centred = _centred(x_ref, here, tiles, center)
+        _, centred = _centred(features, tiles, center, lambda c: x_ref[here, c].astype(f32))
 
         def terms(c):
             z, h = centred(c), dy_ref[here, c].astype(f32) * w_ref[:, c]
@@ -211,7 +244,8 @@ def _backward_kernel(x_ref, w_ref, dy_ref, dx_ref, dw_ref, *dbias_ref, rows, blo
         def write(c, _):
             normal, dy = centred(c) * r, dy_ref[here, c].astype(f32)
             dx = r * (dy * w_ref[:, c]) - slope * normal
-            dx_ref[here, c] = (dx - offset[0] if offset else dx).astype(dx_ref.dtype)
+            dx = dx - offset[0] if offset else dx
+            dx_ref[here, c] = (dx + added_ref[0][here, c].astype(f32) if added else dx).astype(dx_ref.dtype)
             fold(dw_ref, c, dy * normal)
             if dbias_ref:
                 fold(dbias_ref[0], c, dy)
@@ -226,22 +260,22 @@ def _backward_kernel(x_ref, w_ref, dy_ref, dx_ref, dw_ref, *dbias_ref, rows, blo
 
 def _prepare(x, *parameters):
     """x as [rows ≥ 16, features], the parameters as float32 [1, features], the number of rows."""
+    rows = x.size // x.shape[-1]
+    return _flat(x), [p.astype(f32)[None] for p in parameters], rows
+
+
+def _flat(x):
     flat = x.reshape(-1, x.shape[-1])
-    rows = flat.shape[0]
-    return pad_to(flat, 0, max(rows, ROWS)), [p.astype(f32)[None] for p in parameters], rows
+    return pad_to(flat, 0, max(flat.shape[0], ROWS))
 
 
-def _call(kernel, semantics, tiles, operands, outputs, *, backward, **kwargs):
+def _call(kernel, semantics, vmem_bytes, operands, outputs, *, backward, **kwargs):
     """`pl.pallas_call(kernel, out_shape=outputs, …)(*operands)`, with the VMEM and the cost told to XLA."""
     x, *_ = operands
-    parameters = len(outputs if backward else operands) - 1
     return pl.pallas_call(
         kernel,
         out_shape=outputs,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=semantics,
-            vmem_limit_bytes=_vmem_bytes(tiles, x.shape[1], x.dtype.itemsize, parameters, backward) + SLACK,
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes + SLACK),
         cost_estimate=pl.CostEstimate(
             flops=(16 if backward else 8) * x.size,
             transcendentals=x.shape[0],
@@ -251,30 +285,38 @@ def _call(kernel, semantics, tiles, operands, outputs, *, backward, **kwargs):
     )(*operands)
 
 
-def forward(x, w, bias=None, *, eps, center, tiles, name):
-    """y[..., features] in x's dtype; w is the scale with its offset added."""
-    flat, parameters, rows = _prepare(x, *(p for p in (w, bias) if p is not None))
+def forward(x, w, bias=None, residual=None, *, eps, tiles, name):
+    """(y[..., features],) in x's dtype; w is the scale with its offset added. Layer norm if there is a bias.
+
+    With a residual (y, x + residual), both in the common dtype.
+    """
+    center, added = bias is not None, residual is not None
+    flat, parameters, rows = _prepare(x, *((w, bias) if center else (w,)))
     block = pl.BlockSpec((tiles.rows, x.shape[-1]), lambda i: (i, 0))
     vector = pl.BlockSpec((1, x.shape[-1]), lambda i: (0, 0))
-    (y,) = _call(
-        functools.partial(_forward_kernel, rows=rows, tiles=tiles, eps=eps, center=center),
+    outputs = (jax.ShapeDtypeStruct(flat.shape, sum_dtype(x, residual)),) * (2 if added else 1)
+    found = _call(
+        functools.partial(_forward_kernel, rows=rows, tiles=tiles, eps=eps, center=center, added=added),
         ("parallel",),
-        tiles,
-        (flat, *parameters),
-        (jax.ShapeDtypeStruct(flat.shape, x.dtype),),
+        _vmem_bytes(tiles, x.shape[-1], _width(x, residual, False), len(parameters), False),
+        (flat, *parameters, *([_flat(residual)] if added else [])),
+        outputs,
         backward=False,
         grid=(pl.cdiv(flat.shape[0], tiles.rows),),
-        in_specs=[block] + [vector] * len(parameters),
-        out_specs=(block,),
+        in_specs=[block] + [vector] * len(parameters) + [block] * added,
+        out_specs=(block,) * len(outputs),
         name=name,
     )
-    return y[:rows].reshape(x.shape)
+    return tuple(y[:rows].reshape(x.shape) for y in found)
 
 
-def backward(x, w, dy, *, eps, center, tiles, name):
-    """(dx in x's shape and dtype, float32 dw[features], float32 dbias[features] if `center`)."""
+def backward(x, w, dy, added=None, *, eps, center, tiles, name):
+    """(dx in x's shape and dtype, float32 dw[features], float32 dbias[features] if `center`).
+
+    added: what dx gains, as x, or None.
+    """
     flat, (w,), rows = _prepare(x, w)
-    dy = pad_to(dy.reshape(-1, x.shape[-1]), 0, flat.shape[0])
+    others = [_flat(a) for a in (dy, added) if a is not None]
     features, sums = x.shape[-1], 2 if center else 1
     blocks = pl.cdiv(flat.shape[0], tiles.rows)
     shares = min(CORES, blocks)
@@ -283,15 +325,23 @@ def backward(x, w, dy, *, eps, center, tiles, name):
     block = pl.BlockSpec((tiles.rows, features), lambda i, j: (jnp.minimum(i * steps + j, blocks - 1), 0))
     partial = pl.BlockSpec((None, SUBLANES, features), lambda i, j: (i, 0, 0))
     dx, *partials = _call(
-        functools.partial(_backward_kernel, rows=rows, blocks=blocks, tiles=tiles, eps=eps, center=center),
+        functools.partial(
+            _backward_kernel,
+            rows=rows,
+            blocks=blocks,
+            tiles=tiles,
+            eps=eps,
+            center=center,
+            added=added is not None,
+        ),
         ("parallel", "arbitrary"),
-        tiles,
-        (flat, w, dy),
+        _vmem_bytes(tiles, features, (2 + len(others)) * x.dtype.itemsize, sums, True),
+        (flat, w, *others),
         (jax.ShapeDtypeStruct(flat.shape, x.dtype),)
         + (jax.ShapeDtypeStruct((shares, SUBLANES, features), f32),) * sums,
         backward=True,
         grid=(shares, steps),
-        in_specs=[block, pl.BlockSpec((1, features), lambda i, j: (0, 0)), block],
+        in_specs=[block, pl.BlockSpec((1, features), lambda i, j: (0, 0)), *[block] * len(others)],
         out_specs=(block,) + (partial,) * sums,
         name=name,
     )

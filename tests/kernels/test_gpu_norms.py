@@ -1,4 +1,4 @@
-"""RMS norm and layer norm on Mosaic GPU, in the interpreter with races detected, against float64."""
+"""The norms of rows on Mosaic GPU, in the interpreter with races detected, against float64."""
 
 import os
 
@@ -11,11 +11,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import chips
-from pallas_kernels.gpu import layer_norm, rms_norm
-from pallas_kernels.gpu.row_norm import Tiles
+from pallas_kernels.gpu import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from pallas_kernels.gpu.row_norm import Load, Tiles
 
 EPS = 1e-5
 KERNELS = {"rms_norm": rms_norm, "layer_norm": layer_norm}
+ADDING = {"add_rms_norm": add_rms_norm, "add_layer_norm": add_layer_norm}
 FEW = Tiles(blocks=2, groups=2, split=1, stages=2, stores=1)  # every slot is used again after two rows
 TEAM = Tiles(blocks=2, groups=2, split=2, stages=2, stores=1)  # two warpgroups to a row
 
@@ -31,19 +32,38 @@ CASES = [
     ((3,), 2056, "bfloat16", "bfloat16", 0.0, Tiles(blocks=1, groups=4, split=4, stages=1, stores=1)),
     ((2,), 8191, "float16", "float32", 0.0, None),
 ]
+# the same, with the dtype of the residual after that of x
+ADDING_CASES = [
+    ((5,), 129, "bfloat16", "bfloat16", "float32", 0.0, FEW),
+    ((7,), 64, "float16", "float32", "float16", 1.0, Tiles(blocks=2, groups=2, split=1, stages=3, stores=2)),
+    ((5,), 1000, "float32", "float32", "float32", -0.5, TEAM),
+    pytest.param(((2,), 2056, "bfloat16", "float16", "float32", 0.0, None), marks=pytest.mark.slow),
+]
 
 
-def _operands(name, lead, features, dtype, parameter_dtype):
+def _operands(name, lead, features, dtype, parameter_dtype, residual_dtype=None):
+    """The operands, and cotangents of all outputs."""
     rng = np.random.default_rng(len(lead) * 10_000 + features)
     x = 3 * rng.standard_normal((*lead, features)) + 2
-    names = ("x", "scale", "bias") if name == "layer_norm" else ("x", "scale")
+    names = ("scale", "bias") if "layer_norm" in name else ("scale",)
     values = {"x": jnp.asarray(x, dtype)}
-    values |= {n: jnp.asarray(rng.standard_normal(features), parameter_dtype) for n in names[1:]}
-    return values, jnp.asarray(rng.standard_normal((*lead, features)), dtype)
+    values |= {n: jnp.asarray(rng.standard_normal(features), parameter_dtype) for n in names}
+    dy = rng.standard_normal((*lead, features))
+    if residual_dtype is None:
+        return values, (jnp.asarray(dy, dtype),)
+    residual, dtotal = (rng.standard_normal((*lead, features)) for _ in range(2))
+    values["residual"] = jnp.asarray(residual, residual_dtype)
+    return values, tuple(jnp.asarray(ct, jnp.promote_types(dtype, residual_dtype)) for ct in (dy, dtotal))
 
 
-def _oracle(operands, dy, scale_offset):
-    """y and the gradients by the formulas, in float64."""
+def _oracle(operands, dy, *dtotal, scale_offset):
+    """The outputs and the gradients by the formulas, in float64."""
+    if dtotal:
+        total, dtotal = np.asarray(operands["x"], np.float64), np.asarray(dtotal[0], np.float64)
+        total = total + np.asarray(operands["residual"], np.float64)
+        results = _oracle({**operands, "x": total}, dy, scale_offset=scale_offset)
+        results["x"] = results["x"] + dtotal
+        return results | {"total": total, "residual": results["x"]}
     x, w, dy = (np.asarray(a, np.float64) for a in (operands["x"], operands["scale"], dy))
     w, centered = w + scale_offset, "bias" in operands
     deviation = x - x.mean(-1, keepdims=True) if centered else x
@@ -58,33 +78,52 @@ def _oracle(operands, dy, scale_offset):
     return results
 
 
-def _plain(operands, dy, scale_offset):
-    """y and the gradients as XLA composes them from the formula in the operands' dtypes, statistics in float32."""
+def _plain(operands, cotangents, scale_offset):
+    """The same as XLA composes it from the formula in the operands' dtypes, statistics in float32."""
 
     def norm(operands):
-        x = operands["x"].astype(jnp.float32)
+        total = operands["x"] + operands["residual"] if "residual" in operands else operands["x"]
+        x = total.astype(jnp.float32)
         if "bias" in operands:
             x = x - x.mean(-1, keepdims=True)
         y = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS) * (operands["scale"] + scale_offset)
-        return (y + operands.get("bias", 0)).astype(operands["x"].dtype)
+        return ((y + operands.get("bias", 0)).astype(total.dtype), total)[: len(cotangents)]
 
-    y, pull = jax.vjp(norm, operands)
-    return {"y": y} | pull(dy)[0]
+    outputs, pull = jax.vjp(norm, operands)
+    return dict(zip(("y", "total"), outputs, strict=False)) | pull(cotangents)[0]
 
 
-def _fused(kernel, operands, dy, scale_offset, tiles):
-    def both(operands, dy):
-        options = {"eps": EPS, "scale_offset": scale_offset, "tiles": tiles}
-        outputs, residuals = kernel.forward(**operands, **options)
-        gradients = kernel.backward(**operands, outputs=outputs, residuals=residuals, cotangents=(dy,), **options)
-        return {"y": outputs[0]} | gradients
+def _both(kernel, operands, cotangents, options):
+    outputs, residuals = kernel.forward(**operands, **options)
+    gradients = kernel.backward(**operands, outputs=outputs, residuals=residuals, cotangents=cotangents, **options)
+    return dict(zip(("y", "total"), outputs, strict=False)) | gradients
 
+
+def _fused(kernel, operands, cotangents, scale_offset, tiles):
+    options = {"eps": EPS, "scale_offset": scale_offset, "tiles": tiles}
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        return jax.block_until_ready(jax.jit(both)(operands, dy))
+        run = jax.jit(lambda operands, cotangents: _both(kernel, operands, cotangents, options))
+        return jax.block_until_ready(run(operands, cotangents))
 
 
 def _error(got, want):
     return np.abs(np.asarray(got, np.float64) - want).max()
+
+
+def _compared(name, operands, cotangents, scale_offset, tiles):
+    kernel = (KERNELS | ADDING)[name]
+    assert kernel.unsupported(**operands, eps=EPS, scale_offset=scale_offset) is None
+    got = _fused(kernel, operands, cotangents, scale_offset, tiles)
+    plain = _plain(operands, cotangents, scale_offset)
+    want = _oracle(operands, *cotangents, scale_offset=scale_offset)
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        # A kernel gives the gradient of either operand of a sum in the dtype of the sum.
+        like = operands[key] if key in ("scale", "bias") else cotangents[0]
+        assert (got[key].shape, got[key].dtype) == (like.shape, like.dtype), key
+        # Both may round once to the result's dtype; the floor is a few float32 roundings of the largest entry.
+        assert _error(got[key], value) <= 2 * _error(plain[key], value) + 2e-6 * np.abs(value).max(), key
+    return got, plain
 
 
 @pytest.mark.timeout(60)
@@ -92,38 +131,39 @@ def _error(got, want):
 @pytest.mark.parametrize("name", KERNELS)
 def test_interpreted(name, case):
     lead, features, dtype, parameter_dtype, scale_offset, tiles = case
-    operands, dy = _operands(name, lead, features, dtype, parameter_dtype)
-    assert KERNELS[name].unsupported(**operands, eps=EPS, scale_offset=scale_offset) is None
-    got = _fused(KERNELS[name], operands, dy, scale_offset, tiles)
-    plain, want = _plain(operands, dy, scale_offset), _oracle(operands, dy, scale_offset)
-    assert got.keys() == want.keys()
-    for key, value in want.items():
-        operand = operands["x" if key == "y" else key]
-        assert (got[key].shape, got[key].dtype) == (operand.shape, operand.dtype), key
-        # Both may round once to the result's dtype; the floor is a few float32 roundings of the largest entry.
-        assert _error(got[key], value) <= 2 * _error(plain[key], value) + 2e-6 * np.abs(value).max(), key
+    operands, cotangents = _operands(name, lead, features, dtype, parameter_dtype)
+    _compared(name, operands, cotangents, scale_offset, tiles)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", ADDING_CASES, ids=lambda c: f"{'x'.join(map(str, (*c[0], c[1])))}-{c[2]}-{c[3]}")
+@pytest.mark.parametrize("name", ADDING)
+def test_addition_interpreted(name, case):
+    lead, features, dtype, residual_dtype, parameter_dtype, scale_offset, tiles = case
+    operands, cotangents = _operands(name, lead, features, dtype, parameter_dtype, residual_dtype)
+    got, plain = _compared(name, operands, cotangents, scale_offset, tiles)
+    assert np.array_equal(got["total"], plain["total"])
+
+
+@pytest.mark.timeout(60)
+def test_a_sum_without_a_cotangent():
+    operands, (dy, _) = _operands("add_rms_norm", (5,), 129, "float32", "float32", "float32")
+    got, zeros = (_fused(add_rms_norm, operands, (dy, dt), 0.0, FEW) for dt in (None, jnp.zeros_like(dy)))
+    assert all(np.array_equal(got[name], zeros[name]) for name in zeros)
 
 
 @pytest.mark.timeout(60)
 def test_vmap_gives_each_member_its_own_gradients():
-    operands, dy = _operands("layer_norm", (3, 4), 40, "float32", "float32")
+    operands, (dy,) = _operands("layer_norm", (3, 4), 40, "float32", "float32")
     operands["scale"] = operands["scale"] * jnp.arange(1.0, 4.0)[:, None]
-    axes = {"x": 0, "scale": 0, "bias": None}
-    run = jax.vmap(lambda o, g: _fused_body(o, g), in_axes=(axes, 0))
+    axes, options = {"x": 0, "scale": 0, "bias": None}, {"eps": EPS, "scale_offset": 0.0, "tiles": FEW}
+    run = jax.vmap(lambda o, g: _both(layer_norm, o, (g,), options), in_axes=(axes, 0))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         got = jax.block_until_ready(jax.jit(run)(operands, dy))
     for i in range(3):
         member = {n: a if axes[n] is None else a[i] for n, a in operands.items()}
-        for key, value in _oracle(member, dy[i], 0.0).items():
+        for key, value in _oracle(member, dy[i], scale_offset=0.0).items():
             assert _error(got[key][i], value) <= 5e-6 * np.abs(value).max(), key
-
-
-def _fused_body(operands, dy):
-    outputs, residuals = layer_norm.forward(**operands, eps=EPS, scale_offset=0.0, tiles=FEW)
-    gradients = layer_norm.backward(
-        **operands, outputs=outputs, residuals=residuals, cotangents=(dy,), eps=EPS, scale_offset=0.0, tiles=FEW
-    )
-    return {"y": outputs[0]} | gradients
 
 
 REFUSED = [
@@ -148,7 +188,8 @@ def test_default_tiles_exist_and_fit_the_shared_memory(itemsize, most, backward)
         chip = chips.named(name)
         with chips.target(chip):
             for features in (*range(1, most, 97), most):
-                for centered in (False, True):
-                    parameter_bytes = itemsize * (2 if centered and not backward else 1)
-                    tiles = Tiles.default(features, itemsize, parameter_bytes, backward=backward, centered=centered)
-                    assert tiles.smem_bytes(features, itemsize, parameter_bytes, backward=backward) <= chip.smem_bytes
+                for vectors in (1, 2):
+                    parameters = itemsize * (1 if backward else vectors)
+                    arriving, sums = (2 * itemsize, vectors) if backward else (itemsize, 0)
+                    load = Load(features, arriving, itemsize, parameters, sums)
+                    assert Tiles.default(load).smem_bytes(load) <= chip.smem_bytes

@@ -1,0 +1,64 @@
+"""total = x + residual, y = (total - mean) · rsqrt(var + eps) · (scale + scale_offset) + bias, on Mosaic GPU.
+
+Layer norm of Ba, Kiros and Hinton, arXiv:1607.06450, over the last axis. The kernels are those of `row_norm`.
+"""
+
+from collections.abc import Iterator
+
+from jax import Array
+
+from pallas_kernels.gpu import row_norm
+from pallas_kernels.gpu.row_norm import Tiles
+
+__all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
+
+
+def unsupported(x, residual, scale, bias, *, eps: float, scale_offset: float) -> str | None:
+    """Why these kernels do not take x[..., features], residual, scale[features], bias[features]; None if they do."""
+    del eps, scale_offset
+    return row_norm.unsupported(x, {"scale": scale, "bias": bias}, residual)
+
+
+def tiles(phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float) -> Tiles:
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
+    return row_norm.tiles("add_layer_norm", phase, x, {"scale": scale, "bias": bias}, residual)
+
+
+def candidates(phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
+    """Tiles worth trying that registers and shared memory allow, the default first."""
+    return row_norm.candidates(phase, x, {"scale": scale, "bias": bias}, residual)
+
+
+def memory(phase: str, tiles: Tiles, x, residual, scale, bias, *, eps: float, scale_offset: float) -> int:
+    """Bytes of shared memory that a block of `phase` is estimated to take."""
+    return row_norm.memory(phase, tiles, x, {"scale": scale, "bias": bias}, residual)
+
+
+def forward(
+    x, residual, scale, bias, *, eps: float, scale_offset: float, tiles: Tiles | None = None
+) -> tuple[tuple[Array, ...], tuple[()]]:
+    """((y, total), ()), both in the common dtype of x and residual."""
+    static = dict(eps=eps, scale_offset=scale_offset)
+    return row_norm.forward(x, scale, bias, residual, **static, tiles=tiles, name="add_layer_norm"), ()
+
+
+def backward(
+    x,
+    residual,
+    scale,
+    bias,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    eps: float,
+    scale_offset: float,
+    tiles: Tiles | None = None,
+) -> dict[str, Array]:
+    """Gradients of x, residual (the same), scale and bias from the cotangents of y and of total (None: zero)."""
+    del x, residual, residuals
+    static = dict(eps=eps, scale_offset=scale_offset)
+    dx, dscale, dbias = row_norm.backward(
+        outputs[1], scale, bias, *cotangents, **static, tiles=tiles, name="add_layer_norm"
+    )
+    return {"x": dx, "residual": dx, "scale": dscale, "bias": dbias}

@@ -1,0 +1,52 @@
+"""total = x + residual, y = total · rsqrt(mean(total²) + eps) · (scale + scale_offset), on Mosaic GPU.
+
+RMS norm of Zhang and Sennrich, arXiv:1910.07467, over the last axis. The kernels are those of `row_norm`.
+"""
+
+from collections.abc import Iterator
+
+from jax import Array
+
+from pallas_kernels.gpu import row_norm
+from pallas_kernels.gpu.row_norm import Tiles
+
+__all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
+
+
+def unsupported(x, residual, scale, *, eps: float, scale_offset: float) -> str | None:
+    """Why these kernels do not take x[..., features], residual, scale[features]; None if they do."""
+    del eps, scale_offset
+    return row_norm.unsupported(x, {"scale": scale}, residual)
+
+
+def tiles(phase: str, x, residual, scale, *, eps: float, scale_offset: float) -> Tiles:
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
+    return row_norm.tiles("add_rms_norm", phase, x, {"scale": scale}, residual)
+
+
+def candidates(phase: str, x, residual, scale, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
+    """Tiles worth trying that registers and shared memory allow, the default first."""
+    return row_norm.candidates(phase, x, {"scale": scale}, residual)
+
+
+def memory(phase: str, tiles: Tiles, x, residual, scale, *, eps: float, scale_offset: float) -> int:
+    """Bytes of shared memory that a block of `phase` is estimated to take."""
+    return row_norm.memory(phase, tiles, x, {"scale": scale}, residual)
+
+
+def forward(
+    x, residual, scale, *, eps: float, scale_offset: float, tiles: Tiles | None = None
+) -> tuple[tuple[Array, ...], tuple[()]]:
+    """((y, total), ()), both in the common dtype of x and residual."""
+    static = dict(eps=eps, scale_offset=scale_offset)
+    return row_norm.forward(x, scale, None, residual, **static, tiles=tiles, name="add_rms_norm"), ()
+
+
+def backward(
+    x, residual, scale, *, outputs, residuals, cotangents, eps: float, scale_offset: float, tiles: Tiles | None = None
+) -> dict[str, Array]:
+    """Gradients of x, residual (the same) and scale from the cotangents of y and of total (None: zero)."""
+    del x, residual, residuals
+    static = dict(eps=eps, scale_offset=scale_offset)
+    dx, dscale, _ = row_norm.backward(outputs[1], scale, None, *cotangents, **static, tiles=tiles, name="add_rms_norm")
+    return {"x": dx, "residual": dx, "scale": dscale}

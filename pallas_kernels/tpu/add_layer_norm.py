@@ -1,0 +1,73 @@
+"""add_layer_norm on the TPU: total = x + residual, y = (total - mean) · rsqrt(var + eps) · (scale + offset) + bias.
+
+x[..., features] and residual, of its shape, are float32 or bfloat16, scale[features] and bias[features] any floating
+dtype; sums are float32. See `row_norm`.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tpu import row_norm
+from pallas_kernels.tpu.row_norm import Tiles
+
+__all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
+
+
+def unsupported(x, residual, scale, bias, *, eps: float, scale_offset: float) -> str | None:
+    """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
+    return row_norm.unsupported(x, residual, parameters=2)
+
+
+def tiles(phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float) -> Tiles:
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
+    return row_norm.tiles("add_layer_norm", phase, x, residual, parameters=2)
+
+
+def candidates(phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
+    """Tiles worth trying that the operands and the chip's VMEM allow: the default first, then blocks of 128."""
+    return row_norm.candidates(phase, x, residual, parameters=2)
+
+
+def memory(phase: str, tiles: Tiles, x, residual, scale, bias, *, eps: float, scale_offset: float) -> int:
+    """Bytes of VMEM that the kernel of `phase` is estimated to take."""
+    return row_norm.memory(phase, tiles, x, residual, parameters=2)
+
+
+def forward(
+    x: jax.Array,
+    residual: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    eps: float,
+    scale_offset: float,
+    tiles: Tiles | None = None,
+):
+    """((y[..., features], total[..., features]), ()), both in the common dtype of x and residual."""
+    w = scale.astype(jnp.float32) + scale_offset
+    t = tiles or row_norm.tiles("add_layer_norm", "forward", x, residual, parameters=2)
+    return row_norm.forward(x, w, bias, residual, eps=eps, tiles=t, name="add_layer_norm"), ()
+
+
+def backward(
+    x: jax.Array,
+    residual: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    eps: float,
+    scale_offset: float,
+    tiles: Tiles | None = None,
+) -> dict[str, jax.Array]:
+    """Gradients of x, residual (the same), scale and bias from the cotangents of y and of total (None: zero)."""
+    w = scale.astype(jnp.float32) + scale_offset
+    t = tiles or row_norm.tiles("add_layer_norm", "backward", x, residual, parameters=2)
+    dx, dw, db = row_norm.backward(
+        outputs[1], w, *cotangents, eps=eps, center=True, tiles=t, name="add_layer_norm_backward"
+    )
+    return {"x": dx, "residual": dx, "scale": dw.astype(scale.dtype), "bias": db.astype(bias.dtype)}

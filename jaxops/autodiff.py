@@ -9,8 +9,8 @@ implementation. It becomes one opaque primitive with three phases:
 
 The derivative of forward is tangent, and the transpose of tangent is backward: reverse mode meets only the two
 kernels. The derivative of tangent and of backward is taken through the reference, so that every higher order, forward
-or reverse, is JAX's own. Only the first output is differentiable; the others (a log-sum-exp, say) are constants to
-every derivative.
+or reverse, is JAX's own. The first output is differentiable, and as many after it as the operator says; the others (a
+log-sum-exp, say) are constants to every derivative.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Rules:
 
     forward(**operands, **static) -> (outputs, residuals), two tuples;
     backward(**operands, outputs=, residuals=, cotangents=, **static) -> {name: gradient} for the differentiable
-    operands that are there.
+    operands that are there. There is a cotangent for each output, None where it is known to be zero; never the first.
     """
 
     forward: Callable[..., tuple[tuple, tuple]]
@@ -60,8 +60,9 @@ class Operator:
     """An operator: its meaning, its rules, its kernels.
 
     reference(**operands, **static) -> outputs, in plain differentiable JAX. `differentiable` names the operands that
-    take a gradient. `tpu` and `gpu` are kernel modules (unsupported, forward, backward; without backward
-    XLA serves it; value, where a forward kernel that saves no residuals is cheaper) or the sentence why there is none.
+    take a gradient, `differentiable_outputs` counts the outputs that have one, from the first.
+    `tpu` and `gpu` are kernel modules (unsupported, forward, backward; without backward XLA serves it; value, where a
+    forward kernel that saves no residuals is cheaper) or the sentence why there is none.
     `partition` maps the PartitionSpec of the first operand to those of the outputs, under explicit sharding; None: they
     depend on other operands too, and JAX's own rules place what the reference does.
     cost(**operands, **static) -> the flops of the matrix products of (forward, backward), from the operands' shapes;
@@ -78,6 +79,7 @@ class Operator:
     partition: Callable[[PartitionSpec], tuple[PartitionSpec, ...]] | None = lambda spec: (spec,)
     cost: Callable[..., tuple[int, int]] | None = None
     note: Callable[..., str | None] | None = None
+    differentiable_outputs: int = 1
 
     def __call__(
         self, operands: Mapping[str, Any], *, implementation: dispatch.Implementation = None, **static: Any
@@ -88,8 +90,8 @@ class Operator:
         """
         there = {name: jnp.asarray(x) for name, x in operands.items() if x is not None}
         if _plain.value:
-            first, *constants = self.reference(**there, **static)
-            return (first, *map(lax.stop_gradient, constants))
+            outputs, moving = self.reference(**there, **static), self.differentiable_outputs
+            return (*outputs[:moving], *map(lax.stop_gradient, outputs[moving:]))
         call = _Call(
             self, "forward", tuple(there), tuple(sorted(static.items())), dispatch.order_of(self.name, implementation)
         )
@@ -130,7 +132,8 @@ class _Call:
     """One phase of one operator, by value: equal calls share their compiled programs.
 
     `axes` holds, for each enclosing vmap, innermost first, the mapped axis of every operand (0 or None); all else is
-    mapped over axis 0. `saving`: of forward, whether it also gives the residuals.
+    mapped over axis 0. `saving`: of forward, whether it also gives the residuals. `still`: of backward and tangent, the
+    differentiable outputs that take no part because their cotangent is zero.
     """
 
     operator: Operator
@@ -141,6 +144,12 @@ class _Call:
     outputs: int = 0
     axes: tuple[tuple[int | None, ...], ...] = ()
     saving: bool = False
+    still: tuple[int, ...] = ()
+
+    @property
+    def moving(self) -> list[int]:
+        """The differentiable outputs that take part."""
+        return [i for i in range(self.operator.differentiable_outputs) if i not in self.still]
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -151,7 +160,7 @@ class _Call:
 
     def outside(self) -> "_Call":
         """The forward phase under no vmap."""
-        return dataclasses.replace(self, phase="forward", outputs=0, axes=(), saving=False)
+        return dataclasses.replace(self, phase="forward", outputs=0, axes=(), saving=False, still=())
 
     def positions(self) -> list[int]:
         return [self.names.index(name) for name in self.differentiable]
@@ -159,7 +168,7 @@ class _Call:
     def split(self, args):
         """(operands, outputs and residuals, the rest)."""
         n = len(self.names)
-        extra = 1 if self.phase == "backward" else len(self.differentiable)
+        extra = len(self.moving if self.phase == "backward" else self.differentiable)
         return tuple(args[:n]), tuple(args[n : len(args) - extra]), tuple(args[len(args) - extra :])
 
     def vmapped(self, f, others: int):
@@ -171,12 +180,13 @@ class _Call:
     # ---- the phases as plain functions of arrays ----
 
     def _reference(self, operands):
-        """The differentiable output as a function of the differentiable operands, and where they are."""
+        """The differentiable outputs as a function of the differentiable operands, and where they are."""
         named = dict(zip(self.names, operands, strict=True))
 
         def f(*primals):
             full = {**named, **dict(zip(self.differentiable, primals, strict=True))}
-            return self.operator.reference(**full, **dict(self.static))[0]
+            outputs = self.operator.reference(**full, **dict(self.static))
+            return tuple(outputs[i] for i in self.moving)
 
         return f, [named[name] for name in self.differentiable]
 
@@ -187,12 +197,12 @@ class _Call:
 
         return self.vmapped(one, len(tangents))(*operands, *tangents)
 
-    def plain_backward(self, operands, cotangent):
+    def plain_backward(self, operands, cotangents):
         def one(*args):
-            f, primals = self._reference(args[:-1])
-            return jax.vjp(f, *primals)[1](args[-1])
+            f, primals = self._reference(args[: len(self.names)])
+            return jax.vjp(f, *primals)[1](args[len(self.names) :])
 
-        return self.vmapped(one, 1)(*operands, cotangent)
+        return self.vmapped(one, len(cotangents))(*operands, *cotangents)
 
     def run(self, implementation: str, platform: str | None):
         """This phase, done by `implementation`, as a function of all its arrays. Traced and compiled once per call."""
@@ -212,20 +222,21 @@ def _jitted(call: _Call, implementation: str, platform: str | None):
         return (*outputs, *(residuals if call.saving else ()))
 
     def backward(*args):
-        operands, saved, (cotangent,) = call.split(args)
+        operands, saved, moving = call.split(args)
         named = dict(zip(call.names, operands, strict=True))
+        cotangents = dict(zip(call.moving, moving, strict=True))
         gradients = rules.backward(
             **named,
             outputs=saved[: call.outputs],
             residuals=saved[call.outputs :],
-            cotangents=(cotangent, *[None] * (call.outputs - 1)),
+            cotangents=tuple(map(cotangents.get, range(call.outputs))),
             **static,
         )
         return tuple(gradients[name].astype(named[name].dtype) for name in call.differentiable)
 
     def tangent(*args):
         operands, _, tangents = call.split(args)
-        return (call.plain_tangent(operands, tangents),)
+        return call.plain_tangent(operands, tangents)
 
     if call.phase == "tangent":
         f = tangent
@@ -302,7 +313,7 @@ def _abstract(*avals, call):
     if call.phase == "forward":
         out = [(sizes + s.shape, s.dtype) for s in (*outputs, *(residuals if call.saving else ()))]
     elif call.phase == "tangent":
-        out = [(sizes + outputs[0].shape, outputs[0].dtype)]
+        out = [(sizes + outputs[i].shape, outputs[i].dtype) for i in call.moving]
     else:
         out = [(sizes + inner[i][0], inner[i][1]) for i in call.positions()]
     varying = frozenset().union(*(a.mat.varying for a in avals))
@@ -352,9 +363,9 @@ def _jvp(primals, tangents, *, call):
         inner, sizes = _unmapped(call, [(x.shape, x.dtype) for x in primals])
         outputs = len(_forward_shapes(call.outside(), inner)[0])
         moving = [_mapped(call, sizes, i, dense(t)) for i, t in zip(call.positions(), moving, strict=True)]
-        (moved,) = operator_p.bind(*primals, *out, *moving, call=call.at("tangent", outputs=outputs, saving=False))
+        moved = operator_p.bind(*primals, *out, *moving, call=call.at("tangent", outputs=outputs, saving=False))
         out = out if call.saving else out[:outputs]
-        return out, [moved, *(_zero(o) for o in out[1:])]
+        return out, [*moved, *map(_zero, out[len(moved) :])]
     out = operator_p.bind(*primals, call=call)
     operands, saved, linear = call.split(primals)
     moving, linear_moving = [tangents[i] for i in call.positions()], tangents[n + len(saved) :]
@@ -367,8 +378,8 @@ def _jvp(primals, tangents, *, call):
         for position, x in zip(call.positions(), xs, strict=True):
             full[position] = x
         if call.phase == "tangent":
-            return (call.plain_tangent(full, linear),)
-        return call.plain_backward(full, linear[0])
+            return call.plain_tangent(full, linear)
+        return call.plain_backward(full, linear)
 
     points = tuple(operands[i] for i in call.positions())
     moved = jax.jvp(plain, points, tuple(map(dense, moving)))[1]
@@ -389,13 +400,16 @@ def _mapped(call: _Call, sizes, position: int, x):
 
 def _transpose(cotangents, *args, call):
     operands, saved, linear = call.split(args)
+    if call.phase != "tangent":  # backward is linear in its cotangents: its transpose is tangent
+        found = operator_p.bind(*operands, *saved, *map(ad.instantiate_zeros, cotangents), call=call.at("tangent"))
+    else:
+        moving = dict(zip(call.moving, cotangents, strict=True))
+        still = tuple(i for i, ct in moving.items() if i > 0 and type(ct) is ad.Zero)
+        given = [ad.instantiate_zeros(ct) for i, ct in moving.items() if i not in still]
+        found = operator_p.bind(*operands, *saved, *given, call=call.at("backward", still=(*call.still, *still)))
+    # what is known (not undefined) was an instantiated zero: it takes no cotangent
     known = [None] * (len(operands) + len(saved))
-    if call.phase != "tangent":  # backward is linear in its cotangent: its transpose is tangent
-        (ct,) = operator_p.bind(*operands, *saved, *map(ad.instantiate_zeros, cotangents), call=call.at("tangent"))
-        return [*known, ct]
-    gradients = operator_p.bind(*operands, *saved, ad.instantiate_zeros(cotangents[0]), call=call.at("backward"))
-    # a tangent that is known (not undefined) was an instantiated zero: it takes no cotangent
-    return known + [g if ad.is_undefined_primal(t) else None for g, t in zip(gradients, linear, strict=True)]
+    return known + [ct if ad.is_undefined_primal(x) else None for ct, x in zip(found, linear, strict=True)]
 
 
 def _batch(args, dims, *, call):

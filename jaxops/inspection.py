@@ -141,7 +141,7 @@ def _line(equation: Any, chip: chips.Chip | None) -> Line:
     needed = cost.of_call(equation)
     peak = None if chip is None else cost.published(chip, avals[0].dtype)
     bound_seconds, bound = (None, None) if peak is None or peak.flops is None else peak.bound(needed)
-    saved = equation.outvars[1:] if call.phase == "forward" else ()
+    saved = equation.outvars[call.operator.differentiable_outputs :] if call.phase == "forward" else ()
     operands = zip(call.names, avals, strict=False)  # past the operands come what was saved, and tangents or cotangents
     return Line(
         operator=call.operator.name,

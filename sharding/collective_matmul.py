@@ -13,7 +13,6 @@ Source: Wang et al., "Overlap Communication with Dependent Computation via Decom
 ASPLOS 2023.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,13 +54,15 @@ def all_gather_matmul(
     Returns:
       y[..., rows · T, n] in the common dtype of x and w, each sum in float32; a tuple of them for several w.
 
-    Raises `TypeError` or `ValueError` if an operand is not as said, `implementation` is unknown, or `axis` is none of an
-    enclosing `jax.shard_map`.
+    Raises `TypeError` or `ValueError` if an operand is not as said, `implementation` is unknown, or `axis` is none of
+    an enclosing `jax.shard_map`.
     """
     name = "all_gather_matmul"
     several = isinstance(w, (tuple, list))
     x = _rows(name, x)
-    ws = tuple(checks.weight(name, f"w[{i}]" if several else "w", one, x) for i, one in enumerate(w if several else [w]))
+    ws = tuple(
+        checks.weight(name, f"w[{i}]" if several else "w", one, x) for i, one in enumerate(w if several else [w])
+    )
     if not ws:
         raise ValueError(f"{name}: w must hold at least one matrix, got none")
     size = _ready(name, axis, implementation)
@@ -70,7 +71,7 @@ def all_gather_matmul(
         ys = tuple(matmul(whole, one, precision=precision) for one in ws)
     else:
         x, *ws = varying_alike((collectives.copy(x, axis), *ws))
-        ys = _gathered(axis, precision, x, tuple(ws))
+        ys = _gather(axis, precision, x, tuple(ws))
     return ys if several else ys[0]
 
 
@@ -93,8 +94,8 @@ def matmul_reduce_scatter(
       precision, implementation: as in `all_gather_matmul`; "xla" is the product and then a reduce-scatter.
 
     Returns:
-      y[..., rows / T, n] in the common dtype of x and w. Products and additions are in float32; what travels from device
-      to device is rounded to the dtype of y.
+      y[..., rows / T, n] in the common dtype of x and w. Products and additions are in float32; what travels from
+      device to device is rounded to the dtype of y.
 
     Raises `TypeError` or `ValueError` as `all_gather_matmul` does, and if T does not divide the rows.
     """
@@ -105,7 +106,7 @@ def matmul_reduce_scatter(
     collectives.divisible(name, "x", x, -2, size, axis)
     if implementation == "xla" or size == 1:
         return collectives.reduce_scatter(matmul(x, w, precision=precision), axis, -2)
-    return _scattered(axis, precision, *varying_alike((collectives.copy(x, axis), w)))
+    return _scatter(axis, precision, *varying_alike((collectives.copy(x, axis), w)))
 
 
 def _rows(name: str, x: Any) -> jax.Array:
@@ -139,7 +140,9 @@ def _arrivals(x: jax.Array, axis: str) -> Iterator[tuple[jax.Array, jax.Array]]:
     """(first row in the whole, rows of it), for all of x[..., I_T, K], the device's own first."""
     size, me, rows = lax.axis_size(axis), lax.axis_index(axis), x.shape[-2]
     yield me * rows, x
-    travelling = [(way, first, lax.slice_in_dim(x, first, first + count, axis=-2)) for way, first, count in _halves(rows)]
+    travelling = [
+        (way, first, lax.slice_in_dim(x, first, first + count, axis=-2)) for way, first, count in _halves(rows)
+    ]
     for step in range(1, size):
         travelling = [(way, first, _send(part, axis, way)) for way, first, part in travelling]
         for way, first, part in travelling:
@@ -147,7 +150,7 @@ def _arrivals(x: jax.Array, axis: str) -> Iterator[tuple[jax.Array, jax.Array]]:
 
 
 def _sum_on_the_way(partial: Callable[[Any, int], jax.Array], rows: int, dtype: Any, axis: str) -> jax.Array:
-    """Σ_T partial(first, count), each device's own `rows` of it; `partial` gives rows of this device's part of the sum."""
+    """Σ_T partial(first, count), the device's own `rows` of it; `partial` gives rows of its part of the sum."""
     size, me = lax.axis_size(axis), lax.axis_index(axis)
     sums: dict[int, jax.Array] = {}
     for left in reversed(range(size)):  # how many steps the rows have to go after this one
@@ -193,7 +196,6 @@ def _put(whole, part, first):
     return lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), first, axis=whole.ndim - 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered(axis, precision, x, ws):
     rows = x.shape[-2] * lax.axis_size(axis)
     ys = [jnp.zeros((*x.shape[:-2], rows, w.shape[1]), jnp.promote_types(x.dtype, w.dtype)) for w in ws]
@@ -203,7 +205,7 @@ def _gathered(axis, precision, x, ws):
 
 
 def _gathered_forward(axis, precision, x, ws):
-    return _gathered(axis, precision, x, ws), (x, ws)
+    return _gathered(axis, precision, x, ws), (x, ws)  # no custom rule inside: forward mode goes over reverse
 
 
 def _gathered_backward(axis, precision, saved, dys):
@@ -223,10 +225,6 @@ def _gathered_backward(axis, precision, saved, dys):
     return dx, tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True))
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scattered(axis, precision, x, w):
     dtype = jnp.promote_types(x.dtype, w.dtype)
     rows = x.shape[-2] // lax.axis_size(axis)
@@ -246,4 +244,7 @@ def _scattered_backward(axis, precision, saved, dy):
     return dx, dw.astype(w.dtype)
 
 
-_scattered.defvjp(_scattered_forward, _scattered_backward)
+_gather = jax.custom_vjp(_gathered, nondiff_argnums=(0, 1))
+_gather.defvjp(_gathered_forward, _gathered_backward)
+_scatter = jax.custom_vjp(_scattered, nondiff_argnums=(0, 1))
+_scatter.defvjp(_scattered_forward, _scattered_backward)

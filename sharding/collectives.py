@@ -38,8 +38,8 @@ def divisible(function: str, name: str, x: jax.Array, dimension: int, parts: int
     """Raises `ValueError` unless `dimension` of x can be cut into as many parts as there are devices along `axis`."""
     if x.shape[dimension] % parts:
         raise ValueError(
-            f"{function}: {name} has shape {x.shape}, its dimension {dimension % x.ndim} must be a multiple of {parts}, "
-            f"the devices along {axis!r}"
+            f"{function}: {name} has shape {x.shape}, its dimension {dimension % x.ndim} must be a multiple of "
+            f"{parts}, the devices along {axis!r}"
         )
 
 
@@ -70,7 +70,7 @@ def all_gather_same(x: jax.Array, axis: str, dimension: int) -> jax.Array:
 
 
 def reduce_scatter(x: jax.Array, axis: str, dimension: int) -> jax.Array:
-    """Parts of a sum x[I, …] ↦ Σ_T x, split: [I_T, …] along `dimension`. Forward: reduce-scatter. Backward: `all_gather`.
+    """Parts of a sum x[I, …] ↦ shards of Σ_T x, [I_T, …]. Forward: reduce-scatter. Backward: `all_gather`.
 
     Raises `ValueError` if the devices along `axis` do not divide the dimension.
     """

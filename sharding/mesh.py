@@ -41,7 +41,7 @@ def make_mesh(
       pipeline: parts of the layers.
       expert: parts of the experts.
       devices: all devices if None.
-      axis_types: `AxisType.Auto` (XLA partitions) or `AxisType.Explicit` (shardings are part of the types), of all axes.
+      axis_types: of all axes, `AxisType.Auto` (XLA partitions) or `AxisType.Explicit` (types say where arrays lie).
 
     Sizes are Python ints above 0; one of them may be -1: what the others leave.
 
@@ -133,8 +133,8 @@ def check_spec(function: str, name: str, shape: Sequence[int], spec: PartitionSp
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if shape[dimension] % parts:
             raise ValueError(
-                f"{function}: {name} has shape {tuple(shape)}, its dimension {dimension} must be a multiple of {parts}, "
-                f"the devices along {' · '.join(map(repr, axes))}"
+                f"{function}: {name} has shape {tuple(shape)}, its dimension {dimension} must be a multiple of "
+                f"{parts}, the devices along {' · '.join(map(repr, axes))}"
             )
 
 

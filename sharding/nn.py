@@ -179,8 +179,8 @@ class ParallelTransformerBlock(TransformerBlock):
     ):
         if arguments.get("dropout_rate"):
             raise ValueError(
-                f"ParallelTransformerBlock: dropout_rate must be 0, got {arguments['dropout_rate']}; for dropout between "
-                "layers see sharding.tensor.dropout"
+                f"ParallelTransformerBlock: dropout_rate must be 0, got {arguments['dropout_rate']}; for dropout "
+                "between layers see sharding.dropout"
             )
         super().__init__(num_heads, in_features, hidden_features, rngs=rngs, **arguments)
         self.axis, self.sequence, self.overlap, self.replicate_kv = axis, sequence, overlap, replicate_kv
@@ -214,7 +214,7 @@ class ParallelTransformerBlock(TransformerBlock):
         )
 
     def local(self, x: jax.Array, **attention_arguments: Any) -> jax.Array:
-        """The block on the device's shards; other keywords of `jaxops.dot_product_attention` are of the device's heads."""
+        """The block on the device's shards; further keywords of `jaxops.dot_product_attention` are of its heads."""
         how: dict[str, Any] = {"axis": self.axis, "sequence": self.sequence, "overlap": self.overlap}
         x = x + self._attention(self.attention_norm(x), how, **attention_arguments)
         mlp, h = self.mlp, self.mlp_norm(x)
@@ -243,7 +243,7 @@ class ParallelTransformerBlock(TransformerBlock):
         parts = (layer.query, layer.key, layer.value, layer.out)
         biases = [None if part.bias is None else part.bias[...] for part in parts]
         x, *kernels = _promoted(layer.dtype, x, *(part.kernel[...] for part in parts))
-        return tensor.attention(
+        return tensor.heads_parallel_attention(
             x,
             *kernels,
             attend=heads,
@@ -274,7 +274,7 @@ def _place(layer: Any, name: str, *spec: str | None) -> None:
         return
     variable.set_metadata(out_sharding=spec)
     mesh = get_abstract_mesh()
-    if {axis for axis in spec if axis} <= set(mesh.axis_names):
+    if not mesh.empty and {axis for axis in spec if axis} <= set(mesh.axis_names):
         check_spec(type(layer).__name__, name, variable.shape, PartitionSpec(*spec), mesh)
         variable.set_value(shard_value(variable[...], spec, None, None))
 

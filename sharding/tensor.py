@@ -17,15 +17,20 @@ Transformer Models", arXiv:2205.05198.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from jaxops import gated_linear_unit, matmul
+from jaxops import dropout_rows, gated_linear_unit, matmul
 from jaxops.dispatch import Implementation
+from jaxops.dropout import rate_of
 from jaxops.ops import checks
+from jaxops.ops import linear_cross_entropy as losses
 from jaxops.ops.activations import silu
+from pallas_kernels import random
 from sharding import collectives
 from sharding.collective_matmul import all_gather_matmul, matmul_reduce_scatter
 
@@ -113,8 +118,8 @@ def row_parallel(
       overlap: with `sequence`, send the sums beside the product.
 
     Returns y in the common dtype of x and w; each device's part is rounded to it before the sum. Raises `TypeError` or
-    `ValueError` as `jaxops.matmul` does, if `axis` is none of an enclosing `jax.shard_map`, or with `sequence` if T does
-    not divide the rows.
+    `ValueError` as `jaxops.matmul` does, if `axis` is none of an enclosing `jax.shard_map`, or with `sequence` if T
+    does not divide the rows.
     """
     name = "row_parallel"
     collectives.axis_size(name, axis)
@@ -164,7 +169,7 @@ def gated_mlp(
     return row_parallel(hidden, down, axis=axis, sequence=sequence, overlap=overlap, implementation=implementation)
 
 
-def attention(
+def heads_parallel_attention(
     x: jax.Array,
     query: jax.Array,
     key: jax.Array,
@@ -199,7 +204,7 @@ def attention(
 
     Raises `ValueError` if the heads do not fit each other, besides what `column_parallel` and `row_parallel` raise.
     """
-    name = "attention"
+    name = "heads_parallel_attention"
     size = collectives.axis_size(name, axis)
     x = checks.floating(name, "x", x)
     features = x.shape[-1]
@@ -222,8 +227,8 @@ def attention(
         key, value, biases = one(key), one(value), (biases[0], one(biases[1]), one(biases[2]), biases[3])
     elif query.shape[1] % key.shape[1] or value.shape[1] != key.shape[1]:
         raise ValueError(
-            f"{name}: each device's key heads must divide its query heads, got query {query.shape}, key {key.shape} and "
-            f"value {value.shape} (fewer key heads than devices: replicate_kv)"
+            f"{name}: each device's key heads must divide its query heads, got query {query.shape}, key {key.shape} "
+            f"and value {value.shape} (fewer key heads than devices: replicate_kv)"
         )
     flat = [w.reshape(features, -1) for w in (query, key, value)]
     if sequence and overlap:
@@ -276,6 +281,122 @@ def vocab_parallel_embed(
     # The device whose slice would come first says so: a sum takes one NaN from anywhere.
     lost = outside & (lax.axis_index(axis) == 0)
     return leave(jnp.where(lost[..., None], jnp.nan, rows), axis, sequence=sequence)
+
+
+def vocab_parallel_cross_entropy(
+    x: jax.Array,
+    weight: jax.Array,
+    labels: jax.Array,
+    *,
+    axis: str = "tensor",
+    sequence: bool = False,
+    axis_names: str | Sequence[str] = (),
+    bias: jax.Array | None = None,
+    token_weights: jax.Array | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logits_soft_cap: float | None = None,
+    reduction: str = "mean",
+    implementation: Implementation = None,
+) -> jax.Array:
+    """`jaxops.linear_cross_entropy(x[..., D], weight[D, V_T], labels)`, the vocabulary split over T, without logits.
+
+    lse = log Σ_T exp(lse_i), where lse_i is that of the device's slice, and the label's logit comes from the one slice
+    that has it. Forward: all-reduces of three numbers per token. Backward: all-reduce of dx. With `sequence`, x is
+    [..., S_T, D]: an all-gather of x forward, a reduce-scatter of dx backward.
+
+    Args:
+      x: floating [..., d], the same on all devices of `axis`, or with `sequence` split by rows (axis -2).
+      weight: floating [d, v / T]; bias: floating [v / T] or None. The slices follow each other.
+      labels: integer [...], whole in any case, the same on all devices; outside [0, V) as in `linear_cross_entropy`.
+      token_weights: floating [...], as the labels, or None.
+      axis_names: mesh axes that the tokens are split over, besides `axis`: "mean" and "sum" are over them too.
+      ignore_index, label_smoothing, z_loss, logits_soft_cap, reduction, implementation: as in
+        `jaxops.linear_cross_entropy`.
+
+    Returns the loss in float32 (float64 for float64), the same on all devices of `axis` and, unless it is "none", of
+    `axis_names`. Raises `TypeError` or `ValueError` as `jaxops.linear_cross_entropy` does.
+    """
+    name = "vocab_parallel_cross_entropy"
+    size = collectives.axis_size(name, axis)
+    losses.check_reduction(name, reduction)
+    x = enter(checks.floating(name, "x", x), axis, sequence=sequence)
+
+    def per_token(x, weight, labels, bias, *, label_smoothing, z_loss, logits_soft_cap):
+        own, mine = _of_slice(labels, weight.shape[1], axis)
+        # With this smoothing of the slice, scale · (lse_i - loss_i) is its part of (1-ε) · z[label] + ε · mean(z).
+        spread = label_smoothing / size
+        scale = 1 - label_smoothing + spread
+        loss, lse = losses.loss_and_lse(
+            x,
+            weight,
+            jnp.where(mine, own, -1),
+            bias,
+            label_smoothing=spread / scale,
+            z_loss=0.0,
+            logits_soft_cap=logits_soft_cap,
+            implementation=implementation,
+        )
+        top = lax.pmax(lax.stop_gradient(lse), axis)
+        total, picked = lax.psum(jnp.stack([jnp.exp(lse - top), scale * (lse - loss)]), axis)
+        lse = top + jnp.log(total)
+        return lse - picked + z_loss * lse * lse
+
+    loss, weights = losses.weighted_losses(
+        name,
+        per_token,
+        x,
+        weight,
+        labels,
+        slices=size,
+        bias=bias,
+        token_weights=token_weights,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logits_soft_cap=logits_soft_cap,
+    )
+    names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+    if reduction == "none" or not names:
+        return losses.reduced(loss, weights, reduction)
+    for one in names:
+        collectives.axis_size(name, one)
+    total, count = lax.psum(jnp.stack([jnp.sum(loss), jnp.sum(weights)]), names)
+    return losses.reduced(total, count, reduction)
+
+
+def dropout(x: jax.Array, key: jax.Array, rate: float, *, spec: PartitionSpec) -> jax.Array:
+    """y = x / (1 - rate) where an element survives, with probability 1 - rate, else 0: on every mesh the same elements.
+
+    The random numbers are counted by an element's position in the whole array (`jaxops.dropout_rows`), not by its place
+    on a device. Nothing is sent.
+
+    Args:
+      x: floating [batch, rows, features], or less, the device's part.
+      key: one key of `jax.random`, the same on all devices.
+      rate: a Python number in [0, 1).
+      spec: how the whole is split over the axes of the enclosing `jax.shard_map`: `PartitionSpec("data", "tensor")`.
+
+    Raises `TypeError` if x is not floating or `key` is no key, `ValueError` if a number or shape is not as said, or
+    `spec` names an axis that is not there.
+    """
+    name = "dropout"
+    x = checks.floating(name, "x", x)
+    rate = rate_of(name, rate)
+    if x.ndim > 3 or len(spec) > x.ndim:
+        raise ValueError(f"{name}: x must have 1 to 3 axes, and spec no more than x, got shape {x.shape} and {spec}")
+    start = []
+    for size, entry in zip(x.shape, (*spec, *[None] * x.ndim), strict=False):
+        position: Any = 0  # of the device along this dimension
+        for axis in entry if isinstance(entry, tuple) else () if entry is None else (entry,):
+            position = position * collectives.axis_size(name, axis) + lax.axis_index(axis)
+        start.append(position * size)
+    first_batch, first_row, first_column = [0] * (3 - x.ndim) + start
+    batch, rows, columns = [1] * (3 - x.ndim) + list(x.shape)
+    words = dropout_rows(key, batch, 1, rows, start=(first_batch, 0, first_row))[:, 0, ..., None]
+    kept = random.kept(words[:, 0], words[:, 1], first_column + jnp.arange(columns), rate)
+    return jnp.where(kept.reshape(x.shape), x / (1 - rate), 0)
 
 
 def _of_slice(ids: jax.Array, size: int, axis: str) -> tuple[jax.Array, jax.Array]:

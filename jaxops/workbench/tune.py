@@ -192,7 +192,7 @@ def _cost(program: Callable, shapes: Mapping[str, Any]) -> cost.Cost:
             rule = jax.make_jaxpr(called.run("xla", None))(*arrays).jaxpr
         _, read = partial_eval.dce_jaxpr(rule, [True] * len(rule.outvars))
         count = len(called.names)
-        if not any(read[count:-1]):
+        if not any(called.split(read)[1]):
             forward = functools.partial(autodiff.operator_p.bind, call=called.at("forward", outputs=0))
             spared = cost.of(forward, *arrays[:count])
             total = cost.Cost(total.flops - spared.flops, total.bytes - spared.bytes, total.exact)

@@ -46,7 +46,9 @@ def row_words(
     head = head + lax.broadcasted_iota(jnp.uint32, shape, 1) + first_head
     query = lax.broadcasted_iota(jnp.uint32, shape, 2) + first_query
     first, second = (jnp.broadcast_to(word, shape) for word in key)
-    return jnp.stack(threefry2x32_p.bind(first, second, head, query), axis=2)
+    # Inside shard_map a start differs from device to device, the key does not: threefry wants one type for all.
+    alike = (head ^ head) + (query ^ query)
+    return jnp.stack(threefry2x32_p.bind(*(word + alike for word in (first, second, head, query))), axis=2)
 
 
 def shifted(words: jax.Array, columns) -> jax.Array:

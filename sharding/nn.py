@@ -328,9 +328,9 @@ def _run(
     for (path, array), spec in zip(jax.tree.leaves_with_path(state), specs, strict=True):
         check_spec(called, path_name(path), array.shape, spec, mesh)
     rank = x.ndim + (whole == 0)  # an embedding adds the features
-    x_spec, y_spec = spec_of(x, whole, x.ndim, split), spec_of(x, whole, rank, out_split)
-    if not -x.ndim <= (split or 0) or not -rank <= (out_split or 0):
+    if x.ndim < max(whole, -(split or 0)) or rank < -(out_split or 0):
         raise ValueError(f"{called}: its input must have rows to be split over {axis!r}, got shape {x.shape}")
+    x_spec, y_spec = spec_of(x, whole, x.ndim, split), spec_of(x, whole, rank, out_split)
     check_spec(called, "its input", x.shape, x_spec, mesh)
     given = (parameters, x, beside)
     in_specs = (specs, x_spec, {name: spec_of(array, 1, array.ndim, None) for name, array in beside.items()})

@@ -175,7 +175,7 @@ def expected_of_layers():
     return jax.jit(value_and_gradients(graph))(state, TOKENS[:, :-1])
 
 
-@pytest.mark.parametrize("sequence", [False, True], ids=["stream whole", "sequence"])
+@pytest.mark.parametrize("sequence", [pytest.param(False, marks=SLOW), True], ids=["stream whole", "sequence"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_on_whole_arrays_of_a_mesh(kind, sequence):
     mesh = sharding.make_mesh(data=2, tensor=4, axis_types=kind)
@@ -209,10 +209,47 @@ def block(**options):
     return sharding.nn.ParallelTransformerBlock(6, 24, 32, rngs=nnx.Rngs(0), **options)
 
 
-X = jnp.ones((2, 6, 24))
 BAD = {
-    r"attention/query/kernel has shape \(24, 6, 4\), its dimension 1 must be a multiple of 4.*'tensor'": lambda: (
-        block()
+    r"attention/key/kernel has shape \(24, 6, 4\), its dimension 1 must be a multiple of 4.*'tensor'": (
+        block,
+        (4, 8, 24),
     ),
-    "dropout_rate must be 0, got 0.1": lambda: block(dropout_rate=0.1),
+    r"its input has shape \(4, 6, 24\), its dimension 1 must be a multiple of 4, the devices along 'tensor'": (
+        lambda: sharding.nn.ColumnParallelLinear(24, 8, sequence=True, rngs=nnx.Rngs(0)),
+        (4, 6, 24),
+    ),
+    r"its input must have rows to be split over 'tensor', got shape \(24,\)": (
+        lambda: sharding.nn.ColumnParallelLinear(24, 8, sequence=True, rngs=nnx.Rngs(0)),
+        (24,),
+    ),
+    "dropout_rate must be 0, got 0.1": (lambda: block(dropout_rate=0.1), (4, 8, 24)),
 }
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    make, shape = BAD[message]
+    with pytest.raises(ValueError, match=message):
+        layer = make()
+        with jax.set_mesh(sharding.make_mesh(data=2, tensor=4)):
+            jax.eval_shape(lambda x: layer(x), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def test_a_parameter_that_does_not_fit_the_mesh_is_not_made():
+    with (
+        jax.set_mesh(sharding.make_mesh(tensor=8)),
+        pytest.raises(ValueError, match="ColumnParallelLinear: kernel has"),
+    ):
+        sharding.nn.ColumnParallelLinear(4, 12, rngs=nnx.Rngs(0))
+
+
+def test_positions_and_replicated_heads():
+    """Rotary positions of a batch, and two key heads on four devices."""
+    make = dict(num_heads=8, in_features=16, hidden_features=24, num_kv_heads=2, use_rope=True)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 8, 16)), jnp.float32)
+    positions = jnp.arange(8) * 3 + jnp.array([[0], [5]])
+    plain = TransformerBlock(**make, rngs=nnx.Rngs(0))(x, input_positions=positions, is_causal=True)
+    with jax.set_mesh(sharding.make_mesh(data=2, tensor=4)):
+        layer = sharding.nn.ParallelTransformerBlock(**make, sequence=True, replicate_kv=True, rngs=nnx.Rngs(0))
+        got = jax.jit(lambda x, p: layer(x, input_positions=p, is_causal=True))(x, positions)
+    assert error(jax.device_get(got), plain) < 1e-5

@@ -15,7 +15,7 @@ def compiled(function: Callable, *operands: Any) -> Any:
 
 
 def sent(program: Any, axes: dict[str, int]) -> dict[tuple[str, str], int]:
-    """Bytes of the collectives of a program on one device, {(kind, axis): their sum}; groups of one device send none."""
+    """Bytes of a program's collectives on one device, {(kind, axis): their sum}; groups of one device send none."""
     total: collections.Counter = collections.Counter()
     for one in collectives(program.as_text(), axes):
         axis = "+".join(name for name in (one["axis"] or "?").split("+") if axes.get(name, 0) != 1)

@@ -59,10 +59,9 @@ def all_gather_matmul(
     """
     name = "all_gather_matmul"
     several = isinstance(w, (tuple, list))
+    given: list[Any] = list(w) if several else [w]
     x = _rows(name, x)
-    ws = tuple(
-        checks.weight(name, f"w[{i}]" if several else "w", one, x) for i, one in enumerate(w if several else [w])
-    )
+    ws = tuple(checks.weight(name, f"w[{i}]" if several else "w", one, x) for i, one in enumerate(given))
     if not ws:
         raise ValueError(f"{name}: w must hold at least one matrix, got none")
     size = _ready(name, axis, implementation)
@@ -237,7 +236,7 @@ def _scattered_forward(axis, precision, x, w):
 
 def _scattered_backward(axis, precision, saved, dy):
     x, w = saved
-    dx, dw = jnp.zeros(x.shape, x.dtype), 0
+    dx, dw = jnp.zeros(x.shape, x.dtype), jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
     for first, part in _arrivals(dy, axis):
         dx = _put(dx, _times_transposed(part, w, precision), first)
         dw = dw + _transposed_times(_cut(x, first, part.shape[-2]), part, precision)

@@ -13,7 +13,6 @@ as far as the mesh has these axes and they divide the first dimension. XLA parti
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +59,7 @@ class ColumnParallelLinear(nnx.Linear):
         _place(self, "kernel", None, axis)
         _place(self, "bias", axis)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """`x[..., in_features]` to `[..., out_features]`; inside a shard_map, to the device's features."""
         return _run(self, super().__call__, x, whole=1, split=-2 if self.sequence else None, out_split=-1)
 
@@ -97,7 +96,7 @@ class RowParallelLinear(nnx.Linear):
         _place(self, "kernel", axis, None)
         _place(self, "bias", None)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """`x[..., in_features]`, inside a shard_map the device's features, to `[..., out_features]`."""
         return _run(self, super().__call__, x, whole=1, split=-1, out_split=-2 if self.sequence else None)
 
@@ -133,7 +132,7 @@ class VocabParallelEmbed(nnx.Embed):
         self.axis, self.sequence = axis, sequence
         _place(self, "embedding", axis, None)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
         """Integer `ids[..., S]` to `[..., S, features]`."""
         return _run(self, super().__call__, ids, whole=0, split=None, out_split=-2 if self.sequence else None)
 
@@ -194,7 +193,7 @@ class ParallelTransformerBlock(TransformerBlock):
             _place(linear, "kernel", None, axis)
         _place(self.mlp.down, "kernel", axis, None)
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, x: jax.Array, *, input_positions: jax.Array | None = None, is_causal: bool | None = None
     ) -> jax.Array:
         """`x[..., S, in_features]` to the same shape; inside a shard_map with `sequence`, the device's rows of it.
@@ -303,11 +302,13 @@ def _run(
         return alone(x, **beside, **options)
 
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    rank = x.ndim + (whole == 0)  # an embedding adds the features
+    parts = mesh.shape[axis] if -x.ndim == split or -rank == out_split else 1  # of the first dimension
     batch: tuple[str, ...] = ()
     for name in BATCH if x.ndim > whole else ():
-        parts = math.prod(mesh.shape[one] for one in (*batch, name) if one in kinds)
-        if kinds.get(name) == AxisType.Auto and name != axis and x.shape[0] % parts == 0:
-            batch += (name,)
+        more = parts * mesh.shape.get(name, 1)
+        if kinds.get(name) == AxisType.Auto and name != axis and x.shape[0] % more == 0:
+            batch, parts = (*batch, name), more
 
     def spec_of(array: jax.Array, whole: int, rank: int, dimension: int | None) -> PartitionSpec:
         """Where the first dimensions lie besides, and one dimension over the layer's axis."""
@@ -327,7 +328,6 @@ def _run(
     called = type(layer).__name__
     for (path, array), spec in zip(jax.tree.leaves_with_path(state), specs, strict=True):
         check_spec(called, path_name(path), array.shape, spec, mesh)
-    rank = x.ndim + (whole == 0)  # an embedding adds the features
     if x.ndim < max(whole, -(split or 0)) or rank < -(out_split or 0):
         raise ValueError(f"{called}: its input must have rows to be split over {axis!r}, got shape {x.shape}")
     x_spec, y_spec = spec_of(x, whole, x.ndim, split), spec_of(x, whole, rank, out_split)

@@ -223,8 +223,9 @@ def heads_parallel_attention(
                 f"multiple of the key heads, got key {key.shape} and value {value.shape}"
             )
         head = lax.axis_index(axis) // (size // key.shape[1])
-        one = lambda w: None if w is None else lax.dynamic_slice_in_dim(w, head, 1, axis=w.ndim - 2)
-        key, value, biases = one(key), one(value), (biases[0], one(biases[1]), one(biases[2]), biases[3])
+        one = lambda w: lax.dynamic_slice_in_dim(w, head, 1, axis=w.ndim - 2)
+        key, value = one(key), one(value)
+        biases = [b if b is None or i in (0, 3) else one(b) for i, b in enumerate(biases)]
     elif query.shape[1] % key.shape[1] or value.shape[1] != key.shape[1]:
         raise ValueError(
             f"{name}: each device's key heads must divide its query heads, got query {query.shape}, key {key.shape} "

@@ -139,25 +139,28 @@ def _arrivals(x: jax.Array, axis: str) -> Iterator[tuple[jax.Array, jax.Array]]:
     """(first row in the whole, rows of it), for all of x[..., I_T, K], the device's own first."""
     size, me, rows = lax.axis_size(axis), lax.axis_index(axis), x.shape[-2]
     yield me * rows, x
-    travelling = [
-        (way, first, lax.slice_in_dim(x, first, first + count, axis=-2)) for way, first, count in _halves(rows)
-    ]
+    parts = {way: lax.slice_in_dim(x, first, first + count, axis=-2) for way, first, count in _halves(rows)}
     for step in range(1, size):
-        travelling = [(way, first, _send(part, axis, way)) for way, first, part in travelling]
-        for way, first, part in travelling:
-            yield (me - way * step) % size * rows + first, part
+        # Neither half is used before both are there: else the compiler sends one after the other.
+        parts = lax.optimization_barrier({way: _send(x, axis, way) for way, x in parts.items()})
+        for way, first, _ in _halves(rows):
+            yield (me - way * step) % size * rows + first, parts[way]
 
 
 def _sum_on_the_way(partial: Callable[[Any, int], jax.Array], rows: int, dtype: Any, axis: str) -> jax.Array:
     """Σ_T partial(first, count), the device's own `rows` of it; `partial` gives rows of its part of the sum."""
     size, me = lax.axis_size(axis), lax.axis_index(axis)
     sums: dict[int, jax.Array] = {}
+    before: Any = None
     for left in reversed(range(size)):  # how many steps the rows have to go after this one
         for way, first, count in _halves(rows):
             part = partial((me + way * left) % size * rows + first, count)
             if way in sums:
-                part = part + _send(sums[way], axis, way).astype(part.dtype)
-            sums[way] = part.astype(dtype)
+                # A half is added to after the other half was: that one travels meanwhile. Else the compiler takes all
+                # steps of one way before those of the other, and each link is half idle.
+                arrived, _ = lax.optimization_barrier((_send(sums[way], axis, way), before))
+                part = part + arrived.astype(part.dtype)
+            sums[way] = before = part.astype(dtype)
     return jnp.concatenate([sums[way] for way, *_ in _halves(rows)], axis=-2)
 
 

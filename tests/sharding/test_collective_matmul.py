@@ -52,7 +52,7 @@ def plain(x, w):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize(("tensor", "rows"), [(2, 10), (4, 12), (8, 8), (8, 24)])
+@pytest.mark.parametrize(("tensor", "rows"), [(2, 10), (4, 12), (8, 8), pytest.param(8, 24, marks=pytest.mark.slow)])
 def test_equal_to_the_product_of_whole_arrays(name, tensor, rows):
     """12 rows over 4 devices: halves of 2 and 1; 8 over 8: a shard of one row goes one way."""
     mesh = sharding.make_mesh(
@@ -116,7 +116,9 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    "transform", [pytest.param(t, marks=pytest.mark.slow) if t in ("scan", "checkpoint") else t for t in TRANSFORMS]
+)
 def test_transforms(transform, name):
     mesh = sharding.make_mesh(data=2, tensor=4)
     x, w = operands(8, k=8, n=12)

@@ -108,7 +108,7 @@ class Operator:
             return tuple(self.reference(**there, **static))
         count = len(_forward_shapes(call, tuple((x.shape, x.dtype) for x in there.values()))[0])
         return _locally(
-            lambda *xs: tuple(operator_p.bind(*_varying_alike(xs), call=call))[:count], self.partition, *there.values()
+            lambda *xs: tuple(operator_p.bind(*varying_alike(xs), call=call))[:count], self.partition, *there.values()
         )
 
     def refusal(self, platform: str, operands: Mapping[str, Any], static: Mapping[str, Any]) -> str | None:
@@ -268,7 +268,7 @@ def _locally(f, partition, *operands):
     return auto_axes(f, axes=explicit, out_sharding=partition(jax.typeof(operands[0]).sharding.spec))(*operands)
 
 
-def _varying_alike(operands):
+def varying_alike(operands):
     """All operands varying over the manual mesh axes any of them varies over. Backward: sum over the axes added."""
     axes = [jax.typeof(x).mat.varying for x in operands]
     union = frozenset().union(*axes)

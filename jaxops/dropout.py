@@ -9,19 +9,28 @@ from jaxops.ops import checks
 from pallas_kernels import random
 
 
-def dropout_rows(key: jax.Array, batch: int, heads: int, queries: int) -> jax.Array:
+def dropout_rows(
+    key: jax.Array,
+    batch: int,
+    heads: int,
+    queries: int,
+    *,
+    start: tuple[Any, Any, Any] = (0, 0, 0),
+    all_heads: int | None = None,
+) -> jax.Array:
     """The words that decide what `dropout_key=key` drops, uint32 [batch, heads, 2, queries]: a key for `shard_map`.
 
     Inside `jax.shard_map` every device sees a part of the queries and would use a key as if it were the whole. Make the
     words of the whole outside, cut them like the queries (batch, heads and queries are axes 0, 1 and 3), and give each
-    part as `dropout_key`: then the mesh changes nothing.
+    part as `dropout_key`: then the mesh changes nothing. Or make those of the part: `start` is the position (batch,
+    head, query) of its first row in the whole, which has `all_heads` heads (default: those of the part).
 
     Raises `TypeError` if `key` is not one key of `jax.random`.
     """
     data = _data(key)
     if data is None:
         raise TypeError(f"dropout_rows: key must be one key of jax.random, got {_described(key)}")
-    return random.row_words(data, batch, heads, queries)
+    return random.row_words(data, batch, heads, queries, start, all_heads)
 
 
 def rate_of(operator: str, rate: Any) -> float:

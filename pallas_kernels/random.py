@@ -8,6 +8,8 @@ generators, OOPSLA 2014; the multipliers are those of lowbias32). A row's words 
 element costs two products and a few shifts, so that a kernel makes it again wherever it needs it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,24 +19,36 @@ from jax.extend.random import threefry2x32_p
 _WEYL, _FIRST, _SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
-def row_words(key_data: jax.Array, batch: int, heads: int, queries: int) -> jax.Array:
+def row_words(
+    key_data: jax.Array,
+    batch: int,
+    heads: int,
+    queries: int,
+    start: tuple[Any, Any, Any] = (0, 0, 0),
+    all_heads: int | None = None,
+) -> jax.Array:
     """The two words of every row, uint32 [batch, heads, 2, queries]: Threefry of its position under the key.
 
-    key_data: uint32 [2], or [4] as the keys of JAX's "rbg" generators have.
+    key_data: uint32 [2], or [4] as the keys of JAX's "rbg" generators have. start: the position (batch, head, query) of
+    the first row in a whole that has `all_heads` heads.
 
-    They belong to the whole of a problem. Whoever cuts a problem cuts them too, like its queries; whoever cuts its keys
-    counts columns from the first key of the whole, or gives the piece that begins at key j the first words plus j · φ
-    (`shifted`).
+    They belong to the whole of a problem. Whoever cuts a problem cuts them too, like its queries, or says where the
+    piece begins; whoever cuts its keys counts columns from the first key of the whole, or gives the piece that begins
+    at key j the first words plus j · φ (`shifted`).
     """
     words = key_data.reshape(-1, 2)
     key = words[0]
     for more in words[1:]:
         key = jnp.stack(threefry2x32_p.bind(key[0], key[1], more[0], more[1]))
     shape = (batch, heads, queries)
-    head = lax.broadcasted_iota(jnp.uint32, shape, 0) * heads + lax.broadcasted_iota(jnp.uint32, shape, 1)
-    query = lax.broadcasted_iota(jnp.uint32, shape, 2)
+    first_batch, first_head, first_query = (jnp.asarray(position).astype(jnp.uint32) for position in start)
+    head = (lax.broadcasted_iota(jnp.uint32, shape, 0) + first_batch) * (all_heads or heads)
+    head = head + lax.broadcasted_iota(jnp.uint32, shape, 1) + first_head
+    query = lax.broadcasted_iota(jnp.uint32, shape, 2) + first_query
     first, second = (jnp.broadcast_to(word, shape) for word in key)
-    return jnp.stack(threefry2x32_p.bind(first, second, head, query), axis=2)
+    # Inside shard_map a start differs from device to device, the key does not: threefry wants one type for all.
+    alike = (head ^ head) + (query ^ query)
+    return jnp.stack(threefry2x32_p.bind(*(word + alike for word in (first, second, head, query))), axis=2)
 
 
 def shifted(words: jax.Array, columns) -> jax.Array:

@@ -18,6 +18,8 @@ import pytest
 import jaxops
 import jaxops.nn
 import jaxops.nn.linen
+import sharding
+import sharding.nn
 from jaxops.workbench.command import main
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -166,7 +168,9 @@ def test_links_lead_somewhere(path):
         assert target.startswith("https://") or (path.parent / target).exists(), f"{_name(path)} links to {target}"
 
 
-@pytest.mark.parametrize("module", [jaxops, jaxops.nn, jaxops.nn.linen], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [jaxops, jaxops.nn, jaxops.nn.linen, sharding, sharding.nn], ids=lambda m: m.__name__
+)
 def test_every_public_name_is_on_a_page(module):
     text = "\n".join(path.read_text() for path in PAGES if "docs" in path.parts)
     missing = [name for name in _public(module) if f"`{name}`" not in text and f"{module.__name__}.{name}" not in text]

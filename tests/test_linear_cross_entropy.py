@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxops.ops.linear_cross_entropy import linear_cross_entropy
+from jaxops.ops.linear_cross_entropy import linear_cross_entropy, loss_and_lse
 from jaxops.reference.linear_cross_entropy import linear_cross_entropy as reference
 from tests.compare import check, error
 
@@ -57,6 +57,27 @@ def test_values_and_gradients(tokens, hidden, vocab, bias, dtype, static):
 def test_transforms():
     operands = operands_of(16, 12, 40, True)
     check(per_token, reference, operands, differentiable=differentiable(operands), sharded={"x": 0, "labels": 0}, **ALL)
+
+
+def scaled_loss_and_lse(x, weight, labels, bias=None, *, function=loss_and_lse, **static):
+    """One output of both: the gradient of each depends on the other."""
+    more = {} if function is reference else {"implementation": None}
+    loss, lse = function(x, weight, labels, bias, **static, **more)
+    return loss * jnp.sin(lse)
+
+
+@pytest.mark.parametrize("static", [PLAIN, ALL], ids=["plain", "all"])
+def test_lse_has_a_gradient_and_a_label_may_be_none(static):
+    operands = operands_of(300, 12, 1100, True)
+    operands["labels"][::3] = -1
+    check(
+        scaled_loss_and_lse,
+        functools.partial(scaled_loss_and_lse, function=reference),
+        operands,
+        differentiable=differentiable(operands),
+        transforms=("hessian-vector product", "vmap of grad") if static is ALL else (),
+        **static,
+    )
 
 
 def small(dtype=jnp.float32):

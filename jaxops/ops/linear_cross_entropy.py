@@ -1,6 +1,8 @@
 """linear_cross_entropy: public function and XLA rules that never hold the logits."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +68,16 @@ def _backward(x, weight, labels, bias=None, *, outputs, residuals, cotangents, *
     def run(elements, *operands):
         return _backward_chunked(elements, *operands, **static)
 
-    return vocabulary.by_platform(run, x, weight, labels, bias, outputs[1], cotangents[0])
+    return vocabulary.by_platform(run, x, weight, labels, bias, outputs[1], *cotangents)
 
 
-def _backward_chunked(elements, x, weight, labels, bias, lse, g, *, label_smoothing, z_loss, logits_soft_cap):
-    """dz = g · (p · (1 + 2 · z_loss · lse) - (1 - ε) · [label] - ε / vocab) · slope,  dx = dz · wᵀ,  dw = xᵀ · dz."""
+def _backward_chunked(elements, x, weight, labels, bias, lse, g, dlse, *, label_smoothing, z_loss, logits_soft_cap):
+    """dz = (p · (g + g · 2 · z_loss · lse + dlse) - g · (1 - ε) · [label] - g · ε / vocab) · slope,
+    dx = dz · wᵀ,  dw = xᵀ · dz."""
     layer = vocabulary.Layer(x, weight, bias)
     of_p, of_label = g * (1 + 2 * z_loss * lse), g * (1 - label_smoothing)
+    if dlse is not None:
+        of_p = of_p + dlse
 
     def dz_of(start, z):
         z, slope = _capped(z, logits_soft_cap)
@@ -93,6 +98,7 @@ _OPERATOR = Operator(
     tpu=tpu.linear_cross_entropy,
     gpu="no Mosaic GPU kernel for linear_cross_entropy yet",
     partition=lambda spec: (jax.sharding.PartitionSpec(*spec[:1]),) * 2,
+    differentiable_outputs=2,
 )
 
 
@@ -139,15 +145,71 @@ def linear_cross_entropy(
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
     """
     name = "linear_cross_entropy"
+    vocabulary.check_reduction(name, reduction)
+
+    def per_token(*operands: Any, **static: Any) -> jax.Array:
+        return loss_and_lse(*operands, **static, implementation=implementation)[0]
+
+    loss, weights = weighted_losses(
+        name,
+        per_token,
+        x,
+        weight,
+        labels,
+        bias=bias,
+        token_weights=token_weights,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logits_soft_cap=logits_soft_cap,
+    )
+    return vocabulary.reduced(loss, weights, reduction)
+
+
+def loss_and_lse(
+    x: jax.Array,
+    weight: jax.Array,
+    labels: jax.Array,
+    bias: jax.Array | None,
+    *,
+    implementation: dispatch.Implementation,
+    **static: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """(loss[tokens], lse[tokens]) of the reference, fused; both are differentiable."""
+    operands = dict(x=x, weight=weight, labels=labels, bias=bias)
+    loss, lse = _OPERATOR(operands, implementation=implementation, **static)
+    return loss, lse
+
+
+def weighted_losses(
+    name: str,
+    per_token: Callable[..., jax.Array],
+    x: Any,
+    weight: Any,
+    labels: Any,
+    *,
+    slices: int = 1,
+    bias: Any,
+    token_weights: Any,
+    ignore_index: int | None,
+    label_smoothing: float,
+    z_loss: float,
+    logits_soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(u · loss, u), both [...], for the arguments of `linear_cross_entropy`, which are checked here.
+
+    per_token(x[tokens, hidden], weight, labels[tokens], bias, label_smoothing=, z_loss=, logits_soft_cap=) gives the
+    losses. slices: `weight` and `bias` are one of so many slices of the vocabulary, labels are of the whole.
+    """
     x = checks.floating(name, "x", x)
     *leading, hidden = x.shape
     weight = checks.weight(name, "weight", weight, x)
-    vocab = weight.shape[1]
+    vocab = slices * weight.shape[1]
     if vocab == 0:
         raise ValueError(f"{name}: weight must have at least one column, got {weight.shape}")
     labels = checks.integer(name, "labels", labels, shape=leading, of="the leading axes of x")
     if bias is not None:
-        bias = checks.floating(name, "bias", bias, shape=(vocab,), of="the last axis of weight")
+        bias = checks.floating(name, "bias", bias, shape=weight.shape[1:], of="the last axis of weight")
     if token_weights is not None:
         token_weights = checks.floating(name, "token_weights", token_weights, shape=leading, of="the leading axes of x")
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
@@ -158,20 +220,16 @@ def linear_cross_entropy(
     z_loss = checks.number(name, "z_loss", z_loss)
     if logits_soft_cap is not None:
         logits_soft_cap = checks.number(name, "logits_soft_cap", logits_soft_cap, positive=True)
-    vocabulary.check_reduction(name, reduction)
 
     tokens = math.prod(leading)
     index = labels.astype(jnp.int32)
     valid = (index >= 0) & (index < vocab) & (index.astype(labels.dtype) == labels)
     counted = jnp.ones_like(valid) if ignore_index is None else index != ignore_index
-    loss, _ = _OPERATOR(
-        dict(
-            x=x.reshape(tokens, hidden),
-            weight=weight,
-            labels=jnp.where(valid & counted, index, 0).reshape(tokens),
-            bias=bias,
-        ),
-        implementation=implementation,
+    loss = per_token(
+        x.reshape(tokens, hidden),
+        weight,
+        jnp.where(valid & counted, index, 0).reshape(tokens),
+        bias,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         logits_soft_cap=logits_soft_cap,
@@ -181,4 +239,4 @@ def linear_cross_entropy(
     if token_weights is not None:
         weights = jnp.where(counted, token_weights.astype(loss.dtype), 0)
         loss = jnp.where(counted, weights * loss, 0)
-    return vocabulary.reduced(loss, weights, reduction)
+    return loss, weights

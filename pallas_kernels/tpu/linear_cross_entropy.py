@@ -2,7 +2,7 @@
 
     z = x · weight (+ bias),  z = cap · tanh(z / cap),  lse_t = log Σ_v exp z_tv
     loss_t = lse_t - (1-ε) z_ty - (ε/V) Σ_v z_tv + λ lse_t²                   (ε label smoothing, λ z-loss, y the label)
-    dz_tv = g_t · [(1 + 2λ lse_t) · exp(z_tv - lse_t) - (1-ε) [v = y] - ε/V] · (1 - (z_tv / cap)²)
+    dz_tv = [(g_t + 2λ g_t lse_t + dlse_t) · exp(z_tv - lse_t) - g_t (1-ε) [v = y] - g_t ε/V] · (1 - (z_tv / cap)²)
     dx = dz · weightᵀ,   dweight = xᵀ · dz,   dbias = Σ_t dz
 
 Forward: a block of tokens stays while the vocabulary streams past; maxima and sums are kept per lane and joined at the
@@ -483,14 +483,17 @@ def backward(
     logits_soft_cap: float | None,
     tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
-    """Gradients of x, weight and bias (if present) from the cotangent g[tokens] of the loss and lse[tokens]."""
+    """Gradients of x, weight and bias (if present) from lse[tokens] and the cotangents of loss and lse, or None."""
     operands = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     (tokens, hidden), vocab, dtype = x.shape, weight.shape[1], x.dtype
     x, weight, bias, tiles = _prepare(x, weight, bias, tiles, backward=True)
     padded, wide = x.shape
     g, lse = cotangents[0].astype(f32), outputs[1]
+    slope = g * (1 + 2 * z_loss * lse)
+    if cotangents[1] is not None:
+        slope = slope + cotangents[1].astype(f32)
     # Tokens past the end: g = 0 and lse = ∞, so that dz is 0 whatever the bias.
-    rows = (_row(labels, padded), _row(lse, padded, jnp.inf), _row(g, padded), _row(g * (1 + 2 * z_loss * lse), padded))
+    rows = (_row(labels, padded), _row(lse, padded, jnp.inf), _row(g, padded), _row(slope, padded))
     blocks = pl.cdiv(vocab, tiles.vocab)
     shares = min(chips.current("tpu").cores, blocks)
     rounds = pl.cdiv(blocks, shares)

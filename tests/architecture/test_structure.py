@@ -12,6 +12,8 @@ import jaxops.nn
 import jaxops.nn.linen
 import pallas_kernels.gpu
 import pallas_kernels.tpu
+import sharding
+import sharding.nn
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = ("pallas_kernels", "jaxops", "sharding", "examples")  # each may import those before it
@@ -70,7 +72,7 @@ def test_one_file_names_platforms_and_one_builds_derivative_rules(path):
 
 
 @pytest.mark.parametrize(
-    "package", [jaxops, jaxops.nn, pallas_kernels.tpu, pallas_kernels.gpu], ids=lambda p: p.__name__
+    "package", [jaxops, jaxops.nn, pallas_kernels.tpu, pallas_kernels.gpu, sharding], ids=lambda p: p.__name__
 )
 def test_a_table_of_contents_is_one_explicit_line_per_name(package):
     tree = ast.parse(inspect.getsource(package))
@@ -81,9 +83,10 @@ def test_a_table_of_contents_is_one_explicit_line_per_name(package):
 
 
 def _public():
-    for package in (jaxops, jaxops.nn, jaxops.nn.linen):
+    for package in (jaxops, jaxops.nn, jaxops.nn.linen, sharding, sharding.nn):
         for name, value in vars(package).items():
-            if not name.startswith("_") and callable(value) and getattr(value, "__module__", "").startswith("jaxops"):
+            home = getattr(value, "__module__", "").partition(".")[0]
+            if not name.startswith("_") and callable(value) and home == package.__name__.partition(".")[0]:
                 yield pytest.param(value, id=f"{package.__name__}.{name}")
 
 
@@ -116,7 +119,7 @@ def test_importing_the_library_starts_no_backend():
     import subprocess
     import sys
 
-    code = "import jaxops, jaxops.nn; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    code = "import sharding.nn; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

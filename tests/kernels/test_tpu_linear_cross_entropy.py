@@ -14,7 +14,7 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 STATIC = ("label_smoothing", "z_loss", "logits_soft_cap")
 
 
-def oracle(x, weight, labels, g, bias, label_smoothing, z_loss, logits_soft_cap):
+def oracle(x, weight, labels, g, bias, label_smoothing, z_loss, logits_soft_cap, dlse=0.0):
     """float64: loss, lse and the gradients by name."""
     x, weight, g = (np.asarray(a, np.float64) for a in (x, weight, g))
     labels, vocab = np.asarray(labels), weight.shape[1]
@@ -28,12 +28,15 @@ def oracle(x, weight, labels, g, bias, label_smoothing, z_loss, logits_soft_cap)
     picked = np.arange(vocab) == labels[:, None]
     target = (1 - label_smoothing) * picked + label_smoothing / vocab
     loss = lse - (target * z).sum(1) + z_loss * lse**2
-    dz = g[:, None] * ((1 + 2 * z_loss * lse[:, None]) * np.exp(z - lse[:, None]) - target) * bend
+    p = np.exp(z - lse[:, None])
+    dz = (
+        g[:, None] * ((1 + 2 * z_loss * lse[:, None]) * p - target) + np.asarray(dlse, np.float64)[..., None] * p
+    ) * bend
     out = {"loss": loss, "lse": lse, "x": dz @ weight.T, "weight": x.T @ dz}
     return out if bias is None else out | {"bias": dz.sum(0)}
 
 
-def unfused(x, weight, labels, g, bias, label_smoothing, z_loss, logits_soft_cap):
+def unfused(x, weight, labels, g, bias, label_smoothing, z_loss, logits_soft_cap, dlse=0.0):
     """XLA's own, with the logits in memory, in the operands' dtype as a product gives them."""
     named = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
 
@@ -44,21 +47,21 @@ def unfused(x, weight, labels, g, bias, label_smoothing, z_loss, logits_soft_cap
         if logits_soft_cap is not None:
             z = logits_soft_cap * jnp.tanh(z / logits_soft_cap)
         lse = jax.nn.logsumexp(z, axis=1)
-        picked = jnp.take_along_axis(z, labels[:, None], 1)[:, 0]
+        picked = jnp.where(labels < 0, 0, jnp.take_along_axis(z, jnp.maximum(labels, 0)[:, None], 1)[:, 0])
         loss = lse - (1 - label_smoothing) * picked - label_smoothing * z.mean(1) + z_loss * lse**2
         return loss, lse
 
     (loss, lse), pull = jax.vjp(f, named)
-    return {"loss": loss, "lse": lse} | pull((g, jnp.zeros_like(lse)))[0]
+    return {"loss": loss, "lse": lse} | pull((g, jnp.broadcast_to(jnp.asarray(dlse, f32), lse.shape)))[0]
 
 
-def fused(x, weight, labels, g, bias, static, tiles):
+def fused(x, weight, labels, g, bias, static, tiles, dlse=None):
     operands = {"x": x, "weight": weight, "labels": labels} | ({} if bias is None else {"bias": bias})
     static = dict(zip(STATIC, static, strict=True))
     assert kernel.unsupported(**operands, **static) is None
     outputs, residuals = kernel.forward(**operands, **static, tiles=tiles)
     grads = kernel.backward(
-        **operands, outputs=outputs, residuals=residuals, cotangents=(g, None), **static, tiles=tiles
+        **operands, outputs=outputs, residuals=residuals, cotangents=(g, dlse), **static, tiles=tiles
     )
     return {"loss": outputs[0], "lse": outputs[1]} | grads
 
@@ -130,6 +133,16 @@ def test_vmap():
     dtypes = dict.fromkeys(("loss", "lse", "x", "weight"), f32)
     for i, args in enumerate((first, second)):
         check({k: v[i] for k, v in got.items()}, oracle(*args, *PLAIN), unfused(*args, *PLAIN), dtypes)
+
+
+def test_a_cotangent_of_lse_and_labels_that_are_none():
+    x, weight, labels, g, bias = data(129, 16, 300, f32, f32)
+    args, dlse = (x, weight, labels.at[::3].set(-1), g, bias), jnp.cos(3 * g)
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with chips.target(chips.named("v5p")), pltpu.force_tpu_interpret_mode(params):
+        got = jax.tree.map(np.asarray, jax.jit(fused, static_argnums=(5, 6))(*args, ALL, SMALL, dlse))
+    want, plain = oracle(*args, *ALL, dlse), unfused(*args, *ALL, dlse)
+    check(got, want, plain, dict.fromkeys(("loss", "lse", "x", "weight", "bias"), f32))
 
 
 @pytest.mark.parametrize("tokens", [1, 300])

@@ -1,0 +1,252 @@
+"""Products beside the communication they need: while one shard travels to the next device, another is multiplied.
+
+The devices of an axis form a ring. A shard is cut in two halves of rows, and the halves go round in opposite
+directions, so that both directions of every link carry half of the bytes. Unrolled, each step is a transfer and a
+product that do not depend on each other; the compiler's scheduler runs them at the same time.
+
+    all_gather_matmul      x[I_T, K], w[K, J_T] ↦ y[I, J_T]      rows travel, products are put where they belong
+    matmul_reduce_scatter  x[I, K_T], w[K_T, J] ↦ y[I_T, J]      sums travel, each device adds its product
+
+Each is the other's gradient with respect to x: dx = matmul_reduce_scatter(dy, wᵀ), and dx = all_gather_matmul(dy, wᵀ).
+
+Source: Wang et al., "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning Models",
+ASPLOS 2023.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxops import matmul
+from jaxops.autodiff import varying_alike
+from jaxops.ops import checks
+from sharding import collectives
+
+IMPLEMENTATIONS = ("ring", "xla")
+_WAYS = (1, -1)  # to the next device and to the one before
+
+
+def all_gather_matmul(
+    x: jax.Array,
+    w: jax.Array | Sequence[jax.Array],
+    *,
+    axis: str,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str = "ring",
+) -> Any:
+    """y[..., I, J_T] = x[..., I_T, K] · w[K, J_T], for local shards x[..., I / T, K] inside `jax.shard_map`.
+
+    Forward: all-gather of x. Backward: reduce-scatter of dx = dy · wᵀ; and x, of which only the shard was kept, is
+    gathered again for dw = xᵀ · dy. With "xla" the gathered x is kept and not sent again.
+
+    Args:
+      x: floating [..., rows, k].
+      w: floating [k, n], or several such matrices that share the gathered x.
+      axis: the mesh axis that the rows are split over.
+      precision: as in `jnp.matmul`.
+      implementation: "ring", or "xla": an all-gather and then the product, which XLA leaves one after the other, in
+        every transform. A ring has no forward mode (`jax.jvp`); it has reverse mode of every order, and forward over
+        reverse.
+
+    Returns:
+      y[..., rows · T, n] in the common dtype of x and w, each sum in float32; a tuple of them for several w.
+
+    Raises `TypeError` or `ValueError` if an operand is not as said, `implementation` is unknown, or `axis` is none of
+    an enclosing `jax.shard_map`.
+    """
+    name = "all_gather_matmul"
+    several = isinstance(w, (tuple, list))
+    given: list[Any] = list(w) if several else [w]
+    x = _rows(name, x)
+    ws = tuple(checks.weight(name, f"w[{i}]" if several else "w", one, x) for i, one in enumerate(given))
+    if not ws:
+        raise ValueError(f"{name}: w must hold at least one matrix, got none")
+    size = _ready(name, axis, implementation)
+    if implementation == "xla" or size == 1:
+        whole = collectives.all_gather(x, axis, -2)
+        ys = tuple(matmul(whole, one, precision=precision) for one in ws)
+    else:
+        x, *ws = varying_alike((collectives.copy(x, axis), *ws))
+        ys = _gather(axis, precision, x, tuple(ws))
+    return ys if several else ys[0]
+
+
+def matmul_reduce_scatter(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    axis: str,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str = "ring",
+) -> jax.Array:
+    """y[..., I_T, J] = Σ_T x[..., I, K_T] · w[K_T, J], for local shards x[..., I, K / T], w[K / T, J].
+
+    Forward: reduce-scatter of the products. Backward: one all-gather of dy, for dx = dy · wᵀ and dw = xᵀ · dy.
+
+    Args:
+      x: floating [..., rows, k], T dividing the rows.
+      w: floating [k, n].
+      axis: the mesh axis that the sum goes over, and the rows of y are split over.
+      precision, implementation: as in `all_gather_matmul`; "xla" is the product and then a reduce-scatter.
+
+    Returns:
+      y[..., rows / T, n] in the common dtype of x and w. Products and additions are in float32; what travels from
+      device to device is rounded to the dtype of y.
+
+    Raises `TypeError` or `ValueError` as `all_gather_matmul` does, and if T does not divide the rows.
+    """
+    name = "matmul_reduce_scatter"
+    x = _rows(name, x)
+    w = checks.weight(name, "w", w, x)
+    size = _ready(name, axis, implementation)
+    collectives.divisible(name, "x", x, -2, size, axis)
+    if implementation == "xla" or size == 1:
+        return collectives.reduce_scatter(matmul(x, w, precision=precision), axis, -2)
+    return _scatter(axis, precision, *varying_alike((collectives.copy(x, axis), w)))
+
+
+def _rows(name: str, x: Any) -> jax.Array:
+    x = checks.floating(name, "x", x)
+    if x.ndim < 2:
+        raise ValueError(f"{name}: x must have shape (..., rows, k), got {x.shape}")
+    return x
+
+
+def _ready(name: str, axis: str, implementation: str) -> int:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{name}: implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    return collectives.axis_size(name, axis)
+
+
+# ---- the ring ------------------------------------------------------------------------------------------------------
+
+
+def _halves(rows: int) -> list[tuple[int, int, int]]:
+    """(way, first row, rows) of the two halves of a shard; a shard of one row goes one way."""
+    cut = (rows + 1) // 2
+    return [half for half in ((1, 0, cut), (-1, cut, rows - cut)) if half[2]]
+
+
+def _send(x: jax.Array, axis: str, way: int) -> jax.Array:
+    size = lax.axis_size(axis)
+    return lax.ppermute(x, axis, [(i, (i + way) % size) for i in range(size)])
+
+
+def _arrivals(x: jax.Array, axis: str) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """(first row in the whole, rows of it), for all of x[..., I_T, K], the device's own first."""
+    size, me, rows = lax.axis_size(axis), lax.axis_index(axis), x.shape[-2]
+    yield me * rows, x
+    parts = {way: lax.slice_in_dim(x, first, first + count, axis=-2) for way, first, count in _halves(rows)}
+    for step in range(1, size):
+        # Neither half is used before both are there: else the compiler sends one after the other.
+        parts = lax.optimization_barrier({way: _send(x, axis, way) for way, x in parts.items()})
+        for way, first, _ in _halves(rows):
+            yield (me - way * step) % size * rows + first, parts[way]
+
+
+def _sum_on_the_way(partial: Callable[[Any, int], jax.Array], rows: int, dtype: Any, axis: str) -> jax.Array:
+    """Σ_T partial(first, count), the device's own `rows` of it; `partial` gives rows of its part of the sum."""
+    size, me = lax.axis_size(axis), lax.axis_index(axis)
+    sums: dict[int, jax.Array] = {}
+    before: Any = None
+    for left in reversed(range(size)):  # how many steps the rows have to go after this one
+        for way, first, count in _halves(rows):
+            part = partial((me + way * left) % size * rows + first, count)
+            if way in sums:
+                # A half is added to after the other half was: that one travels meanwhile. Else the compiler takes all
+                # steps of one way before those of the other, and each link is half idle.
+                arrived, _ = lax.optimization_barrier((_send(sums[way], axis, way), before))
+                part = part + arrived.astype(part.dtype)
+            sums[way] = before = part.astype(dtype)
+    return jnp.concatenate([sums[way] for way, *_ in _halves(rows)], axis=-2)
+
+
+# ---- the two products, and their gradients -------------------------------------------------------------------------
+
+
+def _product(a: jax.Array, b: jax.Array, dimensions: tuple, precision: Any) -> jax.Array:
+    dtype = jnp.promote_types(a.dtype, b.dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    a, b = a.astype(dtype), b.astype(dtype)
+    return lax.dot_general(a, b, (dimensions, ((), ())), precision=precision, preferred_element_type=wide)
+
+
+def _times(x, w, precision):
+    """x[..., k] · w[k, n]."""
+    return _product(x, w, ((x.ndim - 1,), (0,)), precision)
+
+
+def _times_transposed(y, w, precision):
+    """y[..., n] · w[k, n]ᵀ."""
+    return _product(y, w, ((y.ndim - 1,), (1,)), precision)
+
+
+def _transposed_times(x, y, precision):
+    """Σ x[..., k]ᵀ · y[..., n], over all rows."""
+    rows = tuple(range(x.ndim - 1))
+    return _product(x, y, (rows, rows), precision)
+
+
+def _cut(x, first, count):
+    return lax.dynamic_slice_in_dim(x, first, count, axis=-2)
+
+
+def _put(whole, part, first):
+    return lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), first, axis=whole.ndim - 2)
+
+
+def _gathered(axis, precision, x, ws):
+    rows = x.shape[-2] * lax.axis_size(axis)
+    ys = [jnp.zeros((*x.shape[:-2], rows, w.shape[1]), jnp.promote_types(x.dtype, w.dtype)) for w in ws]
+    for first, part in _arrivals(x, axis):
+        ys = [_put(y, _times(part, w, precision), first) for y, w in zip(ys, ws, strict=True)]
+    return tuple(ys)
+
+
+def _gathered_forward(axis, precision, x, ws):
+    return _gathered(axis, precision, x, ws), (x, ws)  # no custom rule inside: forward mode goes over reverse
+
+
+def _gathered_backward(axis, precision, saved, dys):
+    x, ws = saved
+    pairs = list(zip(dys, ws, strict=True))
+
+    def rows_of_dx(first, count):
+        return sum(_times_transposed(_cut(dy, first, count), w, precision) for dy, w in pairs)
+
+    dx = _sum_on_the_way(rows_of_dx, x.shape[-2], x.dtype, axis)
+    dws: list[Any] = [0] * len(ws)
+    for first, part in _arrivals(x, axis):
+        dws = [
+            dw + _transposed_times(part, _cut(dy, first, part.shape[-2]), precision)
+            for dw, dy in zip(dws, dys, strict=True)
+        ]
+    return dx, tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True))
+
+
+def _scattered(axis, precision, x, w):
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    rows = x.shape[-2] // lax.axis_size(axis)
+    return _sum_on_the_way(lambda first, count: _times(_cut(x, first, count), w, precision), rows, dtype, axis)
+
+
+def _scattered_forward(axis, precision, x, w):
+    return _scattered(axis, precision, x, w), (x, w)
+
+
+def _scattered_backward(axis, precision, saved, dy):
+    x, w = saved
+    dx, dw = jnp.zeros(x.shape, x.dtype), jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+    for first, part in _arrivals(dy, axis):
+        dx = _put(dx, _times_transposed(part, w, precision), first)
+        dw = dw + _transposed_times(_cut(x, first, part.shape[-2]), part, precision)
+    return dx, dw.astype(w.dtype)
+
+
+_gather = jax.custom_vjp(_gathered, nondiff_argnums=(0, 1))
+_gather.defvjp(_gathered_forward, _gathered_backward)
+_scatter = jax.custom_vjp(_scattered, nondiff_argnums=(0, 1))
+_scatter.defvjp(_scattered_forward, _scattered_backward)

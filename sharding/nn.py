@@ -1,0 +1,344 @@
+"""Flax NNX layers split over a mesh axis: flax's and jaxops' parameters and arguments, and where each parameter lies.
+
+A parameter has its whole shape, and its partition as metadata (`nnx.get_partition_spec`): under `jax.set_mesh` it is
+made on the mesh, else `sharding.shard` puts it there. Each layer runs in three ways, with the same collectives:
+
+    inside jax.shard_map over its axis      on the device's shards, passed in with `nnx.split` and `nnx.merge`
+    under jax.set_mesh, Auto or Explicit    on whole arrays: it makes the shard_map itself, over its axis and those
+                                            that the batch is split over
+    without that axis                       as the layer of one device that it is derived from
+
+The batch is split over every explicit axis that its type names. Types say nothing of Auto axes: there `BATCH` is taken,
+as far as the mesh has these axes and they divide the first dimension. XLA partitions what is left of the mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core.spmd import shard_value
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh, reshard
+
+from jaxops.nn import TransformerBlock
+from jaxops.nn.attention import attend
+from jaxops.nn.implementation import without_kernels
+from sharding import tensor
+from sharding.mesh import check_spec, path_name
+
+BATCH = ("data", "fsdp")
+
+
+class ColumnParallelLinear(nnx.Linear):
+    """y[..., N_T] = x[..., K] · kernel[K, N_T] + bias[N_T].
+
+    Forward: nothing is sent, or with `sequence` an all-gather of x[..., S_T, K]. Backward: all-reduce, or
+    reduce-scatter, of dx.
+
+    Args:
+      in_features, out_features: whole sizes, as in `nnx.Linear`.
+      axis: the mesh axis T that the columns are split over.
+      sequence, overlap: as in `sharding.tensor.column_parallel`.
+      **flax_arguments: those of `nnx.Linear` (`use_bias`, `dtype`, `param_dtype`, `precision`, `kernel_init`, …).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axis: str = "tensor",
+        sequence: bool = False,
+        overlap: bool = False,
+        rngs: nnx.Rngs,
+        **flax_arguments: Any,
+    ):
+        super().__init__(in_features, out_features, rngs=rngs, **flax_arguments)
+        self.axis, self.sequence, self.overlap = axis, sequence, overlap
+        _place(self, "kernel", None, axis)
+        _place(self, "bias", axis)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        """`x[..., in_features]` to `[..., out_features]`; inside a shard_map, to the device's features."""
+        return _run(self, super().__call__, x, whole=1, split=-2 if self.sequence else None, out_split=-1)
+
+    def local(self, x: jax.Array) -> jax.Array:
+        """The layer on the device's shards."""
+        return _linear(self, tensor.column_parallel, x)
+
+
+class RowParallelLinear(nnx.Linear):
+    """y[..., N] = Σ_T x[..., K_T] · kernel[K_T, N] + bias[N].
+
+    Forward: all-reduce, or with `sequence` reduce-scatter to y[..., S_T, N]. Backward: nothing is sent, or all-gather.
+
+    Args:
+      in_features, out_features: whole sizes, as in `nnx.Linear`.
+      axis: the mesh axis T that the rows are split over.
+      sequence, overlap: as in `sharding.tensor.row_parallel`.
+      **flax_arguments: those of `nnx.Linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axis: str = "tensor",
+        sequence: bool = False,
+        overlap: bool = False,
+        rngs: nnx.Rngs,
+        **flax_arguments: Any,
+    ):
+        super().__init__(in_features, out_features, rngs=rngs, **flax_arguments)
+        self.axis, self.sequence, self.overlap = axis, sequence, overlap
+        _place(self, "kernel", axis, None)
+        _place(self, "bias", None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        """`x[..., in_features]`, inside a shard_map the device's features, to `[..., out_features]`."""
+        return _run(self, super().__call__, x, whole=1, split=-1, out_split=-2 if self.sequence else None)
+
+    def local(self, x: jax.Array) -> jax.Array:
+        """The layer on the device's shards."""
+        return _linear(self, tensor.row_parallel, x)
+
+
+class VocabParallelEmbed(nnx.Embed):
+    """y[..., S, D] = embedding[V_T, D][ids], each row from the device that has it.
+
+    Forward: all-reduce of y, or with `sequence` reduce-scatter to y[..., S_T, D]. Backward: nothing is sent, or
+    all-gather. Its transpose is the weight of `sharding.tensor.vocab_parallel_cross_entropy`.
+
+    Args:
+      num_embeddings, features: whole sizes, as in `nnx.Embed`.
+      axis: the mesh axis T that the vocabulary is split over.
+      sequence: whether y is split by rows.
+      **flax_arguments: those of `nnx.Embed`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        axis: str = "tensor",
+        sequence: bool = False,
+        rngs: nnx.Rngs,
+        **flax_arguments: Any,
+    ):
+        super().__init__(num_embeddings, features, rngs=rngs, **flax_arguments)
+        self.axis, self.sequence = axis, sequence
+        _place(self, "embedding", axis, None)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
+        """Integer `ids[..., S]` to `[..., S, features]`."""
+        return _run(self, super().__call__, ids, whole=0, split=None, out_split=-2 if self.sequence else None)
+
+    def local(self, ids: jax.Array) -> jax.Array:
+        """The layer on the device's shards."""
+        (embedding,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
+        return tensor.vocab_parallel_embed(ids, embedding, axis=self.axis, sequence=self.sequence)
+
+
+class ParallelTransformerBlock(TransformerBlock):
+    """h = x + attention(norm(x));  y = h + mlp(norm(h)): heads and hidden features split over T.
+
+    Two pairs of products. Forward: two all-reduces of x[..., S, D]. Backward: two more. With `sequence` the stream is
+    x[..., S_T, D], and each all-reduce becomes a reduce-scatter and an all-gather, the same bytes; norms and residual
+    connections then work on 1 / T of the rows.
+
+    Parameters, names and shapes are those of `jaxops.nn.TransformerBlock`, and so are checkpoints.
+
+    Args:
+      num_heads, in_features, hidden_features: whole sizes. T must divide heads, key heads and hidden features.
+      axis: the mesh axis T.
+      sequence: whether the stream is split by rows outside the products.
+      overlap: with `sequence`, whether rows and sums travel beside the products (`sharding.collective_matmul`).
+      replicate_kv: for fewer key heads than devices: every device has all of them and uses the one its heads share.
+      **arguments: further ones of `jaxops.nn.TransformerBlock`, except attention's `dropout_rate`.
+
+    There is no decoding with a cache. Raises `ValueError` for an option that is not there, and while tracing for a size
+    that T does not divide.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        hidden_features: int,
+        *,
+        axis: str = "tensor",
+        sequence: bool = False,
+        overlap: bool = False,
+        replicate_kv: bool = False,
+        rngs: nnx.Rngs,
+        **arguments: Any,
+    ):
+        if arguments.get("dropout_rate"):
+            raise ValueError(
+                f"ParallelTransformerBlock: dropout_rate must be 0, got {arguments['dropout_rate']}; for dropout "
+                "between layers see sharding.dropout"
+            )
+        super().__init__(num_heads, in_features, hidden_features, rngs=rngs, **arguments)
+        self.axis, self.sequence, self.overlap, self.replicate_kv = axis, sequence, overlap, replicate_kv
+        for name in ("query", "key", "value"):
+            heads = None if replicate_kv and name != "query" else axis
+            _place(getattr(self.attention, name), "kernel", None, heads, None)
+            _place(getattr(self.attention, name), "bias", heads, None)
+        _place(self.attention.out, "kernel", axis, None, None)
+        _place(self.attention.out, "bias", None)
+        for linear in (self.mlp.gate, self.mlp.up):
+            _place(linear, "kernel", None, axis)
+        _place(self.mlp.down, "kernel", axis, None)
+
+    def __call__(  # type: ignore[override]
+        self, x: jax.Array, *, input_positions: jax.Array | None = None, is_causal: bool | None = None
+    ) -> jax.Array:
+        """`x[..., S, in_features]` to the same shape; inside a shard_map with `sequence`, the device's rows of it.
+
+        input_positions: [..., S] of the whole sequence, for rotary embeddings. is_causal: instead of the constructor's.
+        """
+        rows = -2 if self.sequence else None
+        return _run(
+            self,
+            super().__call__,
+            x,
+            whole=2,
+            split=rows,
+            out_split=rows,
+            positions=input_positions,
+            is_causal=is_causal,
+        )
+
+    def local(self, x: jax.Array, **attention_arguments: Any) -> jax.Array:
+        """The block on the device's shards; further keywords of `jaxops.dot_product_attention` are of its heads."""
+        how: dict[str, Any] = {"axis": self.axis, "sequence": self.sequence, "overlap": self.overlap}
+        x = x + self._attention(self.attention_norm(x), how, **attention_arguments)
+        mlp, h = self.mlp, self.mlp_norm(x)
+        h, *kernels = _promoted(mlp.dtype, h, *(linear.kernel[...] for linear in (mlp.gate, mlp.up, mlp.down)))
+        return x + tensor.gated_mlp(h, *kernels, activation=mlp.activation, implementation=mlp.implementation, **how)
+
+    def _attention(self, x, how, *, is_causal=None, input_positions=None, mask=None, **arguments):
+        layer = self.attention
+        options = layer.options if is_causal is None else dataclasses.replace(layer.options, is_causal=is_causal)
+
+        def heads(query, key, value):
+            if layer.query_ln is not None and layer.key_ln is not None:
+                query, key = layer.query_ln(query), layer.key_ln(key)
+            return attend(
+                query,
+                key,
+                value,
+                options,
+                positions=input_positions,
+                mask=mask,
+                dtype=layer.dtype,
+                precision=layer.precision,
+                **arguments,
+            )[0]
+
+        parts = (layer.query, layer.key, layer.value, layer.out)
+        biases = [None if part.bias is None else part.bias[...] for part in parts]
+        x, *kernels = _promoted(layer.dtype, x, *(part.kernel[...] for part in parts))
+        return tensor.heads_parallel_attention(
+            x,
+            *kernels,
+            attend=heads,
+            biases=biases,
+            replicate_kv=self.replicate_kv,
+            precision=layer.precision,
+            implementation=without_kernels(options.implementation),
+            **how,
+        )
+
+
+def _linear(layer, function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    bias = None if layer.bias is None else layer.bias[...]
+    x, kernel, bias = layer.promote_dtype((x, layer.kernel[...], bias), dtype=layer.dtype)
+    how: dict[str, Any] = {"axis": layer.axis, "sequence": layer.sequence, "overlap": layer.overlap}
+    return function(x, kernel, bias, precision=layer.precision, **how)
+
+
+def _promoted(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
+    dtype = jax.numpy.result_type(*arrays) if dtype is None else dtype
+    return [array.astype(dtype) for array in arrays]
+
+
+def _place(layer: Any, name: str, *spec: str | None) -> None:
+    """Says where the parameter `name` of a layer lies, and puts it there if a mesh is set that has the axes."""
+    variable = getattr(layer, name, None)
+    if variable is None:
+        return
+    variable.set_metadata(out_sharding=spec)
+    mesh = get_abstract_mesh()
+    if not mesh.empty and {axis for axis in spec if axis} <= set(mesh.axis_names):
+        check_spec(type(layer).__name__, name, variable.shape, PartitionSpec(*spec), mesh)
+        variable.set_value(shard_value(variable[...], spec, None, None))
+
+
+def _run(
+    layer: Any,
+    alone: Callable,
+    x: jax.Array,
+    *,
+    whole: int,
+    split: int | None,
+    out_split: int | None,
+    positions: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`layer.local` on the shards of this mesh, or `alone`, the layer of one device, where it has not the layer's axis.
+
+    whole: how many dimensions of x, from the last, may be split over no other axis. split, out_split: which dimensions
+    of x and of the result are split over the layer's axis. positions: [..., S], beside x. options: not traced.
+    """
+    mesh, axis = get_abstract_mesh(), layer.axis
+    beside = {} if positions is None else {"input_positions": positions}
+    if axis in mesh.manual_axes:
+        return layer.local(x, **beside, **options)
+    if mesh.shape.get(axis, 1) == 1:
+        return alone(x, **beside, **options)
+
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    rank = x.ndim + (whole == 0)  # an embedding adds the features
+    parts = mesh.shape[axis] if -x.ndim == split or -rank == out_split else 1  # of the first dimension
+    batch: tuple[str, ...] = ()
+    for name in BATCH if x.ndim > whole else ():
+        more = parts * mesh.shape.get(name, 1)
+        if kinds.get(name) == AxisType.Auto and name != axis and x.shape[0] % more == 0:
+            batch, parts = (*batch, name), more
+
+    def spec_of(array: jax.Array, whole: int, rank: int, dimension: int | None) -> PartitionSpec:
+        """Where the first dimensions lie besides, and one dimension over the layer's axis."""
+        entries: list[tuple[str, ...]] = [()] * rank
+        for i, entry in enumerate(jax.typeof(array).sharding.spec[: array.ndim - whole]):
+            names = entry if isinstance(entry, tuple) else (entry,)
+            entries[i] = tuple(name for name in names if name not in (None, axis))
+        if array.ndim > whole and array.shape[0] == x.shape[0]:
+            entries[0] += batch
+        if dimension is not None:
+            entries[dimension] += (axis,)
+        return PartitionSpec(*(entry or None for entry in entries))
+
+    graph, state = nnx.split(layer)
+    parameters, tree = jax.tree.flatten(state)
+    specs = jax.tree.leaves(nnx.get_partition_spec(state))
+    called = type(layer).__name__
+    for (path, array), spec in zip(jax.tree.leaves_with_path(state), specs, strict=True):
+        check_spec(called, path_name(path), array.shape, spec, mesh)
+    if x.ndim < max(whole, -(split or 0)) or rank < -(out_split or 0):
+        raise ValueError(f"{called}: its input must have rows to be split over {axis!r}, got shape {x.shape}")
+    x_spec, y_spec = spec_of(x, whole, x.ndim, split), spec_of(x, whole, rank, out_split)
+    check_spec(called, "its input", x.shape, x_spec, mesh)
+    given = (parameters, x, beside)
+    in_specs = (specs, x_spec, {name: spec_of(array, 1, array.ndim, None) for name, array in beside.items()})
+    explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
+    if explicit:
+        given = jax.tree.map(reshard, given, in_specs)
+
+    def on_shards(parameters, x, beside):
+        return nnx.merge(graph, jax.tree.unflatten(tree, parameters)).local(x, **beside, **options)
+
+    return jax.shard_map(on_shards, in_specs=in_specs, out_specs=y_spec, axis_names={axis, *batch, *explicit})(*given)

@@ -1,0 +1,179 @@
+"""Rings of products: equal to the plain composition, in every transform that a ring has, and what they send."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import sharding
+from tests.compare import error, no_worse
+from tests.sharding.traffic import compiled, sent
+
+FORMS = {  # x and w local, whole
+    "all_gather_matmul": (
+        sharding.all_gather_matmul,
+        P("data", "tensor"),
+        P(None, "tensor"),
+        P("data", None, "tensor"),
+    ),
+    "matmul_reduce_scatter": (
+        sharding.matmul_reduce_scatter,
+        P("data", None, "tensor"),
+        P("tensor"),
+        P("data", "tensor"),
+    ),
+}
+
+
+def operands(rows, k=16, n=24, dtype=jnp.float32):
+    random = np.random.default_rng(0)
+    return jnp.asarray(random.standard_normal((2, rows, k)), dtype), jnp.asarray(random.standard_normal((k, n)), dtype)
+
+
+def over(mesh, name, **options):
+    function, *specs, out_spec = FORMS[name]
+    local = functools.partial(function, axis="tensor", **options)
+    return jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=out_spec)
+
+
+def value_and_gradients(product):
+    def loss(x, w):
+        y = product(x, w)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)
+
+
+def plain(x, w):
+    return jnp.dot(x, w, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("tensor", "rows"), [(2, 10), (4, 12), (8, 8), pytest.param(8, 24, marks=pytest.mark.slow)])
+def test_equal_to_the_product_of_whole_arrays(name, tensor, rows):
+    """12 rows over 4 devices: halves of 2 and 1; 8 over 8: a shard of one row goes one way."""
+    mesh = sharding.make_mesh(
+        data=-1 if tensor < 8 else 1,
+        tensor=tensor,
+        devices=jax.devices()[: max(tensor * 2, 8)][: 8 if tensor > 2 else 4],
+    )
+    x, w = operands(rows)
+    program = compiled(value_and_gradients(over(mesh, name)), x, w)
+    for got, want in zip(
+        jax.tree.leaves(program(x, w)), jax.tree.leaves(value_and_gradients(plain)(x, w)), strict=True
+    ):
+        assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_bfloat16_is_no_worse_than_the_plain_composition(name):
+    """Sums that travel are rounded at each device: against a sum of 8 products rounded to bfloat16 each."""
+    mesh = sharding.make_mesh(tensor=8)
+    x, w = operands(24, dtype=jnp.bfloat16)
+    ring, xla = (jax.jit(value_and_gradients(over(mesh, name, implementation=i)))(x, w) for i in ("ring", "xla"))
+    with jax.enable_x64(True):
+        exact = value_and_gradients(plain)(x.astype(jnp.float64), w.astype(jnp.float64))
+    for what, got, unfused, oracle in zip(
+        ("y", "dx", "dw"), (ring[0][1], *ring[1]), (xla[0][1], *xla[1]), (exact[0][1], *exact[1]), strict=True
+    ):
+        no_worse(what, got, unfused, oracle, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_it_sends(name):
+    """Half of every shard each way: (T - 1) shards forward; backward (T - 1) more for dx, and one gather for dw."""
+    mesh = sharding.make_mesh(tensor=8, data=1)
+    x, w = operands(16)
+    moved = x if name == "all_gather_matmul" else jax.eval_shape(plain, x, w)
+    shard = moved.size * 4 // 8
+    forward = compiled(over(mesh, name), x, w)
+    assert sent(forward, dict(mesh.shape)) == {("collective-permute", "tensor"): 7 * shard}
+    pairs = {
+        line.partition("source_target_pairs=")[2][:6] for line in forward.as_text().splitlines() if "permute" in line
+    }
+    assert {"{{0,1}", "{{0,7}"} <= pairs
+    pull = compiled(lambda x, w, ct: jax.vjp(over(mesh, name), x, w)[1](ct), x, w, jnp.ones((2, 16, 24)))
+    gathers = 2 if name == "all_gather_matmul" else 1
+    assert sent(pull, dict(mesh.shape)) == {("collective-permute", "tensor"): gathers * 7 * shard}
+
+
+TRANSFORMS = {
+    "vmap": lambda f, xs, w: jax.vmap(jax.grad(lambda x, w: f(x, w).sum(), 1), (0, None))(xs, w),
+    "checkpoint": lambda f, xs, w: jax.grad(lambda w: jnp.sin(jax.checkpoint(f)(xs[0], w)).sum())(w),
+    "scan": lambda f, xs, w: jax.grad(
+        lambda w: jax.lax.scan(lambda total, x: (total + jnp.sin(f(x, w)).sum(), None), 0.0, xs)[0]
+    )(w),
+    "grad of grad": lambda f, xs, w: jax.grad(
+        lambda w: jnp.square(jax.grad(lambda w: jnp.sin(f(xs[0], w)).sum())(w)).sum()
+    )(w),
+    "forward over reverse": lambda f, xs, w: jax.jvp(
+        jax.grad(lambda x: jnp.sin(f(x, w)).sum()), (xs[0],), (jnp.cos(xs[0]),)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "transform", [pytest.param(t, marks=pytest.mark.slow) if t in ("scan", "checkpoint") else t for t in TRANSFORMS]
+)
+def test_transforms(transform, name):
+    mesh = sharding.make_mesh(data=2, tensor=4)
+    x, w = operands(8, k=8, n=12)
+    xs = jnp.stack([x, 0.5 * x])
+    run = TRANSFORMS[transform]
+    got, want = (jax.jit(lambda xs, w, f=f: run(f, xs, w))(xs, w) for f in (over(mesh, name), plain))
+    assert error(got, want) < 1e-5
+
+
+def test_forward_mode_is_that_of_the_plain_composition():
+    mesh = sharding.make_mesh(data=2, tensor=4)
+    x, w = operands(8)
+    ring, xla = (over(mesh, "all_gather_matmul", implementation=i) for i in ("ring", "xla"))
+    got, want = (jax.jvp(jax.jit(f), (x, w), (jnp.cos(x), 0.5 * w))[1] for f in (xla, plain))
+    assert error(got, want) < 1e-5
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(jax.jit(ring), (x, w), (x, w))
+
+
+def test_matrices_that_share_their_rows_gather_them_once():
+    mesh = sharding.make_mesh(data=1, tensor=8)
+    x, w = operands(8)
+    specs = dict(mesh=mesh, in_specs=(P(None, "tensor"), P(None, "tensor")), out_specs=P(None, None, "tensor"))
+    both = jax.shard_map(lambda x, w: sum(sharding.all_gather_matmul(x, (w, 2 * w), axis="tensor")), **specs)
+    program = compiled(value_and_gradients(both), x, w)
+    for got, want in zip(
+        jax.tree.leaves(program(x, w)),
+        jax.tree.leaves(value_and_gradients(lambda x, w: 3 * plain(x, w))(x, w)),
+        strict=True,
+    ):
+        assert error(got, want) < 1e-5
+    assert sent(compiled(both, x, w), dict(mesh.shape)) == {("collective-permute", "tensor"): 7 * x.size * 4 // 8}
+
+
+X, W = operands(10)
+BAD = {
+    "x must be of a floating dtype, got int32": lambda: sharding.all_gather_matmul(jnp.ones((2, 3), int), W, axis="t"),
+    r"x must have shape \(..., rows, k\), got \(16,\)": lambda: sharding.matmul_reduce_scatter(X[0, 0], W, axis="t"),
+    r"w must have shape \(16, n\)": lambda: sharding.all_gather_matmul(X, W.T, axis="t"),
+    r"w\[1\] must have shape \(16, n\)": lambda: sharding.all_gather_matmul(X, (W, W.T), axis="t"),
+    "w must hold at least one": lambda: sharding.all_gather_matmul(X, (), axis="t"),
+    r"implementation must be one of \('ring', 'xla'\), got 'pallas'": lambda: sharding.matmul_reduce_scatter(
+        X, W, axis="t", implementation="pallas"
+    ),
+    "all_gather_matmul: axis must be a mesh axis": lambda: sharding.all_gather_matmul(X, W, axis="t"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        BAD[message]()
+
+
+def test_rows_that_the_axis_does_not_divide():
+    mesh = sharding.make_mesh(tensor=8)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 10, 2\), its dimension 1 must be a multiple of 8"):
+        jax.eval_shape(over(mesh, "matmul_reduce_scatter"), X, W)

@@ -147,10 +147,14 @@ def test_groups(shape, num_groups, dtype):
     check(group_norm, group_norm_reference, operands, differentiable=names, dtype=dtype, transforms=(), **static)
 
 
-def test_transforms_of_groups():
+SOME = ("jvp", "vmap of grad, first operand only", "grad of grad", "shard_map, Explicit mesh", "jit, Auto mesh")
+
+
+@pytest.mark.parametrize("transforms", [SOME, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_transforms_of_groups(transforms):
     _, _, operands, names = chosen("layer_norm", (8, 3, 2, 12))
-    static = dict(num_groups=3, eps=1e-5)
-    check(group_norm, group_norm_reference, operands, differentiable=names, sharded={"x": 0}, **static)
+    options = dict(differentiable=names, sharded={"x": 0}, transforms=transforms, num_groups=3, eps=1e-5)
+    check(group_norm, group_norm_reference, operands, **options)
 
 
 @pytest.mark.parametrize(("shape", "num_groups"), [((3, 12), 4), ((2, 5, 7, 12), 3)])

@@ -88,7 +88,7 @@ class LayerNorm(linen.Module):
 
 class GroupNorm(linen.Module):
     """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance over all axes but the first and
-    over the channels of a group.
+    the last, and over the channels of a group.
 
     Fields as in `flax.linen.GroupNorm`.
     """

@@ -118,7 +118,7 @@ class LayerNorm(nnx.LayerNorm):
 
 class GroupNorm(nnx.GroupNorm):
     """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance over all axes but the first and
-    over the channels of a group.
+    the last, and over the channels of a group.
 
     A drop-in for `nnx.GroupNorm`: every argument of it is accepted, the parameters are the same `scale[num_features]`
     and `bias[num_features]`, and the dtypes are promoted in the same way. The variance is always the accurate one

@@ -88,8 +88,8 @@ def group_norm(
     eps: float = 1e-6,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """y = (x - mean) · rsqrt(var + eps) · scale + bias, the mean and the variance over all axes but the first and over
-    the channels of a group.
+    """y = (x - mean) · rsqrt(var + eps) · scale + bias, the mean and the variance over all axes but the first and
+    the last, and over the channels of a group.
 
     What `flax.nnx.GroupNorm` and `flax.linen.GroupNorm` compute. One group is layer norm over all axes but the first,
     a group for every channel is instance norm.

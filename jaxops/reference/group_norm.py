@@ -6,8 +6,8 @@ from jax import lax
 
 
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, num_groups: int, eps: float) -> tuple[jax.Array]:
-    """y = (x - mean) · rsqrt(var + eps) · scale + bias, the mean and the variance over all axes but the first and over
-    the channels of a group."""
+    """y = (x - mean) · rsqrt(var + eps) · scale + bias, the mean and the variance over all axes but the first and
+    the last, and over the channels of a group."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     grouped = x.astype(wide).reshape(*x.shape[:-1], num_groups, x.shape[-1] // num_groups)
     axes = (*range(1, x.ndim - 1), -1)

@@ -24,10 +24,13 @@ TEAM = Tiles(blocks=2, groups=2, split=2, stages=2, stores=1)  # two warpgroups 
 CASES = [
     ((1,), 1, "float32", "float32", 0.0, None),
     ((), 127, "bfloat16", "float32", 0.0, None),
-    ((2, 5), 128, "bfloat16", "bfloat16", 1.0, FEW),
+    pytest.param(((2, 5), 128, "bfloat16", "bfloat16", 1.0, FEW), marks=pytest.mark.slow),
     ((17,), 129, "float16", "float16", 0.0, Tiles(blocks=4, groups=2, split=1, stages=3, stores=2)),
-    ((19,), 64, "float32", "bfloat16", 0.0, Tiles(blocks=2, groups=4, split=2, stages=4, stores=2)),
-    ((5,), 1000, "bfloat16", "float32", 0.0, FEW),
+    pytest.param(
+        ((19,), 64, "float32", "bfloat16", 0.0, Tiles(blocks=2, groups=4, split=2, stages=4, stores=2)),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(((5,), 1000, "bfloat16", "float32", 0.0, FEW), marks=pytest.mark.slow),
     ((5,), 1000, "float32", "float32", -0.5, TEAM),
     ((3,), 2056, "bfloat16", "bfloat16", 0.0, Tiles(blocks=1, groups=4, split=4, stages=1, stores=1)),
     ((2,), 8191, "float16", "float32", 0.0, None),
@@ -35,7 +38,10 @@ CASES = [
 # the same, with the dtype of the residual after that of x
 ADDING_CASES = [
     ((5,), 129, "bfloat16", "bfloat16", "float32", 0.0, FEW),
-    ((7,), 64, "float16", "float32", "float16", 1.0, Tiles(blocks=2, groups=2, split=1, stages=3, stores=2)),
+    pytest.param(
+        ((7,), 64, "float16", "float32", "float16", 1.0, Tiles(blocks=2, groups=2, split=1, stages=3, stores=2)),
+        marks=pytest.mark.slow,
+    ),
     ((5,), 1000, "float32", "float32", "float32", -0.5, TEAM),
     pytest.param(((2,), 2056, "bfloat16", "float16", "float32", 0.0, None), marks=pytest.mark.slow),
 ]

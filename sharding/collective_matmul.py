@@ -13,7 +13,7 @@ Source: Wang et al., "Overlap Communication with Dependent Computation via Decom
 ASPLOS 2023.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -135,16 +135,19 @@ def _send(x: jax.Array, axis: str, way: int) -> jax.Array:
     return lax.ppermute(x, axis, [(i, (i + way) % size) for i in range(size)])
 
 
-def _arrivals(x: jax.Array, axis: str) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """(first row in the whole, rows of it), for all of x[..., I_T, K], the device's own first."""
+def _as_they_arrive(x: jax.Array, axis: str, use: Callable[[Any, Any, jax.Array], Any], carry: Any) -> Any:
+    """carry = use(carry, first row in the whole, rows of it), for all of x[..., I_T, K], the device's own first."""
     size, me, rows = lax.axis_size(axis), lax.axis_index(axis), x.shape[-2]
-    yield me * rows, x
+    carry = use(carry, me * rows, x)
     parts = {way: lax.slice_in_dim(x, first, first + count, axis=-2) for way, first, count in _halves(rows)}
     for step in range(1, size):
-        # Neither half is used before both are there: else the compiler sends one after the other.
-        parts = lax.optimization_barrier({way: _send(x, axis, way) for way, x in parts.items()})
+        # Neither half is used before both are there, and what was there before is used: else the compiler sends one
+        # after the other, or everything before the first product.
+        sent = {way: _send(part, axis, way) for way, part in parts.items()}
+        parts, carry = lax.optimization_barrier((sent, carry))
         for way, first, _ in _halves(rows):
-            yield (me - way * step) % size * rows + first, parts[way]
+            carry = use(carry, (me - way * step) % size * rows + first, parts[way])
+    return carry
 
 
 def _sum_on_the_way(partial: Callable[[Any, int], jax.Array], rows: int, dtype: Any, axis: str) -> jax.Array:
@@ -190,6 +193,10 @@ def _transposed_times(x, y, precision):
     return _product(x, y, (rows, rows), precision)
 
 
+def _wide_zeros(w):
+    return jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))  # a bfloat16 sum would stall
+
+
 def _cut(x, first, count):
     return lax.dynamic_slice_in_dim(x, first, count, axis=-2)
 
@@ -201,9 +208,11 @@ def _put(whole, part, first):
 def _gathered(axis, precision, x, ws):
     rows = x.shape[-2] * lax.axis_size(axis)
     ys = [jnp.zeros((*x.shape[:-2], rows, w.shape[1]), jnp.promote_types(x.dtype, w.dtype)) for w in ws]
-    for first, part in _arrivals(x, axis):
-        ys = [_put(y, _times(part, w, precision), first) for y, w in zip(ys, ws, strict=True)]
-    return tuple(ys)
+
+    def put(ys, first, part):
+        return [_put(y, _times(part, w, precision), first) for y, w in zip(ys, ws, strict=True)]
+
+    return tuple(_as_they_arrive(x, axis, put, ys))
 
 
 def _gathered_forward(axis, precision, x, ws):
@@ -212,18 +221,19 @@ def _gathered_forward(axis, precision, x, ws):
 
 def _gathered_backward(axis, precision, saved, dys):
     x, ws = saved
+    x, dys = lax.optimization_barrier((x, dys))  # else the compiler keeps what forward gathered, in part
     pairs = list(zip(dys, ws, strict=True))
 
     def rows_of_dx(first, count):
         return sum(_times_transposed(_cut(dy, first, count), w, precision) for dy, w in pairs)
 
     dx = _sum_on_the_way(rows_of_dx, x.shape[-2], x.dtype, axis)
-    dws: list[Any] = [0] * len(ws)
-    for first, part in _arrivals(x, axis):
-        dws = [
-            dw + _transposed_times(part, _cut(dy, first, part.shape[-2]), precision)
-            for dw, dy in zip(dws, dys, strict=True)
-        ]
+
+    def add(dws, first, part):
+        rows = [_cut(dy, first, part.shape[-2]) for dy in dys]
+        return [dw + _transposed_times(part, dy, precision) for dw, dy in zip(dws, rows, strict=True)]
+
+    dws = _as_they_arrive(x, axis, add, [_wide_zeros(w) for w in ws])
     return dx, tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True))
 
 
@@ -239,10 +249,13 @@ def _scattered_forward(axis, precision, x, w):
 
 def _scattered_backward(axis, precision, saved, dy):
     x, w = saved
-    dx, dw = jnp.zeros(x.shape, x.dtype), jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
-    for first, part in _arrivals(dy, axis):
+
+    def put_and_add(carry, first, part):
+        dx, dw = carry
         dx = _put(dx, _times_transposed(part, w, precision), first)
-        dw = dw + _transposed_times(_cut(x, first, part.shape[-2]), part, precision)
+        return dx, dw + _transposed_times(_cut(x, first, part.shape[-2]), part, precision)
+
+    dx, dw = _as_they_arrive(dy, axis, put_and_add, (jnp.zeros(x.shape, x.dtype), _wide_zeros(w)))
     return dx, dw.astype(w.dtype)
 
 

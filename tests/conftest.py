@@ -4,6 +4,8 @@ import os
 import pathlib
 import tempfile
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the CUDA compiler packages may be installed without their runtime
 os.environ["MPLBACKEND"] = "Agg"
@@ -12,3 +14,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 os.environ.setdefault("MPLCONFIGDIR", str(_CACHE / "matplotlib"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxops-tests-")
+
+
+@pytest.fixture
+def unoptimized():
+    """What a test is about is which programs are made, of which it compiles many: LLVM's optimisations are left out."""
+    from jaxops import interpreter
+
+    with interpreter.unoptimized():
+        yield

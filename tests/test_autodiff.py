@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxops.autodiff import Operator, Rules
 from tests.compare import error
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 CALLS: list[str] = []
 
 

@@ -1,0 +1,562 @@
+"""Pipeline parallelism: one program for all stages, in which a table says what each does when.
+
+`pipeline_value_and_grad` runs a `Table` of `sharding.schedules` by `jax.lax.scan` over its ticks. In a tick every device
+takes the branch of its phase and then passes one activation, or its gradient, to its neighbours:
+
+    F   y, residuals = forward of the stage            the residuals go to a slot of a buffer
+    B   dx (, dw)    = backward from the residuals     no forward is done again
+    W   dw           = what B left of it               the products of weight gradients only
+
+There is no differentiation through the scan: forward and backward of one stage are traced once, and the backward is cut
+in two where the table has the phase W. What a residual is, is JAX's to say, so that `jax.checkpoint` inside (or around) a
+stage keeps less and does more in B, as everywhere. The number of slots is the memory law of the schedule.
+
+Source: Huang et al., "GPipe", arXiv:1811.06965; Narayanan et al., arXiv:2104.04473; Qi et al., "Zero Bubble Pipeline
+Parallelism", arXiv:2401.10241.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+from jax.interpreters import partial_eval
+from jax.sharding import get_abstract_mesh
+
+from sharding import schedules
+
+Tree = Any
+ValueAndGrad = Callable[[Tree, Tree, Tree, Tree], tuple[jax.Array, tuple[Tree, Tree]]]
+
+
+def pipeline_value_and_grad(
+    stage_fn: Callable[[Tree, Tree, jax.Array], Tree],
+    loss_fn: Callable[[Tree, Tree, Tree], jax.Array],
+    table: schedules.Table,
+    *,
+    embed_fn: Callable[[Tree, Tree], Tree] | None = None,
+    axis: str = "pipeline",
+) -> ValueAndGrad:
+    """loss = mean over i of loss_fn(shared, stage_K(… stage_1(embed_fn(shared, inputs_i))), targets_i), and gradients.
+
+    i are the micro-batches and, where inputs or targets vary over further mesh axes (data), the devices along these.
+    To be used inside `jax.shard_map(check_vma=True)`, as any function of local shards:
+
+        value_and_grad(stages, shared, inputs, targets) -> loss, (gradient of stages, gradient of shared)
+
+    Args:
+      stage_fn: (parameters of a virtual stage, x, index of the virtual stage) ↦ y, of x's shapes and dtypes. It may use
+        collectives over other axes than `axis`. See `layers` for one made of layers.
+      loss_fn: (shared, y of the last stage, targets of a micro-batch) ↦ scalar, the mean over the micro-batch.
+      table: what `schedules.schedule` gives; its stages are the devices along `axis`.
+      embed_fn: (shared, inputs of a micro-batch) ↦ x, a tree of floating arrays; None: inputs are x. It runs in the first
+        stage, `loss_fn` in the last; both use `shared`, so that a tied embedding gets the sum of both gradients.
+      axis: the mesh axis of the stages.
+
+    Arguments of the function, and where they lie:
+      stages: leaves [chunks, 1, …], the local part of [chunks, stages, …] under `PartitionSpec(None, axis, …)`: index
+        [c, s] is virtual stage c · stages + s. `split_layers` makes it.
+      shared: the same on every device of `axis`, `PartitionSpec()`.
+      inputs, targets: leaves [batch, …], the same on every device of `axis`; the batch is cut into table.micro_batches.
+
+    Gradients have the places and dtypes of the parameters. They are summed in float32 over the micro-batches; those of
+    parameters that are the same along a data axis are summed over it once, at the end.
+
+    Raises, while tracing, `ValueError` if no `jax.shard_map` is over `axis`, its size is not the table's stages, leaves
+    do not begin with [chunks, 1], the micro-batches do not divide the batch, y is not like x, or the loss is no scalar
+    or differs along an axis that is not of the data; `TypeError` if parameters or x are not floating.
+    """
+
+    def value_and_grad(
+        stages: Tree, shared: Tree, inputs: Tree, targets: Tree
+    ) -> tuple[jax.Array, tuple[Tree, Tree]]:
+        _check_axis(axis, table)
+        _check_parameters(stages, shared, table, axis)
+        inputs, targets = (_micro_batches(n, t, table) for n, t in (("inputs", inputs), ("targets", targets)))
+        over = {name for leaf in jax.tree.leaves((inputs, targets)) for name in _varying(leaf)} - {axis}
+        axes = (axis, *sorted(over))
+        places = jax.tree.map(_varying, (stages, shared))
+        # What is differentiated varies before it is: the transpose of an implicit cast is a sum over the axis, which
+        # would stand inside a branch that not all devices take, and there they would wait for each other for ever.
+        stages, shared, inputs, targets = (_vary(tree, axes) for tree in (stages, shared, inputs, targets))
+        stages = jax.tree.map(lambda w: w[:, 0], stages)
+        embed = embed_fn or (lambda _, x: x)
+        loss, d_stages, d_shared = _run(stage_fn, loss_fn, embed, table, axis, axes, stages, shared, inputs, targets)
+        count = table.micro_batches * int(np.prod([lax.axis_size(name) for name in over], dtype=int))
+
+        def total(gradient: jax.Array, like: jax.Array, place: frozenset, along: Sequence[str]) -> jax.Array:
+            # One that differs along a data axis was gathered by the stage, whose gradient is summed already.
+            missing = tuple(name for name in along if name not in place)
+            return ((lax.psum(gradient, missing) if missing else gradient) / count).astype(like.dtype)
+
+        d_stages = jax.tree.map(lambda g: g[:, None], d_stages)
+        d_stages = jax.tree.map(lambda g, w, place: total(g, w, place, axes), d_stages, stages, places[0])
+        d_shared = jax.tree.map(lambda g, w, place: total(g, w, place, axes), d_shared, shared, places[1])
+        return lax.psum(loss, axes) / count, (d_stages, d_shared)
+
+    return value_and_grad
+
+
+# ---- layers of a stage ---------------------------------------------------------------------------------------------
+
+
+def layers(
+    layer_fn: Callable[[Tree, Tree], Tree], counts: Sequence[int] | None = None
+) -> Callable[[Tree, Tree, jax.Array], Tree]:
+    """x ↦ layer_n(… layer_1(x)): a `stage_fn` of leaves [depth, …], as `split_layers` gives them with the same counts.
+
+    The layers are written out one after another: a loop would be one operation, of which the phase W would do the
+    gradients of inputs again. A stage with fewer layers than the deepest computes its padding layers and leaves their
+    result out: the deepest stage sets the pace in any case.
+
+    Args:
+      layer_fn: (parameters of a layer, x) ↦ x. Wrap it in `jax.checkpoint` to keep only x of every layer.
+      counts: layers of each virtual stage, in their order; None: all of them.
+    """
+
+    def stage_fn(parameters: Tree, x: Tree, index: jax.Array) -> Tree:
+        (depth,) = {leaf.shape[0] for leaf in jax.tree.leaves(parameters)}
+        for n in range(depth):
+            y = layer_fn(jax.tree.map(lambda w: w[n], parameters), x)
+            if counts is None or n < min(counts):
+                x = y
+            else:
+                there = n < jnp.asarray(counts)[index]
+                x = jax.tree.map(lambda y, x: jnp.where(there, y, x), y, x)
+        return x
+
+    return stage_fn
+
+
+def split_layers(parameters: Tree, table: schedules.Table, counts: Sequence[int] | None = None) -> Tree:
+    """Leaves [layers, …] ↦ [chunks, stages, depth, …], consecutive layers in a virtual stage.
+
+    Args:
+      counts: layers of each virtual stage, in their order, each at least 1; a stage with fewer than the most is filled
+        up with copies of its last layer, which `layers` leaves out. None: as many in each.
+
+    Raises `ValueError` if the virtual stages do not divide the layers and no counts are given, or if counts are not one
+    for each virtual stage, at least 1, and in sum the layers.
+    """
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(parameters)}
+    if len(sizes) != 1:
+        raise ValueError(f"split_layers: leaves of parameters must begin with one number of layers, got {sorted(sizes)}")
+    (total,) = sizes
+    index = np.concatenate([np.asarray(row) for row in _layers_of(total, table, counts)])
+    shape = (table.chunks, table.stages, -1)
+
+    def split(leaf: jax.Array) -> jax.Array:
+        if counts is None:
+            return leaf.reshape(*shape[:2], total // (shape[0] * shape[1]), *leaf.shape[1:])
+        return leaf[index].reshape(*shape[:2], len(index) // (shape[0] * shape[1]), *leaf.shape[1:])
+
+    return jax.tree.map(split, parameters)
+
+
+def join_layers(parameters: Tree, table: schedules.Table, counts: Sequence[int] | None = None) -> Tree:
+    """[chunks, stages, depth, …] ↦ [layers, …]: the inverse of `split_layers`, also for gradients."""
+    K = table.stages * table.chunks
+
+    def join(leaf: jax.Array) -> jax.Array:
+        flat = leaf.reshape(K, leaf.shape[2], *leaf.shape[3:])
+        return jnp.concatenate([flat[k, :n] for k, n in enumerate(counts or [leaf.shape[2]] * K)])
+
+    return jax.tree.map(join, parameters)
+
+
+def _layers_of(total: int, table: schedules.Table, counts: Sequence[int] | None) -> list[list[int]]:
+    """The layers of each virtual stage, the last repeated up to the depth."""
+    K = table.stages * table.chunks
+    virtual = f"{K} virtual stages ({table.chunks} chunks of {table.stages} stages)" if table.chunks > 1 else f"{K} stages"
+    if counts is None:
+        if total % K:
+            raise ValueError(
+                f"split_layers: the {virtual} must divide the layers, got {total}; counts=(…) says how many each holds"
+            )
+        counts = [total // K] * K
+    if len(counts) != K or min(counts) < 1 or sum(counts) != total:
+        raise ValueError(
+            f"split_layers: counts must be at least 1 for each of {virtual}, {total} in sum, got {tuple(counts)}"
+        )
+    depth = max(counts)
+    starts = itertools.accumulate(counts, initial=0)
+    return [[start + min(n, count - 1) for n in range(depth)] for start, count in zip(starts, counts, strict=False)]
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _check_axis(axis: str, table: schedules.Table) -> None:
+    there = tuple(get_abstract_mesh().manual_axes)
+    if axis not in there:
+        raise ValueError(
+            f"pipeline_value_and_grad: axis must be a mesh axis of an enclosing jax.shard_map, got {axis!r}, "
+            + (f"with axes {there} there" if there else "with no shard_map there")
+        )
+    if lax.axis_size(axis) != table.stages:
+        raise ValueError(
+            f"pipeline_value_and_grad: table must have as many stages as there are devices along {axis!r}, "
+            f"{lax.axis_size(axis)}, got {table.stages}"
+        )
+
+
+def _check_parameters(stages: Tree, shared: Tree, table: schedules.Table, axis: str) -> None:
+    for name, tree in (("stages", stages), ("shared", shared)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            where = f"pipeline_value_and_grad: {name}{jax.tree_util.keystr(path)}"
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(f"{where} must be floating, got {leaf.dtype}")
+            if name == "stages" and (leaf.shape[:2] != (table.chunks, 1) or axis not in _varying(leaf)):
+                raise ValueError(
+                    f"{where} must have the local shape ({table.chunks}, 1, …): [chunks, stages, …] split by "
+                    f"PartitionSpec(None, {axis!r}), got {leaf.shape}"
+                )
+            if name == "shared" and axis in _varying(leaf):
+                raise ValueError(f"{where} must be the same on every device of {axis!r}, got one that varies")
+
+
+def _micro_batches(name: str, tree: Tree, table: schedules.Table) -> Tree:
+    """Leaves [batch, …] ↦ [micro-batches, batch / micro-batches, …]."""
+    m = table.micro_batches
+
+    def split(path: tuple, leaf: jax.Array) -> jax.Array:
+        where = f"pipeline_value_and_grad: {name}{jax.tree_util.keystr(path)}"
+        if leaf.ndim == 0 or leaf.shape[0] % m or leaf.shape[0] == 0:
+            raise ValueError(
+                f"{where} must have a batch on each device that is a multiple of the {m} micro-batches, got shape "
+                f"{leaf.shape}"
+            )
+        return leaf.reshape(m, leaf.shape[0] // m, *leaf.shape[1:])
+
+    return jax.tree.map_with_path(split, tree)
+
+
+# ---- which axes an array varies over -------------------------------------------------------------------------------
+
+
+def _varying(x: Any) -> frozenset:
+    return frozenset(jax.typeof(x).mat.varying)
+
+
+def _vary(tree: Tree, axes: Iterable[str]) -> Tree:
+    """Every leaf known to vary over `axes` too. Nothing is sent."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(name for name in sorted(axes) if name not in _varying(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, axes: Iterable[str]) -> jax.Array:
+    return _vary(jnp.zeros(shape, dtype), axes)
+
+
+def _zeros_like(tree: Tree, dtype: Any = None) -> Tree:
+    return jax.tree.map(lambda x: _zeros(x.shape, dtype or x.dtype, _varying(x)), tree)
+
+
+# ---- forward and backward of a stage, cut into phases --------------------------------------------------------------
+
+
+class _Phases:
+    """F, B and W of a stage: y, dx and dw of (parameters, x, index, dy), traced once and cut by what needs what.
+
+    F has the equations that y needs, B those that dx needs (without W: dx and dw), W the rest of what dw needs. What one
+    phase makes and a later one reads is stored in between: `saved` by F for B, `deferred` by F for W (B may read it
+    too), `between` by B for W. What depends on parameters alone is made again instead: storing it would be storing
+    the weights once for every micro-batch.
+    """
+
+    def __init__(self, stage_fn: Callable, parameters: Tree, x: Tree, index: jax.Array, split: bool):
+        leaves_w, tree_w = jax.tree.flatten(parameters)
+        leaves_x, tree_x = jax.tree.flatten(x)
+
+        def joint(w: list, x: list, index: jax.Array, dy: list) -> tuple[list, list, list]:
+            call = lambda w, x: jax.tree.leaves(stage_fn(tree_w.unflatten(w), tree_x.unflatten(x), index))
+            y, pull = jax.vjp(call, w, x)
+            dw, dx = pull(dy)
+            return y, dx, dw
+
+        traced = jax.make_jaxpr(joint)(leaves_w, leaves_x, index, leaves_x)
+        flat = [*leaves_w, *leaves_x, index, *leaves_x]
+        jaxpr = jax.make_jaxpr(lambda *a: _inlined(traced.jaxpr, traced.consts, a))(*flat)
+        self.constants = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+        n, m = len(leaves_w), len(leaves_x)
+        take = lambda items, *counts: [items[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
+        self.w, self.x, self.index, self.dy = take(jaxpr.jaxpr.invars, n, m, 1, m)
+        self.y, self.dx, self.dw = take(jaxpr.jaxpr.outvars, m, m, n)
+
+        equations, _ = _needed(jaxpr.jaxpr.eqns, [*self.y, *self.dx, *self.dw])
+        moving = _reached(equations, [*self.x, *self.dy])
+        # Whole equations: a forward that also makes what only its backward reads is not run twice.
+        self.f, _ = _needed(equations, self.y, whole=True)
+        made = {v for eqn in self.f for v in eqn.outvars} & moving
+        self.b, reads_b = _needed(equations, self.dx if split else [*self.dx, *self.dw], made)
+        made_b = {v for eqn in self.b for v in eqn.outvars} & moving
+        self.v, reads_v = _needed(equations, self.dw, made | made_b) if split else ([], {})
+        from_f = made | set(self.x)
+        self.deferred = [v for v in reads_v if v in from_f]
+        self.saved = [v for v in reads_b if v in from_f and v not in reads_v]
+        self.between = [v for v in reads_v if v in made_b or v in self.dy]
+        self.split = split
+
+    def _values(self, parameters: list, index: jax.Array, *more: tuple[list, list]) -> dict:
+        values = dict(zip(self.w, parameters, strict=True)) | {self.index[0]: index} | self.constants
+        for variables, arrays in more:
+            values |= dict(zip(variables, arrays, strict=True))
+        return values
+
+    def forward(self, parameters: list, index: jax.Array, x: list) -> tuple[list, list, list]:
+        """y, saved, deferred."""
+        return _evaluate(self.f, self._values(parameters, index, (self.x, x)), self.y, self.saved, self.deferred)
+
+    def backward(self, parameters: list, index: jax.Array, saved: list, deferred: list, dy: list) -> tuple[list, ...]:
+        """dx, dw (none if that is left to `weights`), between."""
+        stored = (self.saved, saved), (self.deferred, deferred), (self.dy, dy)
+        values = self._values(parameters, index, *stored)
+        return _evaluate(self.b, values, self.dx, [] if self.split else self.dw, self.between)
+
+    def weights(self, parameters: list, index: jax.Array, deferred: list, between: list) -> list:
+        """dw."""
+        values = self._values(parameters, index, (self.deferred, deferred), (self.between, between))
+        return _evaluate(self.v, values, self.dw)[0]
+
+
+_CALLS = ("jit", "closed_call", "core_call", "remat2", "checkpoint")
+
+
+def _inlined(jaxpr: Any, constants: Sequence, arguments: Sequence) -> list:
+    """The outputs, with the equations of inner calls in the place of the calls, so that they can be told apart."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _CALLS:
+            inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+            results = _inlined(inner, getattr(inner, "consts", ()), [_read(values, v) for v in eqn.invars])
+            values |= dict(zip(eqn.outvars, results, strict=True))
+        else:
+            _evaluate([eqn], values)
+    return [_read(values, v) for v in jaxpr.outvars]
+
+
+def _read(values: Mapping, variable: Any) -> Any:
+    return variable.val if isinstance(variable, Literal) else values[variable]
+
+
+def _evaluate(equations: Iterable, values: dict, *wanted: list) -> tuple[list, ...]:
+    """Runs equations, adding to `values`; the values of the wanted variables."""
+    for eqn in equations:
+        with eqn.ctx.manager:
+            results = eqn.primitive.bind(
+                *(_read(values, v) for v in eqn.invars), **eqn.primitive.get_bind_params(eqn.params)
+            )
+        values |= zip(eqn.outvars, results if eqn.primitive.multiple_results else [results], strict=True)
+    return tuple([_read(values, v) for v in variables] for variables in wanted)
+
+
+def _needed(equations: Sequence, wanted: Iterable, made: Iterable = (), *, whole: bool = False) -> tuple[list, dict]:
+    """The equations that `wanted` needs where `made` is there already, and the variables that they or it read from outside.
+
+    Of an equation with several results only those that are needed are made, where JAX knows how to, unless `whole`.
+    """
+    made = set(made)
+    kept: list = []
+    reads = dict.fromkeys(v for v in wanted if not isinstance(v, Literal))  # a set that keeps the order
+    for eqn in reversed(equations):
+        used = [v in reads and v not in made for v in eqn.outvars]
+        if not any(used):
+            continue
+        new, takes = eqn, [True] * len(eqn.invars)
+        if not whole and eqn.primitive in partial_eval.dce_rules:
+            takes, new = partial_eval.dce_rules[eqn.primitive](used, [True] * len(eqn.invars), eqn)
+        kept.append(new)
+        reads |= dict.fromkeys(v for v, t in zip(eqn.invars, takes, strict=True) if t and not isinstance(v, Literal))
+    own = {v for eqn in kept for v in eqn.outvars}
+    return kept[::-1], {v: None for v in reads if v not in own}
+
+
+def _reached(equations: Iterable, start: Iterable) -> set:
+    """The variables that depend on those of `start`."""
+    reached = set(start)
+    for eqn in equations:
+        if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
+            reached |= set(eqn.outvars)
+    return reached
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+
+def _run(
+    stage_fn: Callable,
+    loss_fn: Callable,
+    embed_fn: Callable,
+    table: schedules.Table,
+    axis: str,
+    axes: Sequence[str],
+    stages: Tree,
+    shared: Tree,
+    inputs: Tree,
+    targets: Tree,
+) -> tuple[jax.Array, Tree, Tree]:
+    """Sums over this device's micro-batches: the loss, and in float32 the gradients of stages [chunks, …] and shared."""
+    S, v = table.stages, table.chunks
+    me = lax.axis_index(axis)
+    columns = {name: jnp.asarray(np.asarray(rows, np.int32)) for name, rows in schedules.columns(table).items()}
+    mine = {name: jnp.take(column, me, axis=1) for name, column in columns.items()}
+
+    x, places = _activation(stage_fn, embed_fn, stages, shared, inputs, axes)
+    like_x = jax.tree.structure(x)
+    widened = lambda tree: [_vary([leaf], place)[0] for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)]
+    embed = lambda shared, i: widened(embed_fn(shared, _at(inputs, i)))
+    phases = _Phases(
+        lambda w, x, index: widened(stage_fn(w, x, index)), _at(stages, 0), x, me, table.has_weights
+    )
+
+    def loss_of(shared: Tree, y: list, i: jax.Array) -> jax.Array:
+        return _vary(loss_fn(shared, like_x.unflatten(y), _at(targets, i)).astype(jnp.float32), axes)
+
+    _check_loss(lambda: loss_fn(shared, x, _at(targets, 0)), axes)
+    nothing = lambda: _zeros_like(jax.tree.leaves(x))
+    down = [(s, (s + 1) % S) for s in range(S if v > 1 else S - 1)]
+    up = [(b, a) for a, b in down]
+
+    def forward(r: Mapping, store: dict) -> tuple[list, dict]:
+        arrived = lambda: _at(store["arriving"], r["arriving"])
+        x = lax.cond(r["first"] == 1, lambda: embed(shared, r["micro_batch"]), arrived)
+        w = jax.tree.leaves(_at(stages, r["chunk"]))
+        y, saved, deferred = phases.forward(w, r["chunk"] * S + me, x)
+        store = store | {
+            "saved": _put(store["saved"], saved, r["saved"]),
+            "deferred": _put(store["deferred"], deferred, r["deferred"]),
+        }
+
+        def with_loss() -> tuple[list, jax.Array, Tree]:  # what the last stage hands on is the gradient of its own y
+            loss, (d_shared, dy) = jax.value_and_grad(loss_of, argnums=(0, 1))(shared, y, r["micro_batch"])
+            return dy, store["loss"] + loss, _add(store["shared"], d_shared)
+
+        message, loss, d_shared = lax.cond(r["last"] == 1, with_loss, lambda: (y, store["loss"], store["shared"]))
+        return message, store | {"loss": loss, "shared": d_shared}
+
+    def backward(r: Mapping, store: dict) -> tuple[list, dict]:
+        w = jax.tree.leaves(_at(stages, r["chunk"]))
+        dx, dw, between = phases.backward(
+            w,
+            r["chunk"] * S + me,
+            _at(store["saved"], r["saved"]),
+            _at(store["deferred"], r["deferred"]),
+            _at(store["gradients"], r["gradients"]),
+        )
+
+        def into_embedding() -> Tree:
+            _, pull = jax.vjp(lambda shared: embed(shared, r["micro_batch"]), shared)
+            return _add(store["shared"], pull(dx)[0])
+
+        d_shared = lax.cond(r["first"] == 1, into_embedding, lambda: store["shared"])
+        store = store | {"shared": d_shared, "between": _put(store["between"], between, r["between"])}
+        return dx, store if table.has_weights else store | {"stages": _add_at(store["stages"], dw, r["chunk"])}
+
+    def weights(r: Mapping, store: dict) -> tuple[list, dict]:
+        w = jax.tree.leaves(_at(stages, r["chunk"]))
+        deferred, between = _at(store["deferred"], r["deferred"]), _at(store["between"], r["between"])
+        dw = phases.weights(w, r["chunk"] * S + me, deferred, between)
+        return nothing(), store | {"stages": _add_at(store["stages"], dw, r["chunk"])}
+
+    branches = [lambda r, store: (nothing(), store), forward, backward, *([weights] if table.has_weights else [])]
+
+    def tick(carry: tuple[dict, list], r: Mapping) -> tuple[tuple[dict, list], None]:
+        store, message = carry
+        exchange = lambda message: [jax.tree.map(lambda a: lax.ppermute(a, axis, to), message) for to in (down, up)]
+        # Every device takes part, whatever its branch. With overlap what the last tick made travels while this one's
+        # branch runs, which does not read it.
+        arriving = exchange(message) if table.overlap else None
+        message, store = lax.switch(r["phase"], branches, r, store)
+        activation, gradient = arriving or exchange(message)
+        gradients = _put(store["gradients"], message, r["keep_gradient"])
+        return (
+            store
+            | {
+                "arriving": _put(store["arriving"], activation, r["receive_activation"]),
+                "gradients": _put(gradients, gradient, r["receive_gradient"]),
+            },
+            message,
+        ), None
+
+    counts = table.buffers.counts
+    slots = lambda kind, arrays: [_zeros((counts[kind], *a.shape), a.dtype, a.mat.varying) for a in arrays]
+    types = [jax.typeof(a) for a in jax.tree.leaves(x)]
+    store = {
+        "arriving": [_zeros((counts["arriving"] + 1, *a.shape), a.dtype, a.mat.varying) for a in types],
+        "gradients": [_zeros((counts["gradients"] + 1, *a.shape), a.dtype, a.mat.varying) for a in types],
+        "saved": slots("saved", [u.aval for u in phases.saved]),
+        "deferred": slots("deferred", [u.aval for u in phases.deferred]),
+        "between": slots("between", [u.aval for u in phases.between]),
+        "stages": _zeros_like(jax.tree.leaves(stages), jnp.float32),  # a sum of bfloat16 stalls after 256 terms
+        "shared": _zeros_like(shared, jnp.float32),
+        "loss": _zeros((), jnp.float32, axes),
+    }
+    (store, _), _ = lax.scan(tick, (store, nothing()), mine)
+    return store["loss"], jax.tree.unflatten(jax.tree.structure(stages), store["stages"]), store["shared"]
+
+
+def _activation(
+    stage_fn: Callable, embed_fn: Callable, stages: Tree, shared: Tree, inputs: Tree, axes: Sequence[str]
+) -> tuple[Tree, list[frozenset]]:
+    """Zeros like what goes from stage to stage, and the axes over which each leaf varies."""
+    where = "pipeline_value_and_grad: "
+    x = _types(lambda: embed_fn(shared, _at(inputs, 0)))
+    for leaf in jax.tree.leaves(x):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"{where}what embed_fn returns (inputs without it) must be floating, got {leaf.dtype}")
+    places = jax.tree.map(lambda a: frozenset(a.mat.varying) | set(axes), x)
+    for _ in range(2):  # a stage may give what varies over more axes, as shards of a sequence do
+        zeros = jax.tree.map(lambda a, place: _zeros(a.shape, a.dtype, place), x, places)
+        y = _types(lambda: stage_fn(_at(stages, 0), zeros, lax.axis_index(axes[0])))
+        described = [
+            (jax.tree.structure(t), [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(t)]) for t in (x, y)
+        ]
+        if described[0] != described[1]:
+            raise ValueError(
+                f"{where}stage_fn must return what it takes, {described[0][1]} in {described[0][0]}, got "
+                f"{described[1][1]} in {described[1][0]}"
+            )
+        places = jax.tree.map(lambda place, a: place | set(a.mat.varying), places, y)
+    zeros = jax.tree.map(lambda a, place: _zeros(a.shape, a.dtype, place), x, places)
+    return zeros, [_varying(a) for a in jax.tree.leaves(zeros)]
+
+
+def _check_loss(loss: Callable, axes: Sequence[str]) -> None:
+    (value,) = jax.tree.leaves(_types(loss)) or [None]
+    if value is None or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"pipeline_value_and_grad: loss_fn must return a floating scalar, got {value}")
+    if more := sorted(set(value.mat.varying) - set(axes)):
+        raise ValueError(
+            "pipeline_value_and_grad: loss_fn must return the same on every device of axes over which neither inputs "
+            f"nor targets vary (jax.lax.psum or pmean it), got one that varies over {', '.join(map(repr, more))}"
+        )
+
+
+def _types(function: Callable) -> Tree:
+    """The types of what the function returns, with the axes over which it varies."""
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)()
+    return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
+
+
+def _at(tree: Tree, i: Any) -> Tree:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), tree)
+
+
+def _put(buffers: list, arrays: list, slot: jax.Array) -> list:
+    return [lax.dynamic_update_index_in_dim(b, a, slot, 0) for b, a in zip(buffers, arrays, strict=True)]
+
+
+def _add(total: Tree, terms: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, terms)
+
+
+def _add_at(total: list, terms: list, i: jax.Array) -> list:
+    return _put(total, _add(_at(total, i), terms), i)

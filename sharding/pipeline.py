@@ -296,14 +296,22 @@ class _Phases:
         # Whole equations: a forward that also makes what only its backward reads is not run twice.
         self.f, _ = _needed(equations, self.y, whole=True)
         made = {v for eqn in self.f for v in eqn.outvars} & moving
-        self.b, reads_b = _needed(equations, self.dx if split else [*self.dx, *self.dw], made)
+        # A kernel that makes the gradients of inputs and weights in one makes both in B. Weights whose gradient such a
+        # kernel has a part in are done in B altogether: a part stored for W would be of the size of the weights.
+        kernels, inner = _needed(equations, self.dx, made)
+        inner |= dict.fromkeys(v for eqn in kernels for v in eqn.invars if not isinstance(v, Literal))
+        beside = {v for eqn in kernels for v in eqn.outvars if v not in inner and v not in self.dx}
+        early = lambda w: not split or not beside.isdisjoint(_needed(equations, [w], beside)[1])
+        self.early = [i for i, w in enumerate(self.dw) if early(w)]
+        self.late = [i for i in range(n) if i not in self.early]
+        dw_b, dw_w = ([self.dw[i] for i in chosen] for chosen in (self.early, self.late))
+        self.b, reads_b = _needed(equations, [*self.dx, *dw_b], made)
         made_b = {v for eqn in self.b for v in eqn.outvars} & moving
-        self.v, reads_v = _needed(equations, self.dw, made | made_b) if split else ([], {})
+        self.v, reads_w = _needed(equations, dw_w, made | made_b)
         from_f = made | set(self.x)
-        self.deferred = [v for v in reads_v if v in from_f]
-        self.saved = [v for v in reads_b if v in from_f and v not in reads_v]
-        self.between = [v for v in reads_v if v in made_b or v in self.dy]
-        self.split = split
+        self.deferred = [v for v in reads_w if v in from_f]
+        self.saved = [v for v in reads_b if v in from_f and v not in reads_w]
+        self.between = [v for v in reads_w if v in made_b or v in self.dy]
 
     def _values(self, parameters: list, index: jax.Array, *more: tuple[list, list]) -> dict:
         values = dict(zip(self.w, parameters, strict=True)) | {self.index[0]: index} | self.constants
@@ -316,15 +324,15 @@ class _Phases:
         return _evaluate(self.f, self._values(parameters, index, (self.x, x)), self.y, self.saved, self.deferred)
 
     def backward(self, parameters: list, index: jax.Array, saved: list, deferred: list, dy: list) -> tuple[list, ...]:
-        """dx, dw (none if that is left to `weights`), between."""
+        """dx, dw of `early`, between."""
         stored = (self.saved, saved), (self.deferred, deferred), (self.dy, dy)
         values = self._values(parameters, index, *stored)
-        return _evaluate(self.b, values, self.dx, [] if self.split else self.dw, self.between)
+        return _evaluate(self.b, values, self.dx, [self.dw[i] for i in self.early], self.between)
 
     def weights(self, parameters: list, index: jax.Array, deferred: list, between: list) -> list:
-        """dw."""
+        """dw of `late`."""
         values = self._values(parameters, index, (self.deferred, deferred), (self.between, between))
-        return _evaluate(self.v, values, self.dw)[0]
+        return _evaluate(self.v, values, [self.dw[i] for i in self.late])[0]
 
 
 _CALLS = ("jit", "closed_call", "core_call", "remat2", "checkpoint")
@@ -458,13 +466,13 @@ def _run(
 
         d_shared = lax.cond(r["first"] == 1, into_embedding, lambda: store["shared"])
         store = store | {"shared": d_shared, "between": _put(store["between"], between, r["between"])}
-        return dx, store if table.has_weights else store | {"stages": _add_at(store["stages"], dw, r["chunk"])}
+        return dx, store | {"stages": _add_at(store["stages"], dict(zip(phases.early, dw, strict=True)), r["chunk"])}
 
     def weights(r: Mapping, store: dict) -> tuple[list, dict]:
         w = jax.tree.leaves(_at(stages, r["chunk"]))
         deferred, between = _at(store["deferred"], r["deferred"]), _at(store["between"], r["between"])
         dw = phases.weights(w, r["chunk"] * S + me, deferred, between)
-        return nothing(), store | {"stages": _add_at(store["stages"], dw, r["chunk"])}
+        return nothing(), store | {"stages": _add_at(store["stages"], dict(zip(phases.late, dw, strict=True)), r["chunk"])}
 
     branches = [lambda r, store: (nothing(), store), forward, backward, *([weights] if table.has_weights else [])]
 
@@ -558,5 +566,9 @@ def _add(total: Tree, terms: Tree) -> Tree:
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, terms)
 
 
-def _add_at(total: list, terms: list, i: jax.Array) -> list:
-    return _put(total, _add(_at(total, i), terms), i)
+def _add_at(total: list, terms: Mapping[int, jax.Array], slot: jax.Array) -> list:
+    """The terms of some of the arrays, added to a slot of these."""
+    total = list(total)
+    for i, term in terms.items():
+        total[i] = lax.dynamic_update_index_in_dim(total[i], _add(_at(total[i], slot), term), slot, 0)
+    return total

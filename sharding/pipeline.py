@@ -15,6 +15,7 @@ Source: Huang et al., "GPipe", arXiv:1811.06965; Narayanan et al., arXiv:2104.04
 Parallelism", arXiv:2401.10241.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -50,7 +51,7 @@ def pipeline_value_and_grad(
 
     Args:
       stage_fn: (parameters of a virtual stage, x, index of the virtual stage) ↦ y, of x's shapes and dtypes. It may use
-        collectives over other axes than `axis`. See `layers` for one made of layers.
+        collectives over other axes than `axis`. `Layers` makes one of layers.
       loss_fn: (shared, y of the last stage, targets of a micro-batch) ↦ scalar, the mean over the micro-batch.
       table: what `schedules.schedule` gives; its stages are the devices along `axis`.
       embed_fn: (shared, inputs of a micro-batch) ↦ x, a tree of floating arrays; None: inputs are x. It runs in the first
@@ -59,7 +60,7 @@ def pipeline_value_and_grad(
 
     Arguments of the function, and where they lie:
       stages: leaves [chunks, 1, …], the local part of [chunks, stages, …] under `PartitionSpec(None, axis, …)`: index
-        [c, s] is virtual stage c · stages + s. `split_layers` makes it.
+        [c, s] is virtual stage c · stages + s. `Layers.split` makes it.
       shared: the same on every device of `axis`, `PartitionSpec()`.
       inputs, targets: leaves [batch, …], the same on every device of `axis`; the batch is cut into table.micro_batches.
 
@@ -71,9 +72,7 @@ def pipeline_value_and_grad(
     or differs along an axis that is not of the data; `TypeError` if parameters or x are not floating.
     """
 
-    def value_and_grad(
-        stages: Tree, shared: Tree, inputs: Tree, targets: Tree
-    ) -> tuple[jax.Array, tuple[Tree, Tree]]:
+    def value_and_grad(stages: Tree, shared: Tree, inputs: Tree, targets: Tree) -> tuple[jax.Array, tuple[Tree, Tree]]:
         _check_axis(axis, table)
         _check_parameters(stages, shared, table, axis)
         inputs, targets = (_micro_batches(n, t, table) for n, t in (("inputs", inputs), ("targets", targets)))
@@ -104,10 +103,9 @@ def pipeline_value_and_grad(
 # ---- layers of a stage ---------------------------------------------------------------------------------------------
 
 
-def layers(
-    layer_fn: Callable[[Tree, Tree], Tree], counts: Sequence[int] | None = None
-) -> Callable[[Tree, Tree, jax.Array], Tree]:
-    """x ↦ layer_n(… layer_1(x)): a `stage_fn` of leaves [depth, …], as `split_layers` gives them with the same counts.
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """x ↦ layer_n(… layer_1(x)): a `stage_fn` made of layers, and how the layers are dealt out to the stages.
 
     The layers are written out one after another: a loop would be one operation, of which the phase W would do the
     gradients of inputs again. A stage with fewer layers than the deepest computes its padding layers and leaves their
@@ -115,76 +113,68 @@ def layers(
 
     Args:
       layer_fn: (parameters of a layer, x) ↦ x. Wrap it in `jax.checkpoint` to keep only x of every layer.
-      counts: layers of each virtual stage, in their order; None: all of them.
+      table: of the schedule.
+      counts: layers of each virtual stage, in their order, each at least 1; None: as many in each.
     """
 
-    def stage_fn(parameters: Tree, x: Tree, index: jax.Array) -> Tree:
-        (depth,) = {leaf.shape[0] for leaf in jax.tree.leaves(parameters)}
+    layer_fn: Callable[[Tree, Tree], Tree]
+    table: schedules.Table
+    counts: Sequence[int] | None = None
+
+    def __call__(self, parameters: Tree, x: Tree, index: jax.Array) -> Tree:
+        """The layers of virtual stage `index`, of leaves [depth, …]."""
+        depth = jax.tree.leaves(parameters)[0].shape[0]
         for n in range(depth):
-            y = layer_fn(jax.tree.map(lambda w: w[n], parameters), x)
-            if counts is None or n < min(counts):
+            y = self.layer_fn(jax.tree.map(lambda w: w[n], parameters), x)
+            if self.counts is None or n < min(self.counts):
                 x = y
             else:
-                there = n < jnp.asarray(counts)[index]
+                there = n < jnp.asarray(self.counts)[index]
                 x = jax.tree.map(lambda y, x: jnp.where(there, y, x), y, x)
         return x
 
-    return stage_fn
+    def split(self, parameters: Tree) -> Tree:
+        """Leaves [layers, …] ↦ [chunks, stages, depth, …], consecutive layers in a virtual stage.
 
+        A stage with fewer layers than the most is filled up with copies of its last one.
 
-def split_layers(parameters: Tree, table: schedules.Table, counts: Sequence[int] | None = None) -> Tree:
-    """Leaves [layers, …] ↦ [chunks, stages, depth, …], consecutive layers in a virtual stage.
+        Raises `ValueError` if leaves differ in the number of layers, the virtual stages do not divide it and no counts
+        are given, or if counts are not one for each virtual stage, at least 1, and in sum the layers.
+        """
+        totals = sorted({leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(parameters)})
+        if len(totals) != 1:
+            raise ValueError(f"Layers: leaves of parameters must begin with one number of layers, got {totals}")
+        counts = self._counts(totals[0])
+        starts = itertools.accumulate(counts, initial=0)
+        depth = range(max(counts))
+        rows = [[start + min(n, count - 1) for n in depth] for start, count in zip(starts, counts, strict=False)]
+        index = np.reshape(rows, (self.table.chunks, self.table.stages, len(depth)))
+        return jax.tree.map(lambda leaf: leaf[index], parameters)
 
-    Args:
-      counts: layers of each virtual stage, in their order, each at least 1; a stage with fewer than the most is filled
-        up with copies of its last layer, which `layers` leaves out. None: as many in each.
+    def join(self, parameters: Tree) -> Tree:
+        """[chunks, stages, depth, …] ↦ [layers, …]: the inverse of `split`, also for gradients."""
+        K = self.table.stages * self.table.chunks
 
-    Raises `ValueError` if the virtual stages do not divide the layers and no counts are given, or if counts are not one
-    for each virtual stage, at least 1, and in sum the layers.
-    """
-    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(parameters)}
-    if len(sizes) != 1:
-        raise ValueError(f"split_layers: leaves of parameters must begin with one number of layers, got {sorted(sizes)}")
-    (total,) = sizes
-    index = np.concatenate([np.asarray(row) for row in _layers_of(total, table, counts)])
-    shape = (table.chunks, table.stages, -1)
+        def join(leaf: jax.Array) -> jax.Array:
+            flat = leaf.reshape(K, *leaf.shape[2:])
+            return jnp.concatenate([flat[k, :n] for k, n in enumerate(self.counts or [leaf.shape[2]] * K)])
 
-    def split(leaf: jax.Array) -> jax.Array:
-        if counts is None:
-            return leaf.reshape(*shape[:2], total // (shape[0] * shape[1]), *leaf.shape[1:])
-        return leaf[index].reshape(*shape[:2], len(index) // (shape[0] * shape[1]), *leaf.shape[1:])
+        return jax.tree.map(join, parameters)
 
-    return jax.tree.map(split, parameters)
-
-
-def join_layers(parameters: Tree, table: schedules.Table, counts: Sequence[int] | None = None) -> Tree:
-    """[chunks, stages, depth, …] ↦ [layers, …]: the inverse of `split_layers`, also for gradients."""
-    K = table.stages * table.chunks
-
-    def join(leaf: jax.Array) -> jax.Array:
-        flat = leaf.reshape(K, leaf.shape[2], *leaf.shape[3:])
-        return jnp.concatenate([flat[k, :n] for k, n in enumerate(counts or [leaf.shape[2]] * K)])
-
-    return jax.tree.map(join, parameters)
-
-
-def _layers_of(total: int, table: schedules.Table, counts: Sequence[int] | None) -> list[list[int]]:
-    """The layers of each virtual stage, the last repeated up to the depth."""
-    K = table.stages * table.chunks
-    virtual = f"{K} virtual stages ({table.chunks} chunks of {table.stages} stages)" if table.chunks > 1 else f"{K} stages"
-    if counts is None:
-        if total % K:
+    def _counts(self, total: int) -> Sequence[int]:
+        S, v = self.table.stages, self.table.chunks
+        virtual = f"{S * v} virtual stages ({v} chunks of {S} stages)" if v > 1 else f"{S} stages"
+        if self.counts is None:
+            if total % (S * v):
+                raise ValueError(
+                    f"Layers: the {virtual} must divide the layers, got {total}; counts says how many each has"
+                )
+            return [total // (S * v)] * (S * v)
+        if len(self.counts) != S * v or min(self.counts) < 1 or sum(self.counts) != total:
             raise ValueError(
-                f"split_layers: the {virtual} must divide the layers, got {total}; counts=(…) says how many each holds"
+                f"Layers: counts must be at least 1 for each of {virtual}, {total} in sum, got {tuple(self.counts)}"
             )
-        counts = [total // K] * K
-    if len(counts) != K or min(counts) < 1 or sum(counts) != total:
-        raise ValueError(
-            f"split_layers: counts must be at least 1 for each of {virtual}, {total} in sum, got {tuple(counts)}"
-        )
-    depth = max(counts)
-    starts = itertools.accumulate(counts, initial=0)
-    return [[start + min(n, count - 1) for n in range(depth)] for start, count in zip(starts, counts, strict=False)]
+        return self.counts
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -197,6 +187,8 @@ def _check_axis(axis: str, table: schedules.Table) -> None:
             f"pipeline_value_and_grad: axis must be a mesh axis of an enclosing jax.shard_map, got {axis!r}, "
             + (f"with axes {there} there" if there else "with no shard_map there")
         )
+    if axis not in _varying(lax.axis_index(axis)):
+        raise ValueError("pipeline_value_and_grad: check_vma of the enclosing jax.shard_map must be True, got False")
     if lax.axis_size(axis) != table.stages:
         raise ValueError(
             f"pipeline_value_and_grad: table must have as many stages as there are devices along {axis!r}, "
@@ -421,9 +413,7 @@ def _run(
     like_x = jax.tree.structure(x)
     widened = lambda tree: [_vary([leaf], place)[0] for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)]
     embed = lambda shared, i: widened(embed_fn(shared, _at(inputs, i)))
-    phases = _Phases(
-        lambda w, x, index: widened(stage_fn(w, x, index)), _at(stages, 0), x, me, table.has_weights
-    )
+    phases = _Phases(lambda w, x, index: widened(stage_fn(w, x, index)), _at(stages, 0), x, me, table.has_weights)
 
     def loss_of(shared: Tree, y: list, i: jax.Array) -> jax.Array:
         return _vary(loss_fn(shared, like_x.unflatten(y), _at(targets, i)).astype(jnp.float32), axes)
@@ -472,7 +462,9 @@ def _run(
         w = jax.tree.leaves(_at(stages, r["chunk"]))
         deferred, between = _at(store["deferred"], r["deferred"]), _at(store["between"], r["between"])
         dw = phases.weights(w, r["chunk"] * S + me, deferred, between)
-        return nothing(), store | {"stages": _add_at(store["stages"], dict(zip(phases.late, dw, strict=True)), r["chunk"])}
+        return nothing(), store | {
+            "stages": _add_at(store["stages"], dict(zip(phases.late, dw, strict=True)), r["chunk"])
+        }
 
     branches = [lambda r, store: (nothing(), store), forward, backward, *([weights] if table.has_weights else [])]
 
@@ -524,9 +516,7 @@ def _activation(
     for _ in range(2):  # a stage may give what varies over more axes, as shards of a sequence do
         zeros = jax.tree.map(lambda a, place: _zeros(a.shape, a.dtype, place), x, places)
         y = _types(lambda: stage_fn(_at(stages, 0), zeros, lax.axis_index(axes[0])))
-        described = [
-            (jax.tree.structure(t), [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(t)]) for t in (x, y)
-        ]
+        described = [(jax.tree.structure(t), [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(t)]) for t in (x, y)]
         if described[0] != described[1]:
             raise ValueError(
                 f"{where}stage_fn must return what it takes, {described[0][1]} in {described[0][0]}, got "

@@ -35,9 +35,7 @@ Order = list[Cell]
 Key = tuple[str, int, int]  # phase, virtual stage, micro-batch
 
 
-def schedule(
-    name: ScheduleName, stages: int, micro_batches: int, chunks: int = 1, *, overlap: bool = False
-) -> "Table":
+def schedule(name: ScheduleName, stages: int, micro_batches: int, chunks: int = 1, *, overlap: bool = False) -> "Table":
     """(stage, tick) ↦ (phase, micro-batch, chunk) for S stages, m micro-batches and v chunks of each stage.
 
     | name | idle cells of a stage | phases of a stage | activations in flight |
@@ -78,7 +76,9 @@ def schedule(
             f"{' with overlap' if overlap else ''}, got {micro_batches}"
         )
     if name == "zero_bubble" and micro_batches < stages:
-        raise ValueError(f"schedule: micro_batches must be at least the {stages} stages for {name!r}, got {micro_batches}")
+        raise ValueError(
+            f"schedule: micro_batches must be at least the {stages} stages for {name!r}, got {micro_batches}"
+        )
     orders = [_order(name, stage, stages, micro_batches, chunks, latency) for stage in range(stages)]
     return Table(name, stages, micro_batches, chunks, overlap, _run(orders, stages, chunks, latency))
 
@@ -296,7 +296,9 @@ class Table:
         if self.has_weights:
             names["B"] = "backward of inputs"
         handles = [
-            patches.Patch(color=COLOURS[phase], label=names[phase]) for phase in "FBW" if phase != "W" or self.has_weights
+            patches.Patch(color=COLOURS[phase], label=names[phase])
+            for phase in "FBW"
+            if phase != "W" or self.has_weights
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
         figure.savefig(path, format="png")
@@ -369,7 +371,9 @@ def columns(table: Table) -> dict[str, list[list[int]]]:
             if cell is None:
                 continue
             k, i = cell.chunk * S + s, cell.micro_batch
-            values = dict(phase=" FBW".index(cell.phase), micro_batch=i, chunk=cell.chunk, first=k == 0, last=k == K - 1)
+            values = dict(
+                phase=" FBW".index(cell.phase), micro_batch=i, chunk=cell.chunk, first=k == 0, last=k == K - 1
+            )
             values |= {kind: slots.get((k, i), 0) for kind, slots in buffers.slots.items()}
             for name, value in values.items():
                 filled[name][tick][s] = int(value)

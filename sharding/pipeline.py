@@ -1,15 +1,15 @@
 """Pipeline parallelism: one program for all stages, in which a table says what each does when.
 
-`pipeline_value_and_grad` runs a `Table` of `sharding.schedules` by `jax.lax.scan` over its ticks. In a tick every device
-takes the branch of its phase and then passes one activation, or its gradient, to its neighbours:
+`pipeline_value_and_grad` runs a `Table` of `sharding.schedules` by `jax.lax.scan` over its ticks. In a tick every
+device takes the branch of its phase and passes one activation, or its gradient, to its neighbours:
 
     F   y, residuals = forward of the stage            the residuals go to a slot of a buffer
     B   dx (, dw)    = backward from the residuals     no forward is done again
     W   dw           = what B left of it               the products of weight gradients only
 
-There is no differentiation through the scan: forward and backward of one stage are traced once, and the backward is cut
-in two where the table has the phase W. What a residual is, is JAX's to say, so that `jax.checkpoint` inside (or around) a
-stage keeps less and does more in B, as everywhere. The number of slots is the memory law of the schedule.
+There is no differentiation through the scan: forward and backward of one stage are traced once, and the backward is
+cut in two where the table has the phase W. What a residual is, is JAX's to say, so that `jax.checkpoint` inside (or
+around) a stage keeps less and does more in B, as everywhere. The number of slots is the memory law of the schedule.
 
 Source: Huang et al., "GPipe", arXiv:1811.06965; Narayanan et al., arXiv:2104.04473; Qi et al., "Zero Bubble Pipeline
 Parallelism", arXiv:2401.10241.
@@ -54,8 +54,8 @@ def pipeline_value_and_grad(
         collectives over other axes than `axis`. `Layers` makes one of layers.
       loss_fn: (shared, y of the last stage, targets of a micro-batch) ↦ scalar, the mean over the micro-batch.
       table: what `schedules.schedule` gives; its stages are the devices along `axis`.
-      embed_fn: (shared, inputs of a micro-batch) ↦ x, a tree of floating arrays; None: inputs are x. It runs in the first
-        stage, `loss_fn` in the last; both use `shared`, so that a tied embedding gets the sum of both gradients.
+      embed_fn: (shared, inputs of a micro-batch) ↦ x, a tree of floating arrays; None: inputs are x. It runs in the
+        first stage, `loss_fn` in the last; both use `shared`: a tied embedding gets the sum of both gradients.
       axis: the mesh axis of the stages.
 
     Arguments of the function, and where they lie:
@@ -258,10 +258,10 @@ def _zeros_like(tree: Tree, dtype: Any = None) -> Tree:
 class _Phases:
     """F, B and W of a stage: y, dx and dw of (parameters, x, index, dy), traced once and cut by what needs what.
 
-    F has the equations that y needs, B those that dx needs (without W: dx and dw), W the rest of what dw needs. What one
-    phase makes and a later one reads is stored in between: `saved` by F for B, `deferred` by F for W (B may read it
-    too), `between` by B for W. What depends on parameters alone is made again instead: storing it would be storing
-    the weights once for every micro-batch.
+    F has the equations that y needs, B those that dx needs (without W: dx and dw), W the rest of what dw needs. What
+    one phase makes and a later one reads is stored: `saved` by F for B, `deferred` by F for W (B may read it too),
+    `between` by B for W. What depends on parameters alone is made again instead: storing it would be storing the
+    weights once for every micro-batch.
     """
 
     def __init__(self, stage_fn: Callable, parameters: Tree, x: Tree, index: jax.Array, split: bool):
@@ -269,7 +269,9 @@ class _Phases:
         leaves_x, tree_x = jax.tree.flatten(x)
 
         def joint(w: list, x: list, index: jax.Array, dy: list) -> tuple[list, list, list]:
-            call = lambda w, x: jax.tree.leaves(stage_fn(tree_w.unflatten(w), tree_x.unflatten(x), index))
+            call = lambda w, x: jax.tree.leaves(
+                stage_fn(jax.tree.unflatten(tree_w, w), jax.tree.unflatten(tree_x, x), index)
+            )
             y, pull = jax.vjp(call, w, x)
             dw, dx = pull(dy)
             return y, dx, dw
@@ -311,7 +313,7 @@ class _Phases:
             values |= dict(zip(variables, arrays, strict=True))
         return values
 
-    def forward(self, parameters: list, index: jax.Array, x: list) -> tuple[list, list, list]:
+    def forward(self, parameters: list, index: jax.Array, x: list) -> tuple[list, ...]:
         """y, saved, deferred."""
         return _evaluate(self.f, self._values(parameters, index, (self.x, x)), self.y, self.saved, self.deferred)
 
@@ -359,7 +361,7 @@ def _evaluate(equations: Iterable, values: dict, *wanted: list) -> tuple[list, .
 
 
 def _needed(equations: Sequence, wanted: Iterable, made: Iterable = (), *, whole: bool = False) -> tuple[list, dict]:
-    """The equations that `wanted` needs where `made` is there already, and the variables that they or it read from outside.
+    """The equations that `wanted` needs where `made` is there already, and the variables read that these do not make.
 
     Of an equation with several results only those that are needed are made, where JAX knows how to, unless `whole`.
     """
@@ -403,7 +405,7 @@ def _run(
     inputs: Tree,
     targets: Tree,
 ) -> tuple[jax.Array, Tree, Tree]:
-    """Sums over this device's micro-batches: the loss, and in float32 the gradients of stages [chunks, …] and shared."""
+    """Sums over this device's micro-batches: the loss; in float32 the gradients of stages [chunks, …] and shared."""
     S, v = table.stages, table.chunks
     me = lax.axis_index(axis)
     columns = {name: jnp.asarray(np.asarray(rows, np.int32)) for name, rows in schedules.columns(table).items()}
@@ -416,7 +418,7 @@ def _run(
     phases = _Phases(lambda w, x, index: widened(stage_fn(w, x, index)), _at(stages, 0), x, me, table.has_weights)
 
     def loss_of(shared: Tree, y: list, i: jax.Array) -> jax.Array:
-        return _vary(loss_fn(shared, like_x.unflatten(y), _at(targets, i)).astype(jnp.float32), axes)
+        return _vary(loss_fn(shared, jax.tree.unflatten(like_x, y), _at(targets, i)).astype(jnp.float32), axes)
 
     _check_loss(lambda: loss_fn(shared, x, _at(targets, 0)), axes)
     nothing = lambda: _zeros_like(jax.tree.leaves(x))

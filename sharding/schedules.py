@@ -7,8 +7,8 @@ stage; the table runs the orders tick by tick, each phase as early as its data a
     B   gradient of the input    after B of virtual stage k + 1, and its own F
     W   gradient of the weights  after its own B; in a table without W the phase B makes both
 
-Sources: Huang et al., "GPipe", arXiv:1811.06965; Narayanan et al., "Efficient Large-Scale Language Model Training on GPU
-Clusters Using Megatron-LM", arXiv:2104.04473 (1F1B, interleaved); Qi et al., "Zero Bubble Pipeline Parallelism",
+Sources: Huang et al., "GPipe", arXiv:1811.06965; Narayanan et al., "Efficient Large-Scale Language Model Training on
+GPU Clusters Using Megatron-LM", arXiv:2104.04473 (1F1B, interleaved); Qi et al., "Zero Bubble Pipeline Parallelism",
 arXiv:2401.10241 (H1).
 """
 
@@ -53,9 +53,9 @@ def schedule(name: ScheduleName, stages: int, micro_batches: int, chunks: int = 
         is there one tick later and travels while the stage works. The table then has more idle cells (a tick is not a
         time: see `Table.makespan`) and up to twice the activations in flight.
 
-    Raises `TypeError` if a number is no int, `ValueError` if the name is not known, a number is below 1, chunks do not go
-    with the name, or there are fewer micro-batches than the schedule needs: a multiple of the stages when interleaved, as
-    many as stages in "zero_bubble".
+    Raises `TypeError` if a number is no int, `ValueError` if the name is not known, a number is below 1, chunks do not
+    go with the name, or the micro-batches are not what the schedule needs: a multiple of the stages when interleaved
+    (of twice the stages with overlap), at least as many as stages in "zero_bubble".
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule: name must be one of {', '.join(map(repr, SCHEDULES))}, got {name!r}")
@@ -223,8 +223,8 @@ class Table:
           forward, backward, weights: of F, of the gradient of the input, of the gradient of the weights; a B without a
             W after it takes both. Of a chunk, 1 / chunks of it.
           transfer: of one activation from a stage to its neighbour.
-          lockstep: True: as `pipeline_value_and_grad` does it: neighbours exchange in every tick; without overlap nobody
-            begins a tick before their neighbours ended the last one and its transfer, with overlap a tick ends no
+          lockstep: True: as `pipeline_value_and_grad` does it: neighbours exchange in every tick; without overlap a
+            stage begins no tick before its neighbours ended the last one and its transfer, with overlap a tick ends no
             earlier than the transfers that it began with. False: a stage waits for nothing but what it reads.
         """
         cost = {"F": forward, "W": weights, "B": backward if self.has_weights else backward + weights}
@@ -280,7 +280,7 @@ class Table:
                 if cell is None:
                     continue
                 base = colors.to_rgb(COLOURS[cell.phase])
-                shade = 1 - 0.35 * cell.chunk / max(self.chunks - 1, 1)
+                shade = 1 - 0.25 * cell.chunk / max(self.chunks - 1, 1)
                 colour = tuple(shade * part for part in base)
                 axes.add_patch(patches.Rectangle((tick, s), 1, 1, facecolor=colour, edgecolor="white", linewidth=1))
                 axes.text(tick + 0.5, s + 0.5, str(cell.micro_batch), ha="center", va="center", fontsize=7)
@@ -333,7 +333,8 @@ def _assign(table: Table) -> Buffers:
             lives["gradients"][k, i] = (done["B", k + 1, i] + late if k < K - 1 else done["F", k, i]), tick
             if table.has_weights:
                 lives["between"][k, i] = tick, done["W", k, i]
-    counts, slots = {}, {}
+    counts: dict[str, int] = {}
+    slots: dict[str, dict[tuple[int, int], int]] = {}
     for kind, of in lives.items():
         slots[kind], counts[kind] = {}, 0
         for s in range(table.stages):

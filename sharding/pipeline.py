@@ -75,7 +75,7 @@ def pipeline_value_and_grad(
     def value_and_grad(stages: Tree, shared: Tree, inputs: Tree, targets: Tree) -> tuple[jax.Array, tuple[Tree, Tree]]:
         _check_axis(axis, table)
         _check_parameters(stages, shared, table, axis)
-        inputs, targets = (_micro_batches(n, t, table) for n, t in (("inputs", inputs), ("targets", targets)))
+        inputs, targets = (_micro_batches(n, t, table, axis) for n, t in (("inputs", inputs), ("targets", targets)))
         over = {name for leaf in jax.tree.leaves((inputs, targets)) for name in _varying(leaf)} - {axis}
         axes = (axis, *sorted(over))
         places = jax.tree.map(_varying, (stages, shared))
@@ -211,7 +211,7 @@ def _check_parameters(stages: Tree, shared: Tree, table: schedules.Table, axis: 
                 raise ValueError(f"{where} must be the same on every device of {axis!r}, got one that varies")
 
 
-def _micro_batches(name: str, tree: Tree, table: schedules.Table) -> Tree:
+def _micro_batches(name: str, tree: Tree, table: schedules.Table, axis: str) -> Tree:
     """Leaves [batch, …] ↦ [micro-batches, batch / micro-batches, …]."""
     m = table.micro_batches
 
@@ -222,6 +222,8 @@ def _micro_batches(name: str, tree: Tree, table: schedules.Table) -> Tree:
                 f"{where} must have a batch on each device that is a multiple of the {m} micro-batches, got shape "
                 f"{leaf.shape}"
             )
+        if axis in _varying(leaf):
+            raise ValueError(f"{where} must be the same on every device of {axis!r}, got one that varies")
         return leaf.reshape(m, leaf.shape[0] // m, *leaf.shape[1:])
 
     return jax.tree.map_with_path(split, tree)

@@ -300,6 +300,51 @@ def test_a_stage_that_is_itself_over_devices():
     assert_same(layers, function, mlps(2), shared_parameters(), *words(12), mlp)
 
 
+@pytest.mark.slow
+def test_activations_that_are_split_along_a_tensor_axis():
+    """x[batch, length_T, width]: the embedding is taken apart, the loss put together, by the functions themselves."""
+
+    def part(x):
+        size = x.shape[1] // lax.axis_size("tensor")
+        return lax.dynamic_slice_in_dim(x, size * lax.axis_index("tensor"), size, 1)
+
+    def layer(p, x):
+        hidden = jnp.tanh(lax.all_gather(x, "tensor", axis=1, tiled=True) @ p["a"]) @ p["b"]
+        return x + lax.psum_scatter(hidden, "tensor", scatter_dimension=1, tiled=True)
+
+    layers = Layers(layer, schedule("1f1b", 2, 4))
+    function = pipelined(
+        layers,
+        mesh_of(data=2, pipeline=2, tensor=2),
+        specs=dict(a=P(None, "pipeline", None, None, "tensor"), b=P(None, "pipeline", None, "tensor")),
+        embed_fn=lambda shared, tokens: part(embed(shared, tokens)),
+        loss=lambda shared, y, targets: lax.pmean(tied_loss(shared, y, part(targets)), "tensor"),
+    )
+    assert_same(layers, function, mlps(4), shared_parameters(), *words(16, 6), mlp)
+
+
+@pytest.mark.slow
+def test_several_arrays_go_from_stage_to_stage():
+    """An auxiliary loss beside the stream, as routers of experts have."""
+    layer = lambda p, x: dict(stream=mlp(p, x["stream"]), extra=x["extra"] + jnp.square(x["stream"] @ p["a"]).mean())
+    begin = lambda shared, tokens: dict(stream=embed(shared, tokens), extra=jnp.zeros(()))
+    end = lambda shared, y, targets: tied_loss(shared, y["stream"], targets) + y["extra"]
+    layers = Layers(layer, schedule("zero_bubble", 2, 4))
+    parameters, shared, (tokens, targets) = mlps(4), shared_parameters(), words(8)
+    function = pipelined(layers, mesh_of(data=1, pipeline=2), embed_fn=begin, loss=end)
+    loss, (of_stages, of_shared) = function(layers.split(parameters), shared, tokens, targets)
+
+    def whole(parameters, shared):
+        x = begin(shared, tokens)
+        for n in range(4):
+            x = layer(jax.tree.map(lambda w: w[n], parameters), x)
+        return end(shared, x, targets)
+
+    expected = jax.value_and_grad(whole, argnums=(0, 1))(parameters, shared)
+    got = loss, (layers.join(of_stages), of_shared)
+    assert max(jax.tree.leaves(jax.tree.map(error, got, expected))) < 1e-5
+
+
 def test_gradients_are_summed_in_float32():
     layers = Layers(lambda w, x: w * x, schedule("1f1b", 2, 300))
     inputs, ones = jnp.ones((300, 1), jnp.bfloat16), jnp.ones(2, jnp.bfloat16)
@@ -360,7 +405,7 @@ def run(*, mesh=None, layers=None, batch=8, shared=None, specs=STAGES, **changes
     mesh = mesh or mesh_of(data=1, pipeline=2)
     layers = layers or Layers(mlp, schedule("1f1b", 2, 4))
     stages = layers.split(changes.pop("parameters", mlps(4)))
-    function = pipelined(layers, mesh, specs=specs, **changes)
+    function = pipelined(layers, mesh, specs=specs, batch=changes.pop("batches", DATA), **changes)
     jax.eval_shape(function, stages, shared or shared_parameters(), *words(batch))
 
 
@@ -375,6 +420,11 @@ def run(*, mesh=None, layers=None, batch=8, shared=None, specs=STAGES, **changes
             "got 'pipeline', with axes .*'stage'",
         ),
         (dict(specs=P()), ValueError, r"stages\['a'\] must have the local shape \(1, 1, …\).*, got \(1, 2, 2, 6, 10\)"),
+        (
+            dict(batches=P("pipeline")),
+            ValueError,
+            "inputs must be the same on every device of 'pipeline', got one that",
+        ),
         (dict(shared=dict(table=jnp.ones((WORDS, WIDTH), int), scale=1.0)), TypeError, "must be floating, got int"),
         (dict(stage=lambda w, x, _: x[..., :3]), ValueError, r"stage_fn must return what it takes, .*5, 6.*, got .*3"),
         (dict(loss=lambda _, y, t: y.mean(-1)), ValueError, "loss_fn must return a floating scalar"),

@@ -1,6 +1,5 @@
 """Schedules are what their papers say, and the program that runs them computes what one device does."""
 
-import collections
 import struct
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Var, jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -376,19 +375,36 @@ def test_no_phase_does_the_work_of_another(name, layer, stage, counts):
     jaxpr = jax.make_jaxpr(function)(layers.split(mlps(4)), {}, inputs, inputs)
 
     def products(jaxpr):
-        own = collections.Counter(eqn.primitive.name for eqn in jaxpr.eqns)["dot_general"]
+        own = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
         return own + sum(products(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params))
 
-    def switch(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "cond" and len(eqn.params["branches"]) > 2:
-                return eqn.params["branches"]
-            for inner in jaxprs_in_params(eqn.params):
-                if found := switch(inner):
-                    return found
-        return None
+    tick, switch = the_switch(jaxpr.jaxpr)
+    assert [products(branch) for branch in tick.eqns[switch].params["branches"]] == [0, *counts]
 
-    assert [products(branch) for branch in switch(jaxpr.jaxpr)] == [0, *counts]
+
+def the_switch(jaxpr):
+    """The jaxpr of a tick, and which of its equations is the switch between phases."""
+    for index, eqn in enumerate(jaxpr.eqns):
+        if len(eqn.params.get("branches", ())) > 2:
+            return jaxpr, index
+        for inner in jaxprs_in_params(eqn.params):
+            if found := the_switch(inner):
+                return found
+    return None
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_with_overlap_messages_are_sent_before_the_branch_and_read_after_it(overlap):
+    layers = Layers(mlp, schedule("1f1b", 2, 4, overlap=overlap))
+    function = pipelined(layers, mesh_of(data=1, pipeline=2))
+    jaxpr = jax.make_jaxpr(function)(layers.split(mlps(2)), shared_parameters(), *words(8))
+    tick, switch = the_switch(jaxpr.jaxpr)
+    sends = [index for index, eqn in enumerate(tick.eqns) if eqn.primitive.name == "ppermute"]
+    assert len(sends) == 2
+    for index in sends:
+        assert (index < switch) == overlap
+        assert (tick.eqns[index].invars[0] in tick.invars) == overlap  # what the tick before made
+        assert not {*tick.eqns[index].outvars} & {v for v in tick.eqns[switch].invars if isinstance(v, Var)}
 
 
 def temporary_bytes(name, micro_batches, overlap=False):

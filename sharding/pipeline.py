@@ -18,7 +18,7 @@ Parallelism", arXiv:2401.10241.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,15 @@ Tree = Any
 ValueAndGrad = Callable[[Tree, Tree, Tree, Tree], tuple[jax.Array, tuple[Tree, Tree]]]
 
 
+class Place(NamedTuple):
+    """Which virtual stage works on which micro-batch: int32 scalars, for masks and the keys of random numbers."""
+
+    stage: jax.Array
+    micro_batch: jax.Array
+
+
 def pipeline_value_and_grad(
-    stage_fn: Callable[[Tree, Tree, jax.Array], Tree],
+    stage_fn: Callable[[Tree, Tree, Place], Tree],
     loss_fn: Callable[[Tree, Tree, Tree], jax.Array],
     table: schedules.Table,
     *,
@@ -50,8 +57,8 @@ def pipeline_value_and_grad(
         value_and_grad(stages, shared, inputs, targets) -> loss, (gradient of stages, gradient of shared)
 
     Args:
-      stage_fn: (parameters of a virtual stage, x, index of the virtual stage) ↦ y, of x's shapes and dtypes. It may use
-        collectives over other axes than `axis`. `Layers` makes one of layers.
+      stage_fn: (parameters of a virtual stage, x, `Place`) ↦ y, of x's shapes and dtypes. It may use collectives over
+        other axes than `axis`. `Layers` makes one of layers.
       loss_fn: (shared, y of the last stage, targets of a micro-batch) ↦ scalar, the mean over the micro-batch.
       table: what `schedules.schedule` gives; its stages are the devices along `axis`.
       embed_fn: (shared, inputs of a micro-batch) ↦ x, a tree of floating arrays; None: inputs are x. It runs in the
@@ -64,8 +71,8 @@ def pipeline_value_and_grad(
       shared: the same on every device of `axis`, `PartitionSpec()`.
       inputs, targets: leaves [batch, …], the same on every device of `axis`; the batch is cut into table.micro_batches.
 
-    Gradients have the places and dtypes of the parameters. They are summed in float32 over the micro-batches; those of
-    parameters that are the same along a data axis are summed over it once, at the end.
+    Gradients have the places and dtypes of the parameters. They are summed over the micro-batches in float32 at least;
+    those of parameters that are the same along a data axis are summed over it once, at the end.
 
     Raises, while tracing, `ValueError` if no `jax.shard_map` is over `axis`, its size is not the table's stages, leaves
     do not begin with [chunks, 1], the micro-batches do not divide the batch, y is not like x, or the loss is no scalar
@@ -87,14 +94,14 @@ def pipeline_value_and_grad(
         loss, d_stages, d_shared = _run(stage_fn, loss_fn, embed, table, axis, axes, stages, shared, inputs, targets)
         count = table.micro_batches * int(np.prod([lax.axis_size(name) for name in over], dtype=int))
 
-        def total(gradient: jax.Array, like: jax.Array, place: frozenset, along: Sequence[str]) -> jax.Array:
+        def total(gradient: jax.Array, like: jax.Array, place: frozenset) -> jax.Array:
             # One that differs along a data axis was gathered by the stage, whose gradient is summed already.
-            missing = tuple(name for name in along if name not in place)
+            missing = tuple(name for name in axes if name not in place)
             return ((lax.psum(gradient, missing) if missing else gradient) / count).astype(like.dtype)
 
         d_stages = jax.tree.map(lambda g: g[:, None], d_stages)
-        d_stages = jax.tree.map(lambda g, w, place: total(g, w, place, axes), d_stages, stages, places[0])
-        d_shared = jax.tree.map(lambda g, w, place: total(g, w, place, axes), d_shared, shared, places[1])
+        d_stages = jax.tree.map(total, d_stages, stages, places[0])
+        d_shared = jax.tree.map(total, d_shared, shared, places[1])
         return lax.psum(loss, axes) / count, (d_stages, d_shared)
 
     return value_and_grad
@@ -121,15 +128,15 @@ class Layers:
     table: schedules.Table
     counts: Sequence[int] | None = None
 
-    def __call__(self, parameters: Tree, x: Tree, index: jax.Array) -> Tree:
-        """The layers of virtual stage `index`, of leaves [depth, …]."""
+    def __call__(self, parameters: Tree, x: Tree, place: Place) -> Tree:
+        """The layers of a virtual stage, of leaves [depth, …]."""
         depth = jax.tree.leaves(parameters)[0].shape[0]
         for n in range(depth):
             y = self.layer_fn(jax.tree.map(lambda w: w[n], parameters), x)
             if self.counts is None or n < min(self.counts):
                 x = y
             else:
-                there = n < jnp.asarray(self.counts)[index]
+                there = n < jnp.asarray(self.counts)[place.stage]
                 x = jax.tree.map(lambda y, x: jnp.where(there, y, x), y, x)
         return x
 
@@ -250,41 +257,41 @@ def _zeros(shape: tuple[int, ...], dtype: Any, axes: Iterable[str]) -> jax.Array
     return _vary(jnp.zeros(shape, dtype), axes)
 
 
-def _zeros_like(tree: Tree, dtype: Any = None) -> Tree:
-    return jax.tree.map(lambda x: _zeros(x.shape, dtype or x.dtype, _varying(x)), tree)
+def _zeros_like(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: _zeros(x.shape, x.dtype, _varying(x)), tree)
 
 
 # ---- forward and backward of a stage, cut into phases --------------------------------------------------------------
 
 
 class _Phases:
-    """F, B and W of a stage: y, dx and dw of (parameters, x, index, dy), traced once and cut by what needs what.
+    """F, B and W of a stage: y, dx and dw of (parameters, x, place, dy), traced once and cut by what needs what.
 
     F has the equations that y needs, B those that dx needs (without W: dx and dw), W the rest of what dw needs. What
     one phase makes and a later one reads is stored: `saved` by F for B, `deferred` by F for W (B may read it too),
-    `between` by B for W. What depends on parameters alone is made again instead: storing it would be storing the
-    weights once for every micro-batch.
+    `between` by B for W. What depends on parameters and place alone is made again instead:
+    the weights would be stored once for every micro-batch.
     """
 
-    def __init__(self, stage_fn: Callable, parameters: Tree, x: Tree, index: jax.Array, split: bool):
+    def __init__(self, stage_fn: Callable, parameters: Tree, x: Tree, place: Place, split: bool):
         leaves_w, tree_w = jax.tree.flatten(parameters)
         leaves_x, tree_x = jax.tree.flatten(x)
 
-        def joint(w: list, x: list, index: jax.Array, dy: list) -> tuple[list, list, list]:
+        def joint(w: list, x: list, place: Place, dy: list) -> tuple[list, list, list]:
             call = lambda w, x: jax.tree.leaves(
-                stage_fn(jax.tree.unflatten(tree_w, w), jax.tree.unflatten(tree_x, x), index)
+                stage_fn(jax.tree.unflatten(tree_w, w), jax.tree.unflatten(tree_x, x), place)
             )
             y, pull = jax.vjp(call, w, x)
             dw, dx = pull(dy)
             return y, dx, dw
 
-        traced = jax.make_jaxpr(joint)(leaves_w, leaves_x, index, leaves_x)
-        flat = [*leaves_w, *leaves_x, index, *leaves_x]
+        traced = jax.make_jaxpr(joint)(leaves_w, leaves_x, place, leaves_x)
+        flat = [*leaves_w, *leaves_x, *place, *leaves_x]
         jaxpr = jax.make_jaxpr(lambda *a: _inlined(traced.jaxpr, traced.consts, a))(*flat)
         self.constants = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
         n, m = len(leaves_w), len(leaves_x)
         take = lambda items, *counts: [items[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
-        self.w, self.x, self.index, self.dy = take(jaxpr.jaxpr.invars, n, m, 1, m)
+        self.w, self.x, self.place, self.dy = take(jaxpr.jaxpr.invars, n, m, len(place), m)
         self.y, self.dx, self.dw = take(jaxpr.jaxpr.outvars, m, m, n)
 
         equations, _ = _needed(jaxpr.jaxpr.eqns, [*self.y, *self.dx, *self.dw])
@@ -309,25 +316,25 @@ class _Phases:
         self.saved = [v for v in reads_b if v in from_f and v not in reads_w]
         self.between = [v for v in reads_w if v in made_b or v in self.dy]
 
-    def _values(self, parameters: list, index: jax.Array, *more: tuple[list, list]) -> dict:
-        values = dict(zip(self.w, parameters, strict=True)) | {self.index[0]: index} | self.constants
-        for variables, arrays in more:
+    def _values(self, parameters: list, place: Place, *more: tuple[list, list]) -> dict:
+        values = dict(self.constants)
+        for variables, arrays in ((self.w, parameters), (self.place, place), *more):
             values |= dict(zip(variables, arrays, strict=True))
         return values
 
-    def forward(self, parameters: list, index: jax.Array, x: list) -> tuple[list, ...]:
+    def forward(self, parameters: list, place: Place, x: list) -> tuple[list, ...]:
         """y, saved, deferred."""
-        return _evaluate(self.f, self._values(parameters, index, (self.x, x)), self.y, self.saved, self.deferred)
+        return _evaluate(self.f, self._values(parameters, place, (self.x, x)), self.y, self.saved, self.deferred)
 
-    def backward(self, parameters: list, index: jax.Array, saved: list, deferred: list, dy: list) -> tuple[list, ...]:
+    def backward(self, parameters: list, place: Place, saved: list, deferred: list, dy: list) -> tuple[list, ...]:
         """dx, dw of `early`, between."""
         stored = (self.saved, saved), (self.deferred, deferred), (self.dy, dy)
-        values = self._values(parameters, index, *stored)
+        values = self._values(parameters, place, *stored)
         return _evaluate(self.b, values, self.dx, [self.dw[i] for i in self.early], self.between)
 
-    def weights(self, parameters: list, index: jax.Array, deferred: list, between: list) -> list:
+    def weights(self, parameters: list, place: Place, deferred: list, between: list) -> list:
         """dw of `late`."""
-        values = self._values(parameters, index, (self.deferred, deferred), (self.between, between))
+        values = self._values(parameters, place, (self.deferred, deferred), (self.between, between))
         return _evaluate(self.v, values, [self.dw[i] for i in self.late])[0]
 
 
@@ -407,7 +414,7 @@ def _run(
     inputs: Tree,
     targets: Tree,
 ) -> tuple[jax.Array, Tree, Tree]:
-    """Sums over this device's micro-batches: the loss; in float32 the gradients of stages [chunks, …] and shared."""
+    """Sums over this device's micro-batches: the loss and the gradients of stages [chunks, …] and shared."""
     S, v = table.stages, table.chunks
     me = lax.axis_index(axis)
     columns = {name: jnp.asarray(np.asarray(rows, np.int32)) for name, rows in schedules.columns(table).items()}
@@ -415,15 +422,19 @@ def _run(
 
     x, places = _activation(stage_fn, embed_fn, stages, shared, inputs, axes)
     like_x = jax.tree.structure(x)
-    widened = lambda tree: [_vary([leaf], place)[0] for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)]
+    widened = lambda tree: [_vary(a, over) for a, over in zip(jax.tree.leaves(tree), places, strict=True)]
     embed = lambda shared, i: widened(embed_fn(shared, _at(inputs, i)))
-    phases = _Phases(lambda w, x, index: widened(stage_fn(w, x, index)), _at(stages, 0), x, me, table.has_weights)
+    phases = _Phases(
+        lambda w, x, place: widened(stage_fn(w, x, place)), _at(stages, 0), x, Place(me, me), table.has_weights
+    )
+
+    loss_type = _loss_type(lambda: loss_fn(shared, x, _at(targets, 0)), axes)
 
     def loss_of(shared: Tree, y: list, i: jax.Array) -> jax.Array:
-        return _vary(loss_fn(shared, jax.tree.unflatten(like_x, y), _at(targets, i)).astype(jnp.float32), axes)
+        return _vary(loss_fn(shared, jax.tree.unflatten(like_x, y), _at(targets, i)).astype(loss_type), axes)
 
-    _check_loss(lambda: loss_fn(shared, x, _at(targets, 0)), axes)
     nothing = lambda: _zeros_like(jax.tree.leaves(x))
+    place = lambda r: Place(r["chunk"] * S + me, r["micro_batch"])
     down = [(s, (s + 1) % S) for s in range(S if v > 1 else S - 1)]
     up = [(b, a) for a, b in down]
 
@@ -431,7 +442,7 @@ def _run(
         arrived = lambda: _at(store["arriving"], r["arriving"])
         x = lax.cond(r["first"] == 1, lambda: embed(shared, r["micro_batch"]), arrived)
         w = jax.tree.leaves(_at(stages, r["chunk"]))
-        y, saved, deferred = phases.forward(w, r["chunk"] * S + me, x)
+        y, saved, deferred = phases.forward(w, place(r), x)
         store = store | {
             "saved": _put(store["saved"], saved, r["saved"]),
             "deferred": _put(store["deferred"], deferred, r["deferred"]),
@@ -448,7 +459,7 @@ def _run(
         w = jax.tree.leaves(_at(stages, r["chunk"]))
         dx, dw, between = phases.backward(
             w,
-            r["chunk"] * S + me,
+            place(r),
             _at(store["saved"], r["saved"]),
             _at(store["deferred"], r["deferred"]),
             _at(store["gradients"], r["gradients"]),
@@ -465,7 +476,7 @@ def _run(
     def weights(r: Mapping, store: dict) -> tuple[list, dict]:
         w = jax.tree.leaves(_at(stages, r["chunk"]))
         deferred, between = _at(store["deferred"], r["deferred"]), _at(store["between"], r["between"])
-        dw = phases.weights(w, r["chunk"] * S + me, deferred, between)
+        dw = phases.weights(w, place(r), deferred, between)
         return nothing(), store | {
             "stages": _add_at(store["stages"], dict(zip(phases.late, dw, strict=True)), r["chunk"])
         }
@@ -491,17 +502,18 @@ def _run(
         ), None
 
     counts = table.buffers.counts
-    slots = lambda kind, arrays: [_zeros((counts[kind], *a.shape), a.dtype, a.mat.varying) for a in arrays]
-    types = [jax.typeof(a) for a in jax.tree.leaves(x)]
+    slots = lambda count, types: [_zeros((count, *a.shape), a.dtype, a.mat.varying) for a in types]
+    passed = [jax.typeof(a) for a in jax.tree.leaves(x)]
+    sums = lambda tree: jax.tree.map(lambda w: _zeros(w.shape, _wide(w.dtype), _varying(w)), tree)
     store = {
-        "arriving": [_zeros((counts["arriving"] + 1, *a.shape), a.dtype, a.mat.varying) for a in types],
-        "gradients": [_zeros((counts["gradients"] + 1, *a.shape), a.dtype, a.mat.varying) for a in types],
-        "saved": slots("saved", [u.aval for u in phases.saved]),
-        "deferred": slots("deferred", [u.aval for u in phases.deferred]),
-        "between": slots("between", [u.aval for u in phases.between]),
-        "stages": _zeros_like(jax.tree.leaves(stages), jnp.float32),  # a sum of bfloat16 stalls after 256 terms
-        "shared": _zeros_like(shared, jnp.float32),
-        "loss": _zeros((), jnp.float32, axes),
+        "arriving": slots(counts["arriving"] + 1, passed),  # the last slot is for what nobody reads
+        "gradients": slots(counts["gradients"] + 1, passed),
+        "saved": slots(counts["saved"], [v.aval for v in phases.saved]),
+        "deferred": slots(counts["deferred"], [v.aval for v in phases.deferred]),
+        "between": slots(counts["between"], [v.aval for v in phases.between]),
+        "stages": sums(jax.tree.leaves(stages)),
+        "shared": sums(shared),
+        "loss": _zeros((), loss_type, axes),
     }
     (store, _), _ = lax.scan(tick, (store, nothing()), mine)
     return store["loss"], jax.tree.unflatten(jax.tree.structure(stages), store["stages"]), store["shared"]
@@ -519,7 +531,7 @@ def _activation(
     places = jax.tree.map(lambda a: frozenset(a.mat.varying) | set(axes), x)
     for _ in range(2):  # a stage may give what varies over more axes, as shards of a sequence do
         zeros = jax.tree.map(lambda a, place: _zeros(a.shape, a.dtype, place), x, places)
-        y = _types(lambda: stage_fn(_at(stages, 0), zeros, lax.axis_index(axes[0])))
+        y = _types(lambda: stage_fn(_at(stages, 0), zeros, Place(*[lax.axis_index(axes[0])] * 2)))
         described = [(jax.tree.structure(t), [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(t)]) for t in (x, y)]
         if described[0] != described[1]:
             raise ValueError(
@@ -531,15 +543,22 @@ def _activation(
     return zeros, [_varying(a) for a in jax.tree.leaves(zeros)]
 
 
-def _check_loss(loss: Callable, axes: Sequence[str]) -> None:
-    (value,) = jax.tree.leaves(_types(loss)) or [None]
-    if value is None or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+def _loss_type(loss: Callable, axes: Sequence[str]) -> Any:
+    """The dtype of sums of the loss, which is checked."""
+    value = _types(loss)
+    if not hasattr(value, "shape") or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"pipeline_value_and_grad: loss_fn must return a floating scalar, got {value}")
     if more := sorted(set(value.mat.varying) - set(axes)):
         raise ValueError(
             "pipeline_value_and_grad: loss_fn must return the same on every device of axes over which neither inputs "
             f"nor targets vary (jax.lax.psum or pmean it), got one that varies over {', '.join(map(repr, more))}"
         )
+    return _wide(value.dtype)
+
+
+def _wide(dtype: Any) -> Any:
+    """What a sum over micro-batches is made in: a sum of bfloat16 stalls after 256 terms."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _types(function: Callable) -> Tree:

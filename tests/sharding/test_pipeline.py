@@ -344,6 +344,33 @@ def test_several_arrays_go_from_stage_to_stage():
     assert max(jax.tree.leaves(jax.tree.map(error, got, expected))) < 1e-5
 
 
+def test_random_numbers_of_a_stage_and_a_micro_batch():
+    """The same mask in F, B and W; it is made again, not stored."""
+
+    def dropped(w, x, stage, micro_batch):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), stage), micro_batch)
+        return jnp.tanh(x @ w) * jax.random.bernoulli(key, 0.5, x.shape)
+
+    layers = Layers(mlp, schedule("zero_bubble", 2, 3))
+    loss = lambda _, y, targets: jnp.square(y - targets).mean()
+    stage = lambda w, x, place: dropped(w[0], x, place.stage, place.micro_batch)
+    function = pipelined(layers, mesh_of(data=1, pipeline=2), stage=stage, loss=loss, embed_fn=None)
+    weights, (inputs, targets) = normal(0, 2, WIDTH, WIDTH), normal(1, 2, 6, WIDTH)
+    got, (gradient, _) = function(layers.split(weights), {}, inputs, targets)
+
+    def whole(weights):
+        total = 0.0
+        for i in range(3):
+            x = inputs[2 * i : 2 * i + 2]
+            for stage in range(2):
+                x = dropped(weights[stage], x, stage, i)
+            total += loss({}, x, targets[2 * i : 2 * i + 2]) / 3
+        return total
+
+    expected, of_weights = jax.jit(jax.value_and_grad(whole))(weights)
+    assert error(got, expected) < 1e-5 and error(layers.join(gradient), of_weights) < 1e-5
+
+
 def test_gradients_are_summed_in_float32():
     layers = Layers(lambda w, x: w * x, schedule("1f1b", 2, 300))
     inputs, ones = jnp.ones((300, 1), jnp.bfloat16), jnp.ones(2, jnp.bfloat16)
@@ -457,6 +484,7 @@ def run(*, mesh=None, layers=None, batch=8, shared=None, specs=STAGES, **changes
         (dict(shared=dict(table=jnp.ones((WORDS, WIDTH), int), scale=1.0)), TypeError, "must be floating, got int"),
         (dict(stage=lambda w, x, _: x[..., :3]), ValueError, r"stage_fn must return what it takes, .*5, 6.*, got .*3"),
         (dict(loss=lambda _, y, t: y.mean(-1)), ValueError, "loss_fn must return a floating scalar"),
+        (dict(loss=lambda _, y, t: (y.mean(), t)), ValueError, "loss_fn must return a floating scalar"),
         (dict(embed_fn=lambda _, t: t), TypeError, "embed_fn returns .* must be floating, got int32"),
         (dict(parameters=mlps(5)), ValueError, "2 stages must divide the layers, got 5"),
         (

@@ -10,6 +10,11 @@ from sharding.collectives import reduce_scatter as reduce_scatter
 from sharding.mesh import make_mesh as make_mesh
 from sharding.mesh import partition_specs as partition_specs
 from sharding.mesh import shard as shard
+from sharding.pipeline import Layers as Layers
+from sharding.pipeline import Place as Place
+from sharding.pipeline import pipeline_value_and_grad as pipeline_value_and_grad
+from sharding.schedules import Table as Table
+from sharding.schedules import schedule as schedule
 from sharding.tensor import column_parallel as column_parallel
 from sharding.tensor import dropout as dropout
 from sharding.tensor import enter as enter

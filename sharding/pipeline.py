@@ -26,9 +26,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 from jax.interpreters import partial_eval
-from jax.sharding import get_abstract_mesh
 
-from sharding import schedules
+from sharding import collectives, schedules
 
 Tree = Any
 ValueAndGrad = Callable[[Tree, Tree, Tree, Tree], tuple[jax.Array, tuple[Tree, Tree]]]
@@ -188,18 +187,13 @@ class Layers:
 
 
 def _check_axis(axis: str, table: schedules.Table) -> None:
-    there = tuple(get_abstract_mesh().manual_axes)
-    if axis not in there:
-        raise ValueError(
-            f"pipeline_value_and_grad: axis must be a mesh axis of an enclosing jax.shard_map, got {axis!r}, "
-            + (f"with axes {there} there" if there else "with no shard_map there")
-        )
+    size = collectives.axis_size("pipeline_value_and_grad", axis)
     if axis not in _varying(lax.axis_index(axis)):
         raise ValueError("pipeline_value_and_grad: check_vma of the enclosing jax.shard_map must be True, got False")
-    if lax.axis_size(axis) != table.stages:
+    if size != table.stages:
         raise ValueError(
             f"pipeline_value_and_grad: table must have as many stages as there are devices along {axis!r}, "
-            f"{lax.axis_size(axis)}, got {table.stages}"
+            f"{size}, got {table.stages}"
         )
 
 

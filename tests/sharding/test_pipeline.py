@@ -17,6 +17,8 @@ from sharding.pipeline import Layers, pipeline_value_and_grad
 from sharding.schedules import SCHEDULES, columns, schedule
 from tests.compare import error
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SIZES = [(S, m) for S in (1, 2, 3, 4, 8) for m in (1, 2, 3, 4, 7, 8, 12, 16, 24, 33)]
 
 

@@ -41,6 +41,9 @@ class ColumnParallelLinear(nnx.Linear):
       axis: the mesh axis T that the columns are split over.
       sequence, overlap: as in `sharding.tensor.column_parallel`.
       **flax_arguments: those of `nnx.Linear` (`use_bias`, `dtype`, `param_dtype`, `precision`, `kernel_init`, …).
+
+    Raises `ValueError` naming the layer, the array, its dimension and the axis if T does not divide out_features,
+    or the rows that are split over it: on a mesh when the layer is made, else while tracing.
     """
 
     def __init__(
@@ -78,6 +81,9 @@ class RowParallelLinear(nnx.Linear):
       axis: the mesh axis T that the rows are split over.
       sequence, overlap: as in `sharding.tensor.row_parallel`.
       **flax_arguments: those of `nnx.Linear`.
+
+    Raises `ValueError` naming the layer, the array, its dimension and the axis if T does not divide in_features,
+    or the rows that are split over it: on a mesh when the layer is made, else while tracing.
     """
 
     def __init__(
@@ -116,6 +122,9 @@ class VocabParallelEmbed(nnx.Embed):
       axis: the mesh axis T that the vocabulary is split over.
       sequence: whether y is split by rows.
       **flax_arguments: those of `nnx.Embed`.
+
+    Raises `ValueError` naming the layer, the array, its dimension and the axis if T does not divide the vocabulary,
+    or the rows that are split over it: on a mesh when the layer is made, else while tracing.
     """
 
     def __init__(

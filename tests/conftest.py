@@ -1,5 +1,6 @@
 """The machine every test sees: eight virtual CPU devices, no accelerator, compiled programs kept between runs."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -16,10 +17,10 @@ os.environ.setdefault("MPLCONFIGDIR", str(_CACHE / "matplotlib"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxops-tests-")
 
 
-@pytest.fixture
-def unoptimized():
-    """What a test is about is which programs are made, of which it compiles many: LLVM's optimisations are left out."""
+@pytest.fixture(autouse=True)
+def _compiled_sooner(request):
+    """Tests compile many programs and run each once: LLVM's optimisations are left out, unless marked `optimized`."""
     from jaxops import interpreter
 
-    with interpreter.unoptimized():
+    with contextlib.nullcontext() if request.node.get_closest_marker("optimized") else interpreter.unoptimized():
         yield

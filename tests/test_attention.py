@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxops
 from jaxops.ops.attention import dot_product_attention
 from jaxops.reference.attention import dot_product_attention as reference_of_rows
-from tests.compare import check, error
+from tests.compare import check, error, some_and_all
 
 PLAIN = {"scale": 0.3, "is_causal": False, "local_window_size": None, "logits_soft_cap": None}
 CAUSAL = dict(PLAIN, is_causal=True)
@@ -129,6 +129,7 @@ def words(value):
     return ", ".join(f"{name} {getattr(x, '__name__', x)}" for name, x in value.items())
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("shape", "dtype", "static", "extras"), CASES, ids=words)
 def test_values_and_gradients(shape, dtype, static, extras):
     operands = operands_of(shape, *extras)
@@ -143,43 +144,44 @@ def test_values_and_gradients(shape, dtype, static, extras):
     )
 
 
-# One of each kind: the others differ in nothing that a modifier would meet.
-WITH_MODIFIERS = ("linearize", "vmap of grad", "grad of grad", "shard_map, Explicit mesh")
-
-
 def bent_alike(score, batch, head, query, key):
     """As on one device where the batch is split over several: a modifier counts within its call."""
     return bent(score, 0, head, query, key)
 
 
 # 32 heads of the batch make the tiles 128 × 128: every transform meets several, and their loops.
-TRANSFORMED = [
-    (CAUSAL, ("lengths", "sinks")),
-    pytest.param(
-        dict(PLAIN, logits_soft_cap=2.0),
-        (("bias", (1, 4, 140, 150)), ("mask", (8, 1, 1, 150))),
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
+TRANSFORMED = {
+    "lengths and sinks": (CAUSAL, ("lengths", "sinks")),
+    "bias and mask": (dict(PLAIN, logits_soft_cap=2.0), (("bias", (1, 4, 140, 150)), ("mask", (8, 1, 1, 150)))),
+    "modifiers": (
         dict(CAUSAL, score_mod=bent_alike, mask_mod=blockwise, dropout_rate=0.25),
         ("prefix", "alibi", "dropout"),
-        marks=pytest.mark.slow,
     ),
-]
+}
 
 
-@pytest.mark.parametrize(("static", "extras"), TRANSFORMED, ids=["lengths and sinks", "bias and mask", "modifiers"])
-def test_transforms(static, extras):
+def transformed(name, transforms):
+    static, extras = TRANSFORMED[name]
     operands = operands_of((8, 140, 150, 4, 2, 8), *extras)
-    sharded = {name: 0 for name, x in operands.items() if x.shape[0] == 8}
-    chosen = None if "score_mod" not in static else WITH_MODIFIERS
-    check(
-        *(dot_product_attention, reference, operands),
-        differentiable=given(operands),
-        sharded=sharded,
-        transforms=chosen,
-        **static,
-    )
+    sharded = {operand: 0 for operand, x in operands.items() if x.shape[0] == 8}
+    options = dict(differentiable=given(operands), sharded=sharded, transforms=transforms)
+    check(dot_product_attention, reference, operands, **options, **static)
+
+
+@some_and_all
+def test_transforms(transforms):
+    transformed("lengths and sinks", transforms)
+
+
+@pytest.mark.slow
+def test_transforms_of_a_bias():
+    transformed("bias and mask", None)
+
+
+@pytest.mark.slow
+def test_transforms_of_modifiers():
+    """One of each kind: the others differ in nothing that a modifier would meet."""
+    transformed("modifiers", ("linearize", "vmap of grad", "grad of grad", "shard_map, Explicit mesh"))
 
 
 def test_lengths_under_vmap():

@@ -12,8 +12,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxops.autodiff import Operator, Rules
 from tests.compare import error
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 CALLS: list[str] = []
 
 

@@ -212,6 +212,7 @@ def test_what_fails_or_gives_something_else_is_a_row(capsys, theirs):
     assert "their_operators:wrong: wrong" in out  # beyond what a peer may differ by
 
 
+@pytest.mark.slow
 def test_every_operator_has_a_usual_call_which_its_jax_peer_answers():
     sizes = dict(R=6, D=16, B=2, T=8, N=4, H=8, M=6, K=8, V=40, G=3, S=3, C=32)
     assert set(measurement.USUAL) == set(operators()) == set(peers.PEERS["jax"])

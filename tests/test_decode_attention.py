@@ -60,6 +60,7 @@ CASES = [
 ]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("shape", "dtype", "static", "extras"), CASES, ids=str)
 def test_values_and_gradients(shape, dtype, static, extras):
     operands = operands_of(shape, **extras)

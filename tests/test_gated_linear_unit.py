@@ -8,9 +8,8 @@ import pytest
 from jaxops.ops.activations import gelu, silu
 from jaxops.ops.gated_linear_unit import gated_linear_unit
 from jaxops.reference.gated_linear_unit import gated_linear_unit as reference
-from tests.compare import check, error
+from tests.compare import check, error, some_and_all
 
-SOME = ("jvp", "vmap of grad", "grad of grad", "shard_map, Explicit mesh", "jit, Explicit mesh")
 # leading shape, k, n, dtype, activation, precision.
 CASES = [
     ((1,), 1, 1, "float32", silu, None),
@@ -28,6 +27,7 @@ def operands_of(leading, k, n):
     return dict(x=random.standard_normal((*leading, k)), **weights)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("leading", "k", "n", "dtype", "activation", "precision"), CASES)
 def test_values_and_gradients(leading, k, n, dtype, activation, precision):
     operands = operands_of(leading, k, n)
@@ -35,9 +35,10 @@ def test_values_and_gradients(leading, k, n, dtype, activation, precision):
     check(gated_linear_unit, reference, operands, activation=activation, precision=precision, **options)
 
 
-def test_transforms():
+@some_and_all
+def test_transforms(transforms):
     operands = operands_of((16,), 5, 7)
-    options = dict(differentiable=tuple(operands), sharded={"x": 0}, transforms=SOME)
+    options = dict(differentiable=tuple(operands), sharded={"x": 0}, transforms=transforms)
     check(gated_linear_unit, reference, operands, activation=silu, precision=None, **options)
 
 

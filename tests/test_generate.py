@@ -58,6 +58,7 @@ def test_the_check_can_fail(trained, capsys, monkeypatch):
     assert code == 1 and "NOT equal" in printed
 
 
+@pytest.mark.slow
 def test_drawn_bytes_do_not_depend_on_the_batch(trained):
     out, book = trained
     args = ["--temperature", "0.9", "--top-p", "0.8", "--requests", "4", "--count", "8", "--text", str(book)]

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy, loss_and_lse
 from jaxops.reference.linear_cross_entropy import linear_cross_entropy as reference
-from tests.compare import check, error
+from tests.compare import check, error, some_and_all
 
 per_token = functools.partial(linear_cross_entropy, reduction="none")
 PLAIN = dict(label_smoothing=0.0, z_loss=0.0, logits_soft_cap=None)
@@ -48,15 +48,18 @@ def differentiable(operands):
     return tuple(name for name in operands if name != "labels")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("tokens", "hidden", "vocab", "bias", "dtype", "static"), CASES)
 def test_values_and_gradients(tokens, hidden, vocab, bias, dtype, static):
     operands = operands_of(tokens, hidden, vocab, bias)
     check(per_token, reference, operands, differentiable=differentiable(operands), dtype=dtype, transforms=(), **static)
 
 
-def test_transforms():
+@some_and_all
+def test_transforms(transforms):
     operands = operands_of(16, 12, 40, True)
-    check(per_token, reference, operands, differentiable=differentiable(operands), sharded={"x": 0, "labels": 0}, **ALL)
+    options = dict(differentiable=differentiable(operands), sharded={"x": 0, "labels": 0}, transforms=transforms)
+    check(per_token, reference, operands, **options, **ALL)
 
 
 def scaled_loss_and_lse(x, weight, labels, bias=None, *, function=loss_and_lse, **static):

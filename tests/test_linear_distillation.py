@@ -41,6 +41,7 @@ def operands_of(tokens, hidden, teacher_hidden, vocab):
     return {name: x * scale(name) for name, x in made.items()}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("tokens", "hidden", "teacher_hidden", "vocab", "dtype", "temperature"), CASES)
 def test_values_and_gradients(tokens, hidden, teacher_hidden, vocab, dtype, temperature):
     operands = operands_of(tokens, hidden, teacher_hidden, vocab)

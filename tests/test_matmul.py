@@ -12,11 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jaxops.ops.activations import gelu, silu
 from jaxops.ops.matmul import matmul
 from jaxops.reference.matmul import matmul as reference
-from tests.compare import check, error
+from tests.compare import check, error, some_and_all
 
 exact_gelu = functools.partial(gelu, approximate=False)  # an operator in itself
 PLAIN = dict(activation=None, precision=None)
-SOME = ("jvp", "vmap of grad", "grad of grad", "shard_map, Explicit mesh", "jit, Explicit mesh")
 BOTH, BIAS = ("bias", "residual"), ("bias",)
 # leading shape, k, n, what comes after the product, dtype, options.
 CASES = [
@@ -39,13 +38,15 @@ def operands_of(leading, k, n, more):
     return made | {name: random.standard_normal(shapes[name]) for name in more}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("leading", "k", "n", "more", "dtype", "static"), CASES)
 def test_values_and_gradients(leading, k, n, more, dtype, static):
     operands = operands_of(leading, k, n, more)
     check(matmul, reference, operands, differentiable=tuple(operands), dtype=dtype, transforms=(), **static)
 
 
-def test_transforms():
+@some_and_all
+def test_transforms(transforms):
     operands = operands_of((16,), 5, 7, BOTH)
     static = dict(activation=silu, precision=None)
     check(
@@ -54,7 +55,7 @@ def test_transforms():
         operands,
         differentiable=tuple(operands),
         sharded={"x": 0, "residual": 0},
-        transforms=SOME,
+        transforms=transforms,
         **static,
     )
 

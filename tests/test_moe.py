@@ -93,7 +93,7 @@ def looped(x, router, gate, up, down, top_k, normalize):
     return y
 
 
-@pytest.mark.parametrize(("top_k", "normalize"), [(2, True), (3, False)])
+@pytest.mark.parametrize(("top_k", "normalize"), [pytest.param(2, True, marks=pytest.mark.slow), (3, False)])
 def test_the_layer_against_a_loop_over_experts(top_k, normalize):
     moe = jaxops.nn.MoE(WIDTH, HIDDEN, EXPERTS, top_k=top_k, out_features=9, normalize=normalize, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(moe)

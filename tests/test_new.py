@@ -65,10 +65,12 @@ def test_verify_proves_it(folder, monkeypatch, capsys):
         assert said in printed
 
 
+@pytest.mark.slow
 def test_its_own_test_passes(folder):
     assert "10 passed" in _python(folder, "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider")
 
 
+@pytest.mark.slow
 def test_its_own_test_finds_a_tail_that_is_not_masked(folder):
     module = folder / "their_package" / "scaled_swish.py"
     whole = module.read_text()

@@ -12,8 +12,6 @@ from flax import nnx
 import jaxops.nn
 from jaxops.nn import linen
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 WIDTH = 24
 BFLOAT16 = {"dtype": jnp.bfloat16}
 

@@ -21,7 +21,7 @@ from jaxops.reference.group_norm import group_norm as group_norm_reference
 from jaxops.reference.layer_norm import layer_norm as layer_norm_reference
 from jaxops.reference.rms_norm import rms_norm as rms_norm_reference
 from jaxops.workbench.comparison import against_float64
-from tests.compare import check, error
+from tests.compare import check, error, some_and_all
 
 NORMS = {
     "layer_norm": (layer_norm, layer_norm_reference, ("x", "scale", "bias")),
@@ -77,6 +77,7 @@ def chosen(norm, shape):
     return operator, reference, {name: x for name, x in operands_of(shape).items() if name in names}, names
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("shape", "dtype", "static"), CASES, ids=str)
 def test_values_and_gradients(norm, shape, dtype, static):
@@ -85,11 +86,13 @@ def test_values_and_gradients(norm, shape, dtype, static):
 
 
 @pytest.mark.parametrize("norm", ["rms_norm", pytest.param("layer_norm", marks=pytest.mark.slow)])
-def test_transforms(norm):
+@some_and_all
+def test_transforms(norm, transforms):
     operator, reference, operands, names = chosen(norm, (16, 24))
-    check(operator, reference, operands, differentiable=names, sharded={"x": 0}, **PLAIN)
+    check(operator, reference, operands, differentiable=names, sharded={"x": 0}, transforms=transforms, **PLAIN)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("norm", "shape", "dtype", "static"),
     [
@@ -104,10 +107,11 @@ def test_values_and_gradients_with_an_addition(norm, shape, dtype, static):
 
 
 @pytest.mark.parametrize("norm", ["add_rms_norm", pytest.param("add_layer_norm", marks=pytest.mark.slow)])
-def test_transforms_with_an_addition(norm):
+@some_and_all
+def test_transforms_with_an_addition(norm, transforms):
     operator, reference, operands, names = chosen(norm, (16, 24))
-    sharded = {"x": 0, "residual": 0}
-    check(operator, reference, operands, differentiable=names, sharded=sharded, outputs=2, **PLAIN)
+    options = dict(differentiable=names, sharded={"x": 0, "residual": 0}, transforms=transforms)
+    check(operator, reference, operands, outputs=2, **options, **PLAIN)
 
 
 @pytest.mark.parametrize(("x", "residual"), [("bfloat16", "float32"), ("bfloat16", "float16")])
@@ -147,10 +151,7 @@ def test_groups(shape, num_groups, dtype):
     check(group_norm, group_norm_reference, operands, differentiable=names, dtype=dtype, transforms=(), **static)
 
 
-SOME = ("jvp", "vmap of grad, first operand only", "grad of grad", "shard_map, Explicit mesh", "jit, Auto mesh")
-
-
-@pytest.mark.parametrize("transforms", [SOME, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+@some_and_all
 def test_transforms_of_groups(transforms):
     _, _, operands, names = chosen("layer_norm", (8, 3, 2, 12))
     options = dict(differentiable=names, sharded={"x": 0}, transforms=transforms, num_groups=3, eps=1e-5)

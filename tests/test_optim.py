@@ -83,6 +83,7 @@ def error(got, exact):
     return max(distance / norm for distance, norm in norms if norm)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, "float32") for name in CASES), ("adamw, all options", "bfloat16"), ("lion", "bfloat16")],

@@ -66,7 +66,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+FURTHER = ("decoding", "a page for each", "window")
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in FURTHER else n for n in CASES])
 def test_values_and_gradients(name):
     operands, dtype, static = CASES[name]
     check(called, reference, operands, differentiable=given(operands), dtype=dtype, transforms=(), **static)

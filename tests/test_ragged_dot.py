@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxops.ops.ragged_dot import ragged_dot
 from jaxops.workbench.comparison import TRANSFORMS
-from tests.compare import check, error
+from tests.compare import SOME, check, error
 
 
 def plain(lhs, rhs, group_sizes, group_offset=0, lhs_rows=None, out_rows=None, out_weights=None, *, out_size=None):
@@ -55,6 +55,7 @@ def operands_of(k, n, sizes, beyond=0):
     )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("k", "n", "sizes", "beyond", "dtype"), CASES)
 def test_values_and_gradients(k, n, sizes, beyond, dtype):
     operands = operands_of(k, n, sizes, beyond)
@@ -101,9 +102,10 @@ def test_tiles_of_several_groups_gathered_and_scattered():
     check(ragged_dot, plain, operands, differentiable=ALL, transforms=())
 
 
-def test_transforms():
+@pytest.mark.parametrize("table", [SOME, pytest.param(TRANSFORMS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_transforms(table):
     """By hand over devices, rows have local groups: that has a test of its own below."""
-    chosen = [name for name in TRANSFORMS if "shard_map" not in name]
+    chosen = [name for name in table if "shard_map" not in name]
     check(ragged_dot, plain, routed(), differentiable=ALL, sharded={"lhs": 0}, transforms=chosen)
 
 

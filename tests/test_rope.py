@@ -9,11 +9,10 @@ import pytest
 from jaxops.ops.rope import RopeScaling, rope
 from jaxops.reference.rope import frequencies
 from jaxops.reference.rope import rope as reference
-from tests.compare import check, error
+from tests.compare import check, error, some_and_all
 
 LLAMA = RopeScaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=8192)
 PLAIN = dict(base=10000.0, scaling=None)
-SOME = ("jvp", "vmap of grad", "grad of grad", "shard_map, Explicit mesh", "jit, Explicit mesh")
 # shape of x, shape of positions, dtype, options.
 CASES = [
     ((1, 1, 2), (1,), "float32", PLAIN),
@@ -30,15 +29,17 @@ def operands_of(shape, positions):
     return dict(x=random.standard_normal(shape), positions=random.integers(0, 1000, positions, dtype=np.int32))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("shape", "positions", "dtype", "static"), CASES, ids=str)
 def test_values_and_gradients(shape, positions, dtype, static):
     operands = operands_of(shape, positions)
     check(rope, reference, operands, differentiable=("x",), dtype=dtype, transforms=(), **static)
 
 
-def test_transforms():
+@some_and_all
+def test_transforms(transforms):
     operands = operands_of((16, 3, 2, 4), (16, 3))
-    options = dict(differentiable=("x",), sharded={"x": 0, "positions": 0}, transforms=SOME)
+    options = dict(differentiable=("x",), sharded={"x": 0, "positions": 0}, transforms=transforms)
     check(rope, reference, operands, **options, **PLAIN)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxops.ops.softmax import softmax
 from jaxops.reference.softmax import softmax as reference
-from tests.compare import check, error
+from tests.compare import check, error, some_and_all
 
 # shape of x, axes, dtype, shape of `where`.
 CASES = [
@@ -28,14 +28,17 @@ def operands_of(shape, where):
     return made if where is None else dict(made, where=random.random(where) < 0.6)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("shape", "axis", "dtype", "where"), CASES, ids=str)
 def test_values_and_gradients(shape, axis, dtype, where):
     check(softmax, reference, operands_of(shape, where), differentiable=("x",), dtype=dtype, transforms=(), axis=axis)
 
 
-def test_transforms():
+@some_and_all
+def test_transforms(transforms):
     operands = operands_of((16, 12), (16, 12))
-    check(softmax, reference, operands, differentiable=("x",), sharded={"x": 0, "where": 0}, axis=(1,))
+    options = dict(differentiable=("x",), sharded={"x": 0, "where": 0}, transforms=transforms)
+    check(softmax, reference, operands, **options, axis=(1,))
 
 
 @pytest.mark.parametrize("axis", [-1, 0, (0, -1), [1]])

@@ -17,8 +17,6 @@ from jaxops.workbench.call import operators
 from jaxops.workbench.command import main
 from tests.faults import rules
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 # module of tests.faults, its arguments, what is wrong by name and in words
 FAULTS = {
     "an unmasked tail": ("tail", ["x=8x300", "--interpret", "tpu"], "output", ""),

@@ -303,7 +303,12 @@ class Problem:
 
     def unfused(self) -> Arrays:
         """The results with every rounding to the operands' dtypes that is written: XLA would leave some out."""
-        options = {"xla_allow_excess_precision": False}
+        from jaxops import interpreter  # a slow import
+
+        with interpreter.unoptimized():
+            return self._unfused({"xla_allow_excess_precision": False})
+
+    def _unfused(self, options: Mapping[str, Any]) -> Arrays:
         if not self.in_float32:
             return self.compiled(self.operands, **options)
         shapes = jax.eval_shape(self.results)
@@ -317,7 +322,10 @@ class Problem:
 
     def exact(self) -> dict[str, np.ndarray]:
         """The results in float64."""
-        with jax.enable_x64(True), jax.default_device("cpu"):  # accelerators have no float64, or not all of it
+        from jaxops import interpreter  # a slow import
+
+        # Accelerators have no float64, or not all of it.
+        with interpreter.unoptimized(), jax.enable_x64(True), jax.default_device("cpu"):
             wide = {name: _cast(np.asarray(x), "float64") for name, x in self.operands.items()}
             return {name: np.asarray(x) for name, x in self.compiled(wide).items()}
 

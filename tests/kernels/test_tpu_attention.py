@@ -76,10 +76,6 @@ CASES = {
     "spans": case(130, 600, tiles=SPANS, sinks=True, lengths=True, batch=2),
     "spans-causal": case(300, 300, tiles=SPANS, causal=True, bias=(1, 1, 300, 300), heads=(1, 1)),
 }  # fmt: skip
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}  # the interpreter is all callbacks
 GRADS = ("query", "key", "value", "bias", "sinks")
 
 
@@ -227,7 +223,7 @@ def unfused(x, dout, options, c):
         out, pull, lse = jax.vjp(plain, t, has_aux=True)
         return (out, lse), pull(dout)[0]
 
-    return jax.jit(both, compiler_options=QUICK)({n: x[n] for n in GRADS if n in x}, dout)
+    return jax.jit(both)({n: x[n] for n in GRADS if n in x}, dout)
 
 
 def run(x, dout, options, tiles):
@@ -242,12 +238,12 @@ def run(x, dout, options, tiles):
 
     mapped = jax.vmap(both) if dout.ndim == 5 else both
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        return jax.block_until_ready(jax.jit(mapped, compiler_options=QUICK)(x, dout))
+        return jax.block_until_ready(jax.jit(mapped)(x, dout))
 
 
 IN_EVERY_RUN = (
-    *("full-float32", "causal-127", "causal-fewer-keys", "window-left-sinks", "bias-mask", "all", "prefix"),
-    *("score-mod-bias", "mask-mod", "value-size-dropout", "strips-window", "bounded", "unbounded", "spans"),
+    *("full-float32", "causal-fewer-keys", "window-left-sinks", "all", "mask-mod", "strips-window", "bounded"),
+    *("value-size-dropout", "spans"),
 )
 
 
@@ -271,6 +267,7 @@ def test_against_float64(name):
         no_worse(n, grad, plain_grads[n], want_grads[n], c["dtype"])
 
 
+@pytest.mark.slow
 def test_vmap_is_a_batch(monkeypatch):
     # The interpreter counts the vmapped axis as one more grid dimension than it was told semantics for: tell it none.
     params = pltpu.CompilerParams

@@ -12,8 +12,6 @@ import sharding
 from tests.compare import error, no_worse
 from tests.sharding.traffic import compiled, sent
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 FORMS = {  # x and w local, whole
     "all_gather_matmul": (
         sharding.all_gather_matmul,

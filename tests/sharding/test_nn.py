@@ -18,8 +18,6 @@ from jaxops.nn import RMSNorm, TransformerBlock
 from tests.compare import error, no_worse
 from tests.sharding.traffic import compiled, sent
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 BATCH, LENGTH, WIDTH, HIDDEN, HEADS, KV_HEADS, VOCAB = 4, 16, 32, 48, 8, 8, 64
 OPTIONS = {"num_kv_heads": KV_HEADS, "is_causal": True, "use_rope": True}
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)

@@ -12,12 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxops
-from jaxops import interpreter
 from sharding.pipeline import Layers, pipeline_value_and_grad
 from sharding.schedules import SCHEDULES, columns, schedule
 from tests.compare import error
-
-pytestmark = pytest.mark.usefixtures("unoptimized")
 
 SIZES = [(S, m) for S in (1, 2, 3, 4, 8) for m in (1, 2, 3, 4, 7, 8, 12, 16, 24, 33)]
 
@@ -218,9 +215,8 @@ def on_one_device(layer, parameters, shared, inputs, targets, loss=tied_loss):
 
 
 def assert_same(layers, function, parameters, shared, inputs, targets, layer):
-    with interpreter.unoptimized():
-        loss, (of_stages, of_shared) = function(layers.split(parameters), shared, inputs, targets)
-        expected = on_one_device(layer, parameters, shared, inputs, targets)
+    loss, (of_stages, of_shared) = function(layers.split(parameters), shared, inputs, targets)
+    expected = on_one_device(layer, parameters, shared, inputs, targets)
     got = loss, (layers.join(of_stages), of_shared)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for path, x in jax.tree.leaves_with_path(expected):
@@ -446,6 +442,7 @@ def temporary_bytes(name, micro_batches, overlap=False):
     return pipelined(layers, mesh).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_grows_with_micro_batches_in_gpipe_only():
     few, many = 8, 64
     for name in ("1f1b", "zero_bubble"):

@@ -12,8 +12,6 @@ import jaxops
 import sharding
 from tests.compare import error
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 B, S, D, F, N, H, V = 2, 8, 12, 16, 8, 6, 40
 RANDOM = np.random.default_rng(0)
 T, ROWS = "tensor", P("data", "tensor")

@@ -15,7 +15,7 @@ demo: $(VENV)/installed  ## train a small language model on 8 virtual devices, b
 test: $(VENV)/installed  ## the test suite without its slow cases
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
 
-test-slow: $(VENV)/installed  ## the slow cases: further kernels in the interpreters
+test-slow: $(VENV)/installed  ## the slow cases: further kernels in the interpreters, all transforms of each operator
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m slow
 
 lint: $(VENV)/installed  ## style and imports

@@ -35,7 +35,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from jaxops import optim
@@ -49,6 +48,16 @@ _NAME = "gradient_reduction"
 _BUCKET = 1 << 20  # elements of a bucket at most: the first is sent before the last small leaf has its gradient
 _ALIGNED = 128  # a bucket is a multiple of it, so that it has one length for all numbers of devices that divide it
 _BLOCK = 256  # elements that share a scale of int8
+_PIECES = (
+    "convert_element_type",
+    "transpose",
+    "reshape",
+    "broadcast_in_dim",
+    "slice",
+    "dynamic_slice",
+    "squeeze",
+    "split",
+)
 
 
 class ReductionState(NamedTuple):
@@ -134,9 +143,7 @@ class GradientReduction(optax.GradientTransformationExtraArgs):
     def gather(self, params: Any, specs: Any) -> Any:
         """p[I_D, J] ↦ p[I, J], for the leaves that `specs` split over D. Forward: all-gather. Backward: reduce-scatter.
 
-        For `zero` 3, inside the loss, of a layer's parameters where they are used. What is gathered is named
-        "gathered": under `jax.checkpoint(layer, policy=jax.checkpoint_policies.save_anything_except_these_names(
-        "gathered"))` it is not kept for the backward, but gathered again.
+        For `zero` 3, inside the loss, of a layer's parameters where they are used.
 
         params, specs: a tree, or a part of it, and the same part of `parameter_specs(…)`.
 
@@ -144,6 +151,18 @@ class GradientReduction(optax.GradientTransformationExtraArgs):
         does not fit its leaf.
         """
         return _gather(self.how, params, specs)
+
+    def policy(self, primitive: Any, *_: Any, **parameters: Any) -> bool:
+        """For `jax.checkpoint(layer, policy=reduction.policy)`: whether the backward finds a result or makes it again.
+
+        What is gathered over D is gathered again, and casts and pieces of arrays, which may be of that, are made again.
+        The rest is kept: products, norms, attention. Without a checkpoint JAX keeps the gathered parameters of all
+        layers.
+        """
+        if primitive.name == "all_gather":
+            names = parameters["axis_name"]
+            return not set(self.how.axes) & set(names if isinstance(names, tuple) else (names,))
+        return primitive.name not in _PIECES
 
     def parameter_specs(self, params: Any, specs: Any = None, *, mesh: Any = None, over: Any = None) -> Any:
         """The tree of PartitionSpecs that the parameters have between steps.
@@ -765,7 +784,7 @@ def _gather(how: _How, params: Any, specs: Any) -> Any:
                 for axis in axes:
                     collectives.axis_size(_NAME, axis)
                 dtype, back = travel or (x.dtype, jnp.promote_types(x.dtype, jnp.float32))
-                x = checkpoint_name(_gathered(x, axes, dimension, dtype, back), "gathered")
+                x = _gathered(x, axes, dimension, dtype, back)
         return x
 
     return jax.tree.map_with_path(whole, params, specs)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -19,12 +20,12 @@ import jaxops
 import sharding
 from jaxops import optim
 from jaxops.workbench.collectives import collectives
-from sharding import gradient_reduction as module
 from tests.compare import error
 from tests.sharding.traffic import compiled, sent
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 SLOW = pytest.mark.slow
+module = sys.modules["sharding.gradient_reduction"]  # the package's attribute of this name is the function
 
 # ---- a small language model ----------------------------------------------------------------------------------------
 
@@ -161,16 +162,16 @@ def moved(got, want, tolerance):
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 CASES = {  # mesh, its kind, options
-    "0, data 8": (dict(data=8), AUTO, dict(zero=0)),
     "1, data 8": (dict(data=8), EXPLICIT, dict(zero=1, micro_batches=2)),
     "2, data 4 tensor 2": (dict(data=4, tensor=2), AUTO, dict(zero=2, micro_batches=2)),
     "3, fsdp 4 tensor 2": (dict(fsdp=4, tensor=2), EXPLICIT, dict(zero=3, axis="fsdp", layer=True)),
+    "1, tensor left to XLA": (dict(data=4, tensor=2), AUTO, dict(zero=1, by_hand=False)),
+    "0, data 8": (dict(data=8), AUTO, dict(zero=0)),
     "3, data 2 fsdp 2 tensor 2, over fsdp": (
         dict(data=2, fsdp=2, tensor=2),
         AUTO,
         dict(zero=3, axis=("data", "fsdp"), over="fsdp", micro_batches=2),
     ),
-    "1, tensor left to XLA": (dict(data=4, tensor=2), AUTO, dict(zero=1, by_hand=False)),
     "0, data 4 tensor 2": (dict(data=4, tensor=2), EXPLICIT, dict(zero=0, micro_batches=2)),
     "1, fsdp 4 tensor 2": (dict(fsdp=4, tensor=2), AUTO, dict(zero=1, axis="fsdp")),
     "1, data 2 fsdp 2 tensor 2": (dict(data=2, fsdp=2, tensor=2), AUTO, dict(zero=1, axis=("data", "fsdp"))),
@@ -178,7 +179,7 @@ CASES = {  # mesh, its kind, options
     "3, data 8": (dict(data=8), AUTO, dict(zero=3, micro_batches=2)),
     "3, data 4 tensor 2": (dict(data=4, tensor=2), AUTO, dict(zero=3)),
 }
-FURTHER = tuple(CASES)[6:]
+FURTHER = tuple(CASES)[4:]
 
 
 def textbook(training, axis, zero, micro_batches, layer):
@@ -232,11 +233,6 @@ def tree(seed, lead=(), dtype=np.float32):
     return {name: random.standard_normal((*lead, *shape)).astype(dtype) for name, shape in SHAPES.items()}
 
 
-def over_data(reduction, function, specs, out_specs, devices=8):
-    mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs))
-
-
 def by_apply(reduction, params, grads, state):
     return reduction.apply(params, jax.tree.map(lambda g: g[0], grads), state)
 
@@ -246,23 +242,28 @@ def by_update(reduction, params, grads, state):
     return optax.apply_updates(params, updates), state
 
 
-def trained(optimizer, steps, by=by_apply, grads=lambda i: tree(i + 1, (8,)), devices=8, **options):
-    """(parameters, state) after some steps with gradients [devices, …] of each device."""
-    reduction = sharding.gradient_reduction(optimizer, small=64, **options)
-    params = tree(0)
-    specs = reduction.state_specs(params, mesh=sharding.make_mesh(data=devices, devices=jax.devices()[:devices]))
-    state = over_data(reduction, reduction.init, P(), specs, devices)(params)
-    step = over_data(reduction, functools.partial(by, reduction), (P(), P("data"), specs), (P(), specs), devices)
-    for i in range(steps):
-        params, state = step(params, grads(i), state)
-    return jax.device_get(params), state
+def steps_of(optimizer, by=by_apply, **options):
+    """A function of gradients [steps, devices, …], to (parameters, state) after these steps from `tree(0)`."""
+    reduction, mesh = sharding.gradient_reduction(optimizer, small=64, **options), sharding.make_mesh(data=8)
+    specs = reduction.state_specs(tree(0), mesh=mesh)
+
+    def run(params, grads):
+        advance = lambda carry, grads: (by(reduction, carry[0], grads, carry[1]), None)
+        return lax.scan(advance, (params, reduction.init(params)), grads)[0]
+
+    local = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P(None, "data")), out_specs=(P(), specs)))
+    return lambda grads: jax.device_get(local(tree(0), grads))
 
 
-def plainly(optimizer, steps, grads=lambda i: tree(i + 1, (8,)), of=np.mean):
-    params = tree(0)
+def trained(optimizer, steps, by=by_apply, **options):
+    return steps_of(optimizer, by, **options)(tree(1, (steps, 8)))[0]
+
+
+def plainly(optimizer, steps, of=np.mean):
+    params, grads = tree(0), jax.tree.map(lambda g: of(g, 1), tree(1, (steps, 8)))
     state, apply = optimizer.init(params), jax.jit(optimizer.apply)
     for i in range(steps):
-        params, state = apply(params, jax.tree.map(lambda g: of(g, 0), grads(i)), state)
+        params, state = apply(params, jax.tree.map(lambda g, i=i: g[i], grads), state)
     return jax.device_get(params)
 
 
@@ -285,12 +286,12 @@ OPTIMIZERS = {
 def test_every_optimizer_by_both_faces(name, by):
     """ "sgd" of one step at rate 1 are the gradients themselves."""
     steps = 1 if name == "sgd" else 3
-    got, _ = trained(OPTIMIZERS[name], steps, by, zero=0 if name == "lion" and by is by_update else 1)
+    got = trained(OPTIMIZERS[name], steps, by, zero=0 if name == "lion" and by is by_update else 1)
     same(got, plainly(OPTIMIZERS[name], steps), 1e-5)
 
 
 def test_parts_of_a_sum_are_not_averaged():
-    got, _ = trained(OPTIMIZERS["sgd"], 1, reduce="sum")
+    got = trained(OPTIMIZERS["sgd"], 1, reduce="sum")
     same(got, plainly(OPTIMIZERS["sgd"], 1, of=np.sum))
 
 
@@ -305,9 +306,9 @@ def test_where_optax_goes():
     same(updates, jax.tree.map(lambda g: -2 * g.mean(0), tree(1, (8,))))
 
 
-@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(
-    shapes=st.lists(st.lists(st.integers(0, 12), max_size=3).map(tuple), max_size=6),
+    shapes=st.lists(st.lists(st.sampled_from([0, 1, 3, 8, 9]), max_size=3).map(tuple), max_size=4),
     devices=st.sampled_from([1, 2, 3, 8]),
     small=st.sampled_from([0, 10, 1000]),
     zero=st.integers(0, 2),
@@ -334,10 +335,11 @@ def test_the_parts_of_any_tree_make_the_whole(shapes, devices, small, zero):
 
 def test_buckets_have_a_largest_size(monkeypatch):
     monkeypatch.setattr(module, "_BUCKET", 10)
-    got, state = trained(OPTIMIZERS["momentum"], 2)
-    assert {name: np.shape(x) for name, x in state.optimizer.trace.items()} == {
+    got, state = steps_of(OPTIMIZERS["momentum"])(tree(1, (2, 8)))
+    shapes = jax.tree.map(np.shape, state.optimizer.trace)
+    assert shapes == {
         "a": (16, 24), "b": (3, 5, 40), "odd": (16, 9), "c": (128,), "d": None, "e": (128,), "none": (0, 4),
-    } | {"d": state.optimizer.trace["d"] if state.optimizer.trace["d"] is None else (128,)}  # fmt: skip
+    }  # fmt: skip
     same(got, plainly(OPTIMIZERS["momentum"], 2))
 
 
@@ -348,21 +350,24 @@ SCALE = sharding.LossScale(initial=1024.0, growth_interval=3)
 
 @pytest.mark.parametrize("options", [dict(zero=1), dict(zero=2, compression="int8"), dict(zero=0)], ids=str)
 def test_one_device_without_a_finite_gradient_and_no_device_steps(options):
-    """Gradients are those of the scaled loss. Step 1 has an inf on device 5, which nothing remembers but the scale."""
-
-    def grads(i, scale=1024.0):
-        found = jax.tree.map(lambda g: np.float32(scale) * g, tree(i + 1, (8,)))
-        found["c"][5, 3] = np.inf if i == 1 else found["c"][5, 3]
-        return found
-
-    got, state = trained(OPTIMIZERS["adamw"], 2, grads=grads, loss_scale=SCALE, **options)
-    before, state_before = trained(OPTIMIZERS["adamw"], 1, grads=grads, loss_scale=SCALE, **options)
-    same(got, before, 1e-30)
-    for a, b in zip(jax.tree.leaves(state[:2]), jax.tree.leaves(state_before[:2]), strict=True):
+    """Gradients are those of the scaled loss. A step with an inf on device 5 changes nothing but the scale."""
+    run = steps_of(OPTIMIZERS["adamw"], loss_scale=SCALE, **options)
+    first, second, bad = (jax.tree.map(lambda g: g[None], tree(i + 1, (8,))) for i in range(3))
+    bad["c"][0, 5, 3] = np.inf
+    joined = lambda *steps: jax.tree.map(lambda *gs: np.concatenate(gs), *steps)
+    times = lambda scale, grads: jax.tree.map(lambda g: np.float32(scale) * g, grads)
+    got, state = run(joined(times(1024, first), bad, times(512, second)))
+    want, wanted = run(joined(times(1024, first), times(1024, second), bad))
+    for a, b in zip(jax.tree.leaves((got, state[:2])), jax.tree.leaves((want, wanted[:2])), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert [float(x) for x in state.loss_scale] == [512.0, 0, 1]
+    assert [float(x) for x in state.loss_scale] == [512, 1, 1] and [float(x) for x in wanted.loss_scale] == [512, 0, 1]
+    assert int(state.optimizer.count) == 2
     if options.get("compression") is None:
-        same(got, plainly(OPTIMIZERS["adamw"], 1), 1e-5)
+        optimizer, exact = OPTIMIZERS["adamw"], tree(0)
+        state = optimizer.init(exact)
+        for grads in (first, second):
+            exact, state = jax.jit(optimizer.apply)(exact, jax.tree.map(lambda g: g.mean((0, 1)), grads), state)
+        same(got, exact, 1e-5)
 
 
 def test_the_loss_scale_finds_its_value():
@@ -403,12 +408,14 @@ def test_float16_learns_with_a_loss_scale_and_not_without():
 
 
 def test_what_travels_in_sixteen_bits():
-    """Parameters gathered as bfloat16, and gradients: half of the bytes; the sum of gradients in float32 all of them."""
+    """Parameters are gathered as bfloat16; gradients are summed as bfloat16 or float32."""
     for reduction, share in ((jnp.bfloat16, 0.5), (jnp.float32, 1.0)):
         policy = sharding.Precision(compute=jnp.bfloat16, reduction=reduction)
         reducing = sharding.gradient_reduction(optim.adamw(1e-3), zero=3, small=0, precision=policy)
         mesh = sharding.make_mesh(data=8)
-        params = {"w": jnp.ones((64, 64)), "v": jnp.ones((64, 64))}
+        params = {
+            name: np.random.default_rng(i).standard_normal((64, 64), np.float32) / 8 for i, name in enumerate("wv")
+        }
         specs = reducing.parameter_specs(params, mesh=mesh)
         assert policy.layers == {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
 
@@ -417,8 +424,7 @@ def test_what_travels_in_sixteen_bits():
                 w = reducing.gather(params, specs)
                 return jnp.mean(jnp.square((jnp.tanh(policy.computed(x) @ w["w"]) @ w["v"]).astype(jnp.float32)))
 
-            value, grads = reducing.value_and_grad(loss)(params, reducing.init(params), x)
-            return grads.shards
+            return reducing.value_and_grad(loss)(params, reducing.init(params), x)[1].shards
 
         local = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, P("data")), out_specs=(P("data"),) * 2)
         x = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
@@ -440,11 +446,10 @@ def test_error_feedback_makes_up_for_what_was_not_sent(compression):
     a step of the code. Without feedback it is t times that of one step."""
     steps, gradient = 40, tree(7, (8,))
     exact = {name: tree(0)[name] - steps * g.astype(np.float64).mean(0) for name, g in gradient.items()}
-    of = lambda feedback: trained(
-        optim.sgd(1.0), steps, grads=lambda i: gradient, compression=compression, error_feedback=feedback
-    )
+    every = jax.tree.map(lambda g: np.broadcast_to(g, (steps, *g.shape)), gradient)
+    of = lambda feedback: steps_of(optim.sgd(1.0), compression=compression, error_feedback=feedback)(every)
     largest = max(float(np.abs(g).max()) for g in gradient.values() if g.size)
-    step_of_code = largest * (2**-8 if compression == "bfloat16" else 1 / 127)
+    step_of_code = largest * (2**-7 if compression == "bfloat16" else 1 / 127)
     bound = 0.5 * step_of_code * 1.02 + 1e-4  # e itself enlarges what is coded; float32 adds 40 numbers
     got, state = of(True)
     plain, no_state = of(False)
@@ -452,10 +457,8 @@ def test_error_feedback_makes_up_for_what_was_not_sent(compression):
         assert np.abs(got[name] - exact[name]).max() < bound
         assert np.abs(plain[name] - exact[name]).max() > 4 * bound
     assert no_state.error is None and state.error["a"].shape == (8, 16, 24) and state.error["d"] is None
-    # What is missing is the mean of the errors that the devices hold.
-    missing = exact["odd"] - got["odd"]
-    held = -np.asarray(state.error["odd"], np.float64).mean(0)[:13]
-    assert np.abs(missing - held).max() < 1e-4
+    held = state.error["odd"].astype(np.float64).sum(0)[:13]  # by the devices: what is missing
+    assert np.abs(got["odd"] - exact["odd"] - held).max() < 1e-4
 
 
 def test_what_compression_sends():
@@ -477,6 +480,7 @@ def test_what_compression_sends():
     assert found == {("all-to-all", "data"): elements + scales, ("all-gather", "data"): 4 * elements}
 
 
+@SLOW
 def test_training_with_int8_gradients():
     values = Training(sharding.make_mesh(data=8), compression="int8", zero=2).run()[1]
     expected = on_one_device()[1]
@@ -487,11 +491,15 @@ def test_training_with_int8_gradients():
 # ---- memory, checkpoints -------------------------------------------------------------------------------------------
 
 
+LEAVES = 12
+WHOLE = LEAVES * 128 * 256 * 4
+
+
 def memory(devices, zero):
     """Bytes on one device of (parameters, state, what the step needs besides)."""
     mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
     reduction = sharding.gradient_reduction(optim.adamw(1e-3), zero=zero, small=0)
-    params = [jax.ShapeDtypeStruct((256, 512), jnp.float32)] * 4
+    params = [jax.ShapeDtypeStruct((128, 256), jnp.float32)] * LEAVES
     specs = reduction.parameter_specs(params, mesh=mesh)
     state_specs = reduction.state_specs(params, specs, mesh=mesh)
     state = jax.eval_shape(jax.shard_map(reduction.init, mesh=mesh, in_specs=(specs,), out_specs=state_specs), params)
@@ -499,15 +507,15 @@ def memory(devices, zero):
     def loss(params, x):
         for p, spec in zip(params, specs, strict=True):
             p = reduction.gather(p, spec) if zero == 3 else p
-            x = jnp.tanh(x @ p)[:, :256]
+            x = jnp.tanh(x @ p)[:, :128]
         return jnp.mean(x)
 
     def step(params, state, x):
-        value, grads = reduction.value_and_grad(loss, micro_batches=2)(params, state, x)
+        grads = reduction.value_and_grad(loss, micro_batches=2)(params, state, x)[1]
         return reduction.apply(params, grads, state)
 
     local = jax.shard_map(step, mesh=mesh, in_specs=(specs, state_specs, P("data")), out_specs=(specs, state_specs))
-    x = jax.ShapeDtypeStruct((2 * devices, 256), jnp.float32)
+    x = jax.ShapeDtypeStruct((2 * devices, 128), jnp.float32)
     placed = lambda tree, specs: jax.tree.map(
         lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), tree, specs
     )
@@ -521,18 +529,15 @@ def memory(devices, zero):
     return shares[0], shares[1], analysis.temp_size_in_bytes
 
 
-WHOLE = 4 * 256 * 512 * 4
-
-
 @pytest.mark.parametrize("devices", [pytest.param(n, marks=SLOW if n in (1, 4) else ()) for n in (1, 2, 4, 8)])
 def test_memory_falls_with_the_devices(devices):
     needed = {zero: memory(devices, zero) for zero in (1, 2, 3)}
     for zero, (params, state, _) in needed.items():
         assert params == (WHOLE // devices if zero == 3 else WHOLE)
         assert state == pytest.approx(2 * WHOLE // devices, rel=1e-3)
-    # Gradients added over micro-batches: whole, or shards.
+    # Gradients added over micro-batches: whole, or shards; one or two are whole before they are sent.
     saved = needed[1][2] - needed[2][2]
-    assert saved == pytest.approx(WHOLE * (1 - 1 / devices), abs=0.15 * WHOLE), needed
+    assert saved == pytest.approx(WHOLE * (1 - 1 / devices), abs=3 * WHOLE / LEAVES), needed
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):

@@ -205,8 +205,8 @@ def gradient_reduction(
 ) -> GradientReduction:
     """p ← p - step of the optimizer by the mean over `axis` of the gradients, each device doing 1 / D of the elements.
 
-    Reduce-scatter, the optimizer on the shard, all-gather: see `sharding.gradient_reduction` the module, and the
-    methods of `GradientReduction`. Clipping by the optimizer's `max_norm` compares the norm of the whole gradient, in
+    Reduce-scatter, the optimizer on the shard, all-gather; the steps are methods of what is returned, a
+    `GradientReduction`. Clipping by the optimizer's `max_norm` compares the norm of the whole gradient, in
     which every element counts once, also where other axes split the leaves.
 
     Args:

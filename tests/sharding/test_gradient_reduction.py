@@ -282,7 +282,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("by", [by_apply, by_update])
+@pytest.mark.parametrize("by", [by_apply, pytest.param(by_update, marks=SLOW)])
 def test_every_optimizer_by_both_faces(name, by):
     """ "sgd" of one step at rate 1 are the gradients themselves."""
     steps = 1 if name == "sgd" else 3
@@ -440,7 +440,7 @@ def test_what_travels_in_sixteen_bits():
             assert error(got, exact[name]) < 1e-2
 
 
-@pytest.mark.parametrize("compression", ["bfloat16", "int8"])
+@pytest.mark.parametrize("compression", [pytest.param("bfloat16", marks=SLOW), "int8"])
 def test_error_feedback_makes_up_for_what_was_not_sent(compression):
     """The same gradient g every step, sgd at rate 1. What was sent in t steps is t · g - e: the error stays below half
     a step of the code. Without feedback it is t times that of one step."""
@@ -529,7 +529,7 @@ def memory(devices, zero):
     return shares[0], shares[1], analysis.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("devices", [pytest.param(n, marks=SLOW if n in (1, 4) else ()) for n in (1, 2, 4, 8)])
+@pytest.mark.parametrize("devices", [pytest.param(n, marks=SLOW if n < 8 else ()) for n in (1, 2, 4, 8)])
 def test_memory_falls_with_the_devices(devices):
     needed = {zero: memory(devices, zero) for zero in (1, 2, 3)}
     for zero, (params, state, _) in needed.items():
@@ -666,7 +666,7 @@ BAD = {
     "state must be a ReductionState of AdamWState, got LionState": step_of(
         make(), state=other_state(sharding.gradient_reduction(optim.lion(1e-3)))
     ),
-    r"state.mu\['w'\] must be of shape \(2, 8\) for a parameter \(16, 8\), got of shape \(16, 8\)": step_of(
+    r"state.mu\['b'\] must be of shape \(1,\) for a parameter \(8,\), got of shape \(8,\): .* another zero": step_of(
         make(small=0), state=other_state(make(zero=0))
     ),
     r"state.mu\['w'\] must be of shape \(2, 8\) .* got of shape \(1, 8\): the state was made for other": step_of(

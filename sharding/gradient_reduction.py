@@ -44,6 +44,7 @@ from sharding.mesh import check_spec
 from sharding.precision import LossScale, LossScaleState, Precision
 
 COMPRESSIONS = ("bfloat16", "int8")
+IMPLEMENTATIONS = ("xla", "ring")
 _NAME = "gradient_reduction"
 _BUCKET = 1 << 20  # elements of a bucket at most: the first is sent before the last small leaf has its gradient
 _ALIGNED = 128  # a bucket is a multiple of it, so that it has one length for all numbers of devices that divide it
@@ -202,6 +203,7 @@ def gradient_reduction(
     small: int = 1 << 14,
     precision: Precision | None = None,
     loss_scale: LossScale | None = None,
+    implementation: str = "xla",
 ) -> GradientReduction:
     """p ← p - step of the optimizer by the mean over `axis` of the gradients, each device doing 1 / D of the elements.
 
@@ -224,6 +226,8 @@ def gradient_reduction(
       precision: gradients are sent as its `reduction`; None: as float32, or float64.
       loss_scale: `value_and_grad` multiplies the loss by it, and a step with a gradient that is not finite, on any
         device, changes nothing but the scale. Gradients of your own are those of `state.loss_scale.scale` · loss.
+      implementation: of the reduce-scatters of leaves alone: "xla" one collective, or "ring", transfers from neighbour
+        to neighbour in both directions, which the compiler can put beside the products of the backward.
 
     Raises `TypeError` or `ValueError` for an option that is not as said.
 
@@ -244,12 +248,25 @@ def gradient_reduction(
     if compression is not None and zero not in (1, 2):
         raise ValueError(f"{_NAME}: compression must be None unless zero is 1 or 2, got {compression!r} with {zero}")
     checks.number(_NAME, "small", small)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{_NAME}: implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     for what, value, kind in (("precision", precision, Precision), ("loss_scale", loss_scale, LossScale)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{_NAME}: {what} must be a sharding.{kind.__name__} or None, got {type(value).__name__}")
     feedback = compression is not None and bool(error_feedback)
     return GradientReduction(
-        _How(optimizer.recipe, axes, zero, reduce, compression, feedback, int(small), precision, loss_scale)
+        _How(
+            optimizer.recipe,
+            axes,
+            zero,
+            reduce,
+            compression,
+            feedback,
+            int(small),
+            precision,
+            loss_scale,
+            implementation,
+        )
     )
 
 
@@ -272,6 +289,7 @@ class _How(NamedTuple):
     small: int
     precision: Precision | None
     loss_scale: LossScale | None
+    implementation: str
 
     def travels_as(self, dtype: Any) -> Any:
         return self.precision.reduction if self.precision else jnp.promote_types(dtype, jnp.float32)
@@ -472,6 +490,8 @@ def _summed(how: _How, group: _Group, gradients, factor, error) -> tuple[jax.Arr
         if group.axes:
             if group.dimension is None:
                 x = lax.psum(x, group.axes)
+            elif how.implementation == "ring" and not group.bucket:
+                x = _ring(x, group)
             else:
                 x = lax.psum_scatter(x, group.axes, scatter_dimension=group.dimension, tiled=True)
         return factor * x.astype(wide), error
@@ -489,6 +509,27 @@ def _summed(how: _How, group: _Group, gradients, factor, error) -> tuple[jax.Arr
     shape = parts.shape
     parts = parts.reshape(*shape[: group.dimension], group.parts, -1, *shape[group.dimension + 1 :])
     return parts.sum(group.dimension), error
+
+
+def _ring(x: jax.Array, group: _Group) -> jax.Array:
+    """The reduce-scatter of x: sums go round, and each device adds its part as they come by.
+
+    Half of every part goes in either direction, so that both of a link's are used.
+    """
+    assert group.dimension is not None
+    d, n, me = group.dimension, group.parts, lax.axis_index(group.axes)
+    size = group.size // n
+    cut = (size + 1) // 2
+    halves = []
+    for way, first, count in ((1, 0, cut), (-1, cut, size - cut)):
+        total: Any = None
+        for left in reversed(range(n) if count else ()):  # how many devices the sum still has to pass
+            own = lax.dynamic_slice_in_dim(x, (me + way * left) % n * size + first, count, axis=d)
+            total = own if total is None else own + total
+            if left:
+                total = lax.ppermute(total, group.axes, [(i, (i + way) % n) for i in range(n)])
+        halves += [total] if count else []
+    return jnp.concatenate(halves, axis=d)
 
 
 def _bfloat16(x: jax.Array, group: _Group):

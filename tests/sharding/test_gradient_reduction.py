@@ -290,6 +290,12 @@ def test_every_optimizer_by_both_faces(name, by):
     same(got, plainly(OPTIMIZERS[name], steps), 1e-5)
 
 
+def test_a_ring_sums_what_a_collective_does():
+    """13 rows padded to 16 are parts of two, halves of one; 5 rows of "b" are split along 40 columns."""
+    got = trained(OPTIMIZERS["sgd"], 1, implementation="ring")
+    same(got, plainly(OPTIMIZERS["sgd"], 1))
+
+
 def test_parts_of_a_sum_are_not_averaged():
     got = trained(OPTIMIZERS["sgd"], 1, reduce="sum")
     same(got, plainly(OPTIMIZERS["sgd"], 1, of=np.sum))
@@ -635,6 +641,7 @@ BAD = {
     "reduce must be 'mean' or 'sum', got 'max'": lambda: make(reduce="max"),
     "compression must be None or one of .*got 'int4'": lambda: make(compression="int4"),
     "compression must be None unless zero is 1 or 2, got 'int8' with 3": lambda: make(zero=3, compression="int8"),
+    r"implementation must be one of \('xla', 'ring'\), got 'pallas'": lambda: make(implementation="pallas"),
     "small must be at least 0, got -1": lambda: make(small=-1),
     "precision must be a sharding.Precision or None, got str": lambda: make(precision="bfloat16"),
     "Precision: compute must be a floating dtype, got int8": lambda: sharding.Precision(compute=jnp.int8),

@@ -1,6 +1,6 @@
 """Every comparison on the machine at hand: `python -m benchmarks`; one family with `python -m benchmarks.norms`."""
 
-from benchmarks import attention, elementwise, linear_cross_entropy, norms, optim, ragged_dot
+from benchmarks import attention, elementwise, gradient_reduction, linear_cross_entropy, norms, optim, ragged_dot
 
-for family in (attention, norms, linear_cross_entropy, ragged_dot, elementwise, optim):
+for family in (attention, norms, linear_cross_entropy, ragged_dot, elementwise, optim, gradient_reduction):
     family.main()

@@ -56,10 +56,14 @@ class Optimizer(optax.GradientTransformationExtraArgs):
     """
 
     apply: Callable[[Any, Any, Any], tuple[Any, Any]]
+    recipe: "Recipe"  # for who lays the state out in another way, as `sharding.gradient_reduction` does
 
-    def __new__(cls, init: Callable, update: Callable, apply: Callable) -> "Optimizer":
-        self = super().__new__(cls, init, update)
-        self.apply = apply
+    def __new__(cls, recipe: "Recipe") -> "Optimizer":
+        self = super().__new__(
+            cls, recipe.init, lambda grads, state, params=None, **extra: recipe.step(params, grads, state, False)
+        )
+        self.apply = lambda params, grads, state: recipe.step(params, grads, state, True)
+        self.recipe = recipe
         return self
 
 
@@ -114,8 +118,8 @@ def adamw(
         eps_root=checks.number("adamw", "eps_root", eps_root),
         nesterov=bool(nesterov),
     )
-    make = _Making("adamw", AdamWState, rule, learning_rate, weight_decay, mask, max_norm, small)
-    return make.optimizer(mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
+    return _optimizer("adamw", AdamWState, rule, learning_rate, weight_decay, mask, max_norm, small, dtypes)
 
 
 def lion(
@@ -136,8 +140,8 @@ def lion(
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023, arXiv:2302.06675.
     """
     rule = optimizers.Lion(_fraction("lion", "b1", b1), _fraction("lion", "b2", b2))
-    make = _Making("lion", LionState, rule, learning_rate, weight_decay, mask, max_norm, small)
-    return make.optimizer(mu_dtype=mu_dtype)
+    dtypes = {"mu_dtype": mu_dtype}
+    return _optimizer("lion", LionState, rule, learning_rate, weight_decay, mask, max_norm, small, dtypes)
 
 
 def sgd(
@@ -157,8 +161,8 @@ def sgd(
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013.
     """
     rule = optimizers.Momentum(None if momentum is None else _fraction("sgd", "momentum", momentum), bool(nesterov))
-    make = _Making("sgd", SGDState, rule, learning_rate, 0.0, None, max_norm, small)
-    return make.optimizer(**({} if momentum is None else {"accumulator_dtype": accumulator_dtype}))
+    dtypes = {} if momentum is None else {"accumulator_dtype": accumulator_dtype}
+    return _optimizer("sgd", SGDState, rule, learning_rate, 0.0, None, max_norm, small, dtypes)
 
 
 def _fraction(name: str, argument: str, value: float) -> float:
@@ -168,8 +172,28 @@ def _fraction(name: str, argument: str, value: float) -> float:
     return value
 
 
-class _Making(NamedTuple):
-    """The checked arguments that all optimizers share."""
+def _optimizer(name, state, rule, learning_rate, weight_decay, mask, max_norm, small, dtypes) -> Optimizer:
+    """`dtypes` are those of the moments by their arguments, None for that of the parameter."""
+    for argument, dtype in dtypes.items():
+        if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            raise TypeError(f"{name}: {argument} must be a floating dtype, got {jnp.dtype(dtype)}")
+    if not callable(learning_rate) and not hasattr(learning_rate, "dtype"):
+        checks.finite(name, "learning_rate", learning_rate)
+    checks.number(name, "weight_decay", weight_decay)
+    checks.number(name, "small", small)
+    if max_norm is not None:
+        checks.number(name, "max_norm", max_norm, positive=True)
+    return Optimizer(
+        Recipe(name, state, rule, learning_rate, weight_decay, mask, max_norm, small, tuple(dtypes.values()))
+    )
+
+
+class Recipe(NamedTuple):
+    """What an optimizer is made of: the checked arguments that all of them share, and a step on one array.
+
+    `fields` names the trees of moments in its state, `scalars` are the numbers of a step, the same for all parameters,
+    and `changed` updates a parameter, or any part of one.
+    """
 
     name: str
     state: Any  # the class of the state
@@ -179,51 +203,73 @@ class _Making(NamedTuple):
     mask: Mask | None
     max_norm: float | None
     small: int
+    dtypes: tuple[Any, ...]  # of the moments; None: as the parameter
 
-    def optimizer(self, **dtypes: Any) -> Optimizer:
-        """`dtypes` are those of the moments, None for that of the parameter."""
-        for argument, dtype in dtypes.items():
-            if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-                raise TypeError(f"{self.name}: {argument} must be a floating dtype, got {jnp.dtype(dtype)}")
-        if not callable(self.learning_rate) and not hasattr(self.learning_rate, "dtype"):
-            checks.finite(self.name, "learning_rate", self.learning_rate)
-        checks.number(self.name, "weight_decay", self.weight_decay)
-        checks.number(self.name, "small", self.small)
-        if self.max_norm is not None:
-            checks.number(self.name, "max_norm", self.max_norm, positive=True)
-        return Optimizer(
-            functools.partial(self.init, tuple(dtypes.values())),
-            lambda grads, state, params=None, **extra: self.step(params, grads, state, False),
-            lambda params, grads, state: self.step(params, grads, state, True),
-        )
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.state._fields[1 : 1 + self.rule.moments]
 
-    def init(self, dtypes: Sequence[Any], params: Any):
-        leaves = _leaves(self.name, "params", params)
+    def state_of(self, count: Any, trees: Sequence[Any]) -> Any:
+        """The state of `count` and the trees of moments; what there is none of is None."""
+        return self.state(count, *trees, *[None] * (len(self.state._fields) - 1 - len(trees)))
+
+    def scalars(self, count: jax.Array, factor: Any, wide: Any) -> tuple[jax.Array, jax.Array]:
+        """(the count after this step, [learning rate, factor of the gradients, the rule's own]) in the dtype `wide`."""
+        after = count + (count < jnp.iinfo(jnp.int32).max)  # it does not overflow
+        rate = self.learning_rate(count) if callable(self.learning_rate) else self.learning_rate
+        numbers = (rate, factor, *self.rule.factors(after.astype(wide)))
+        return after, jnp.stack([jnp.asarray(x, wide) for x in numbers])
+
+    def changed(self, p: jax.Array, g: jax.Array, moments: Sequence[jax.Array], scalars: jax.Array, decay: float):
+        """(what is added to p, the new moments), of a gradient and moments like p, elementwise."""
+        scalars, old = _wide(p, scalars, moments)
+        rate, factor, *factors = scalars
+        g = factor * g.astype(rate.dtype)
+        new = self.rule.new(g, old)
+        return _change(p, self.rule.direction(g, old, new, factors), rate, decay), _kept(new, moments)
+
+    def decays(self, params: Any, leaves: "Leaves") -> list[float]:
+        """The weight decay of each leaf. Raises `ValueError` if there is one but no parameters, or for another mask."""
+        if not self.weight_decay:
+            return [0.0] * len(leaves.arrays)
+        if params is None:
+            raise ValueError(f"{self.name}: params must be given, as weight_decay is {self.weight_decay}, got None")
+        if self.mask is None:
+            return [self.weight_decay] * len(leaves.arrays)
+        chosen = self.mask(params) if callable(self.mask) else self.mask
+        try:
+            spread = jax.tree.map(lambda decayed, part: jax.tree.map(lambda _: bool(decayed), part), chosen, params)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: mask must be a tree like params or a prefix of it: {error}") from None
+        return [self.weight_decay * decayed for decayed in jax.tree.leaves(spread)]
+
+    def init(self, params: Any):
+        leaves = leaves_of(self.name, "params", params)
         trees = []
-        for dtype in dtypes:
+        for dtype in self.dtypes:
             moments: list[Any] = [None] * len(leaves.arrays)
             for members in _groups(leaves.arrays, self.small):
                 alike = [leaves.arrays[i] for i in members]
                 like = alike[0] if len(alike) == 1 else jnp.stack(alike)  # its sharding too
                 moments[members[0]] = jnp.zeros_like(like, dtype=dtype)
             trees.append(jax.tree.unflatten(leaves.structure, moments))
-        nothing = [None] * (len(self.state._fields) - 1 - len(trees))
-        return self.state(jnp.zeros((), jnp.int32), *trees, *nothing)
+        return self.state_of(jnp.zeros((), jnp.int32), trees)
 
     def step(self, params: Any, grads: Any, state: Any, in_place: bool):
         """(new parameters if `in_place`, else updates; the new state)."""
-        leaves = _leaves(self.name, *(("grads", grads) if params is None else ("params", params)))
-        gradients = _gradients(self.name, grads, leaves)
+        leaves = leaves_of(self.name, *(("grads", grads) if params is None else ("params", params)))
+        gradients = gradients_of(self.name, grads, leaves)
         groups = _groups(leaves.arrays, self.small)
-        fields = self.state._fields[1 : 1 + self.rule.moments]
-        moments = [_moments(self.name, field, getattr(state, field), leaves, groups) for field in fields]
-        decays = _decays(self.name, self.weight_decay, self.mask, params, leaves)
+        shapes: list[tuple[int, ...] | None] = [None] * len(leaves.arrays)
+        for members in groups:
+            of_one = leaves.arrays[members[0]].shape
+            shapes[members[0]] = of_one if len(members) == 1 else (len(members), *of_one)
+        moments = moments_of(self.name, self.fields, state, leaves, shapes, "another `small`")
+        decays = self.decays(params, leaves)
 
-        wide = functools.reduce(jnp.promote_types, (p.dtype for p in leaves.arrays), jnp.dtype(jnp.float32))
-        count = state.count + (state.count < jnp.iinfo(jnp.int32).max)  # it does not overflow
-        rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
-        clip: Any = 1.0 if self.max_norm is None else _clip(gradients, self.max_norm)
-        scalars = jnp.stack([jnp.asarray(x, wide) for x in (rate, clip, *self.rule.factors(count.astype(wide)))])
+        wide = widest(leaves.arrays)
+        factor: Any = 1.0 if self.max_norm is None else clipping(jnp.sqrt(sum(map(squares, gradients))), self.max_norm)
+        count, scalars = self.scalars(state.count, factor, wide)
 
         results: list[Any] = [None] * len(gradients)
         previous = scalars
@@ -233,24 +279,16 @@ class _Making(NamedTuple):
             ps, gs = ([xs[i] for i in members] for xs in (leaves.arrays, gradients))
             ds = [decays[i] for i in members]
             if len(members) == 1:
-                changes, kept = _alone(ps, gs, kept, scalars, self.rule, ds)
+                change, kept = self.changed(ps[0], gs[0], kept, scalars, ds[0])
+                changes = [change]
             else:
                 changes, kept, previous = _together(ps, gs, kept, scalars, previous, self.rule, ds)
             for i, p, change in zip(members, ps, changes, strict=True):
                 results[i] = (p.astype(change.dtype) + change if in_place else change).astype(p.dtype)
             for moment, new in zip(moments, kept, strict=True):
                 moment[first] = new
-        new = {field: jax.tree.unflatten(leaves.structure, m) for field, m in zip(fields, moments, strict=True)}
-        return jax.tree.unflatten(leaves.structure, results), state._replace(count=count, **new)
-
-
-def _alone(ps, gs, moments, scalars, rule, decays):
-    """([what is added to the parameter], the new moments), for one parameter."""
-    scalars, old = _wide(ps[0], scalars, moments)
-    rate, clip, *factors = scalars
-    g = clip * gs[0].astype(rate.dtype)
-    new = rule.new(g, old)
-    return [_change(ps[0], rule.direction(g, old, new, factors), rate, decays[0])], _kept(new, moments)
+        new = self.state_of(count, [jax.tree.unflatten(leaves.structure, moment) for moment in moments])
+        return jax.tree.unflatten(leaves.structure, results), new
 
 
 def _together(ps, gs, moments, scalars, previous, rule, decays):
@@ -287,14 +325,16 @@ def _kept(new, old):
 # ---- trees ---------------------------------------------------------------------------------------------------------
 
 
-class _Leaves(NamedTuple):
+class Leaves(NamedTuple):
+    """The leaves of a tree of parameters or gradients, and what they are called in messages."""
+
     of: str  # "params" or "grads"
     paths: list[str]
     arrays: list[jax.Array]
     structure: Any
 
 
-def _leaves(name: str, of: str, tree: Any) -> _Leaves:
+def leaves_of(name: str, of: str, tree: Any) -> Leaves:
     """The leaves of a tree. Raises `TypeError` for one that is not a floating array."""
     found, structure = jax.tree_util.tree_flatten_with_path(tree)
     paths = [of + jax.tree_util.keystr(path) for path, _ in found]
@@ -302,7 +342,7 @@ def _leaves(name: str, of: str, tree: Any) -> _Leaves:
     for path, x in zip(paths, arrays, strict=True):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name}: {path} must be of a floating dtype, got {x.dtype}")
-    return _Leaves(of, paths, arrays, structure)
+    return Leaves(of, paths, arrays, structure)
 
 
 def _groups(leaves: Sequence[jax.Array], small: int) -> list[list[int]]:
@@ -318,9 +358,9 @@ def _groups(leaves: Sequence[jax.Array], small: int) -> list[list[int]]:
     return sorted(group for groups in alike.values() for group in groups)
 
 
-def _gradients(name: str, grads: Any, leaves: _Leaves) -> list[jax.Array]:
+def gradients_of(name: str, grads: Any, leaves: Leaves) -> list[jax.Array]:
     """The gradients of the leaves. Raises `ValueError` or `TypeError` with the name of the first that does not fit."""
-    given = _leaves(name, "grads", grads)
+    given = leaves_of(name, "grads", grads)
     if given.structure != leaves.structure:
         paths = [[path.partition(leaf.of)[2] for path in leaf.paths] for leaf in (leaves, given)]
         odd = next((p for p in [*paths[0], *paths[1]] if (p in paths[0]) != (p in paths[1])), None)
@@ -332,25 +372,35 @@ def _gradients(name: str, grads: Any, leaves: _Leaves) -> list[jax.Array]:
     return given.arrays
 
 
-def _moments(name: str, field: str, tree: Any, leaves: _Leaves, groups: list[list[int]]) -> list[Any]:
-    """The moments, each where the first leaf of its group is. Raises `ValueError` naming one that does not fit."""
+def moments_of(
+    name: str,
+    fields: Sequence[str],
+    state: Any,
+    leaves: Leaves,
+    shapes: Sequence[tuple[int, ...] | None],
+    otherwise: str,
+) -> list[list[Any]]:
+    """The moments in the fields of a state, which have `shapes`, None where those of another leaf hold them too.
+
+    Raises `ValueError` naming one that does not fit; `otherwise`: what it was made for, if not for other parameters.
+    """
+    return [_moments(name, field, getattr(state, field), leaves, shapes, otherwise) for field in fields]
+
+
+def _moments(name, field, tree, leaves, shapes, otherwise) -> list[Any]:
     found = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
     if len(found) != len(leaves.paths):
         raise ValueError(
             f"{name}: state.{field} must be a tree like params, of {len(leaves.paths)} leaves, got {len(found)}: it "
             "was made for other parameters"
         )
-    shapes: list[tuple[int, ...] | None] = [None] * len(found)
-    for members in groups:
-        of_one = leaves.arrays[members[0]].shape
-        shapes[members[0]] = of_one if len(members) == 1 else (len(members), *of_one)
     for path, p, shape, x in zip(leaves.paths, leaves.arrays, shapes, found, strict=True):
         if (None if x is None else jnp.shape(x)) != shape:
             leaf = f"state.{field}{path.removeprefix(leaves.of)}"
             raise ValueError(
                 f"{name}: {leaf} must be {_described(shape)} for a parameter {p.shape}, got "
                 f"{_described(None if x is None else jnp.shape(x))}: the state was made for other parameters or "
-                "another `small`"
+                f"{otherwise}"
             )
     return found
 
@@ -359,24 +409,16 @@ def _described(shape: tuple[int, ...] | None) -> str:
     return "None (its moments lie with those of another leaf)" if shape is None else f"of shape {shape}"
 
 
-def _decays(name: str, weight_decay: float, mask: Mask | None, params: Any, leaves: _Leaves) -> list[float]:
-    """The weight decay of each leaf. Raises `ValueError` if there is one but no parameters, or for another mask."""
-    if not weight_decay:
-        return [0.0] * len(leaves.arrays)
-    if params is None:
-        raise ValueError(f"{name}: params must be given, as weight_decay is {weight_decay}, got None")
-    if mask is None:
-        return [weight_decay] * len(leaves.arrays)
-    chosen = mask(params) if callable(mask) else mask
-    try:
-        spread = jax.tree.map(lambda decayed, part: jax.tree.map(lambda _: bool(decayed), part), chosen, params)
-    except ValueError as error:
-        raise ValueError(f"{name}: mask must be a tree like params or a prefix of it: {error}") from None
-    return [weight_decay * decayed for decayed in jax.tree.leaves(spread)]
+def widest(arrays: Sequence[jax.Array]) -> Any:
+    """float32, or float64 if one of the arrays is."""
+    return functools.reduce(jnp.promote_types, (x.dtype for x in arrays), jnp.dtype(jnp.float32))
 
 
-def _clip(gradients: Sequence[jax.Array], max_norm: float) -> jax.Array:
-    """What the gradients are multiplied by so that their norm is at most `max_norm`."""
-    squares = [jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32)))) for g in gradients]
-    norm = jnp.sqrt(sum(squares))
+def squares(g: jax.Array) -> jax.Array:
+    """Σ g², in float32 at least."""
+    return jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32))))
+
+
+def clipping(norm: jax.Array, max_norm: float) -> jax.Array:
+    """What gradients of that norm are multiplied by so that it is at most `max_norm`."""
     return jnp.where(norm < max_norm, 1.0, max_norm / norm)

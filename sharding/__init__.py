@@ -7,12 +7,16 @@ from sharding.collectives import all_gather_same as all_gather_same
 from sharding.collectives import all_to_all as all_to_all
 from sharding.collectives import copy as copy
 from sharding.collectives import reduce_scatter as reduce_scatter
+from sharding.gradient_reduction import GradientReduction as GradientReduction
+from sharding.gradient_reduction import gradient_reduction as gradient_reduction
 from sharding.mesh import make_mesh as make_mesh
 from sharding.mesh import partition_specs as partition_specs
 from sharding.mesh import shard as shard
 from sharding.pipeline import Layers as Layers
 from sharding.pipeline import Place as Place
 from sharding.pipeline import pipeline_value_and_grad as pipeline_value_and_grad
+from sharding.precision import LossScale as LossScale
+from sharding.precision import Precision as Precision
 from sharding.schedules import Table as Table
 from sharding.schedules import schedule as schedule
 from sharding.tensor import column_parallel as column_parallel

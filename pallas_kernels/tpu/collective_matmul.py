@@ -34,6 +34,8 @@ f32 = jnp.float32
 ROWS = 16  # sublanes of a register of bfloat16
 SLOTS = 3  # a neighbour may be a step behind and still have one that is free
 PIECES = 8  # of half of a shard, at most
+PROVED = ("v5e", "v5p")
+LEAST = 512  # rows, columns: below it the start and the end of each product take too much of its time
 _CORE = "core"
 
 
@@ -47,10 +49,10 @@ class Tiles:
     k: int
 
     @staticmethod
-    def default() -> "Tiles":
-        """A tile of m × n reads m + n numbers for m · n products: with these a matrix unit is behind no HBM; and half of
-        a shard that is worth a ring is several pieces of m rows."""
-        return Tiles(512, 1024, 512)
+    def default(kernel: str) -> "Tiles":
+        """A tile of m × n reads m + n numbers for m · n products: large ones keep the matrix units busy. Half of a shard
+        is to be several pieces of m rows in `scatter`."""
+        return Tiles(512, 1024, 512) if kernel == "scatter" else Tiles(1024, 1024, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,9 @@ class _Ring:
         return lax.rem(self.me[self.names.index(self.axis)] + (1 - 2 * half) * steps + self.size, self.size)
 
     def id(self, half, steps):
-        return {name: self.me[i] for i, name in enumerate(self.names)} | {self.axis: self.at(half, steps)}
+        """The device there, by all mesh axes: Mosaic does not mix given coordinates with those it looks up itself."""
+        there = {name: self.me[i] for i, name in enumerate(self.names)} | {self.axis: self.at(half, steps)}
+        return there if self.cores == 1 else there | {_CORE: half}
 
     def receive(self, copy):
         if self.without != "arrival":
@@ -199,10 +203,23 @@ def _multiply(pairs, out: _Operand, before: _Operand | None, grid, total, dims, 
     starts = [sum(count for *_, count in pairs[:i]) for i in range(len(pairs))]
     height, width = (size for size in out.shape if size is not None)
     sums = total.at[:height, :width]
+    tile = max(b.shape[-2 + dims[0][1][0]] for _, b, _ in pairs)
 
     def within(operand, start, count):
         index = lambda i, j, k: operand.index(i, j, jnp.clip(k - start, 0, count - 1))
         return pl.BlockSpec(operand.shape, index)
+
+    def add(rows, a, b):
+        part = a[:, rows] if dims == TN else a[rows]
+        sums[rows] += dot(part, b[...], dims, precision)
+
+    def parts(one):
+        turn = matrix_unit.turn(height, width * tile, passes=matrix_unit.WORK // 2)
+        at = lambda i: pl.ds(pl.multiple_of(i * turn, turn), turn)
+        if turn == height:
+            one(slice(None))
+        else:
+            lax.fori_loop(0, height // turn, lambda i, _: one(at(i)), None)
 
     def body(*tiles):
         step = pl.program_id(2)
@@ -217,7 +234,7 @@ def _multiply(pairs, out: _Operand, before: _Operand | None, grid, total, dims, 
 
             @pl.when((step >= start) & (step < start + count))
             def _():
-                sums[...] += dot(a[...], b[...], dims, precision)
+                parts(lambda rows: add(rows, a, b))
 
         @pl.when(step == steps - 1)
         def _():
@@ -368,6 +385,16 @@ def unsupported(xs: Sequence, ws: Sequence, precision: Any) -> str | None:
     return matrix_unit.unsupported(first.dtype, precision)
 
 
+def no_gain(chip: chips.Chip, rows: int, ws: Sequence) -> str | None:
+    """Why a ring of a shard of `rows` is not known to gain by the kernels, or None."""
+    if chip.name not in PROVED:
+        return f"the schedules of the kernels were read for {' and '.join(PROVED)}, not for {chip.name}"
+    columns = min(w.shape[1] for w in ws)
+    if rows < 2 * LEAST or min(ws[0].shape[0], columns) < LEAST:
+        return f"a shard of {rows} rows, {ws[0].shape[0]} × {columns} weights, is less than two tiles of {LEAST}"
+    return None
+
+
 def _call(kernel, name, ring: _Ring, chip, outs, total, semaphores, operands, flops):
     """`kernel` on every core; `outs` are the results and then what lies in HBM meanwhile."""
     mat = jax.typeof(operands[0]).mat
@@ -425,7 +452,7 @@ def gather(
 
     ws: [k, n_i] each, or [n_i, k] if `transposed`.
     """
-    tiles, ring = tiles or Tiles.default(), _ring(axis, chip, without)
+    tiles, ring = tiles or Tiles.default("gather"), _ring(axis, chip, without)
     blocks, count, k = x.shape
     rows, depth = _Cut.of(pl.cdiv(count, 2), tiles.m, ROWS), _Cut.of(k, tiles.k, LANES)
     columns = [_Cut.of(w.shape[0 if transposed else 1], tiles.n, LANES) for w in ws]
@@ -471,7 +498,7 @@ def accumulate(
     without: str | None = None,
 ) -> list[jax.Array]:
     """w_i[k, n_i] = xᵀ · y_i over the rows x[b, r, k] of all devices of `axis`, y_i[b, T · r, n_i]."""
-    tiles, ring = tiles or Tiles.default(), _ring(axis, chip, without)
+    tiles, ring = tiles or Tiles.default("accumulate"), _ring(axis, chip, without)
     blocks, count, k = x.shape
     rows, depth = _Cut.of(count, tiles.k, LANES), _Cut.of(pl.cdiv(k, 2), tiles.m, LANES)
     columns = [_Cut.of(y.shape[-1], tiles.n, LANES) for y in ys]
@@ -515,7 +542,7 @@ def scatter(
 
     ws: [k_i, n] each, or [n, k_i] if `transposed`.
     """
-    tiles, ring = tiles or Tiles.default(), _ring(axis, chip, without)
+    tiles, ring = tiles or Tiles.default("scatter"), _ring(axis, chip, without)
     blocks, whole, _ = xs[0].shape
     count = whole // ring.size
     rows = _Cut.of(pl.cdiv(count, 2), tiles.m, ROWS)

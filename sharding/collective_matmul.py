@@ -253,7 +253,8 @@ def _serve(ring, kernel, plain, *operands):
     """`kernel(*operands)` on its chip, else `plain(*operands)`; what is differentiated of either is `plain`."""
     if ring.chip is None:
         return plain(*operands)
-    served = jax.custom_jvp(kernel)
+    # Under vmap the calls follow one another: each takes the whole chip, and every device is in the same one.
+    served = jax.custom_jvp(jax.custom_batching.sequential_vmap(kernel))
     served.defjvp(lambda primals, tangents: (served(*primals), jax.jvp(plain, primals, tangents)[1]))
     return served(*operands)
 

@@ -170,7 +170,9 @@ def _circulate(ring: _Ring, own: Callable, place: Callable, slots: int, sems, pr
         products(half, source, origin, first, last)
 
     def steps(start, end, last):
-        lax.fori_loop(start * ring.turns, end * ring.turns, lambda i, _: step(i // ring.turns, i % ring.turns, last), None)
+        lax.fori_loop(
+            start * ring.turns, end * ring.turns, lambda i, _: step(i // ring.turns, i % ring.turns, last), None
+        )
 
     lax.fori_loop(0, ring.turns, lambda turn, _: step(0, turn, False), None)
     steps(1, ring.size - peeled, False)
@@ -280,7 +282,10 @@ def _gather_kernel(coordinates, x_ref, *refs, ring, rows, depth, columns, blocks
         _circulate(ring, own, place, SLOTS, sems, products, peeled=False)
         return
     place = lambda half, arrival, origin: slots_ref.at[:, origin, half]
-    kept = [pltpu.make_async_copy(own(h), place(h, 0, ring.at(h, 0)), local.at[h]) for h in map(ring.half, range(ring.turns))]
+    kept = [
+        pltpu.make_async_copy(own(h), place(h, 0, ring.at(h, 0)), local.at[h])
+        for h in map(ring.half, range(ring.turns))
+    ]
     for copy in kept:
         copy.start()
     _circulate(ring, own, place, ring.size, sems, products, peeled=False)

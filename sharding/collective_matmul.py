@@ -154,8 +154,7 @@ def _chip() -> tuple[chips.Chip | None, str | None]:
         return None, f"kernels with remote DMA run on TPU only, and the mesh is of {device.device_kind} devices"
     if chips.of_device(device) is None:
         return None, f"no kernel is made for {device.device_kind}"
-    automatic = sorted(set(mesh.axis_names) - set(mesh.manual_axes))
-    if any(mesh.shape[axis] > 1 for axis in automatic):
+    if automatic := [axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1]:
         return None, f"mesh axes {automatic} are partitioned automatically: wrap the call in jax.shard_map over them"
     return chips.of_device(device), None
 

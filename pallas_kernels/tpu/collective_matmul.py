@@ -8,10 +8,10 @@ chip with two cores gives each way a core of its own, with its own semaphores; o
     accumulate   w_i[K, J_T] = x[I_T, K]ᵀ · y_i[I, J_T]           halves of the columns of x travel
 
 What travels lies in slots in HBM: while one is multiplied, tile by tile, and sent on, the next is received. A device
-writes to a slot of its neighbour only when that is free: the first time once the neighbour has entered the kernel, which
-it says at a barrier, and then with a permit, a semaphore that counts the slots which are free again. In `scatter` a sum
-may be added to only after it has arrived: sums travel in pieces of a few rows, each as soon as it is there, behind the
-products of all others. Sizes are padded with zeros to whole tiles of equal size.
+writes to a slot of its neighbour only when that is free: the first time once the neighbour has entered the kernel,
+which it says at a barrier, and then with a permit, a semaphore that counts the slots which are free again. In `scatter`
+a sum may be added to only after it has arrived: sums travel in pieces of a few rows, each as soon as it is there,
+behind the products of all others. Sizes are padded with zeros to whole tiles of equal size.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ class Tiles:
 
     @staticmethod
     def default(kernel: str) -> "Tiles":
-        """A tile of m × n reads m + n numbers for m · n products: large ones keep the matrix units busy. Half of a shard
-        is to be several pieces of m rows in `scatter`."""
+        """A tile of m × n reads m + n numbers for m · n products: large ones keep the matrix units busy. In `scatter`
+        half of a shard is to be several pieces of m rows."""
         return Tiles(512, 1024, 512) if kernel == "scatter" else Tiles(1024, 1024, 512)
 
 
@@ -216,7 +216,8 @@ def _multiply(pairs, out: _Operand, before: _Operand | None, grid, total, dims, 
         sums[rows] += dot(part, b[...], dims, precision)
 
     def parts(one):
-        turn = matrix_unit.turn(height, width * tile, passes=matrix_unit.WORK // 2)
+        # A short program, as there are three of it; what has to be transposed first takes longer to start.
+        turn = matrix_unit.turn(height, width * tile, passes=matrix_unit.WORK // (2 if dims == TN else 4))
         at = lambda i: pl.ds(pl.multiple_of(i * turn, turn), turn)
         if turn == height:
             one(slice(None))

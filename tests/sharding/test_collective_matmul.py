@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sharding
+from pallas_kernels import chips
 from tests.compare import error, no_worse
 from tests.sharding.traffic import compiled, sent
 
@@ -39,6 +40,12 @@ def over(mesh, name, **options):
     function, *specs, out_spec = FORMS[name]
     local = functools.partial(function, axis="tensor", **options)
     return jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=out_spec)
+
+
+UNOVERLAPPED = {
+    "all_gather_matmul": lambda x, w: plain(sharding.all_gather(x, "tensor", -2), w),
+    "matmul_reduce_scatter": lambda x, w: sharding.reduce_scatter(plain(x, w), "tensor", -2),
+}
 
 
 def value_and_gradients(product):
@@ -75,7 +82,9 @@ def test_bfloat16_is_no_worse_than_the_plain_composition(name):
     """Sums that travel are rounded at each device: against a sum of 8 products rounded to bfloat16 each."""
     mesh = sharding.make_mesh(tensor=8)
     x, w = operands(24, dtype=jnp.bfloat16)
-    ring, xla = (jax.jit(value_and_gradients(over(mesh, name, implementation=i)))(x, w) for i in ("ring", "xla"))
+    _, *specs, out_spec = FORMS[name]
+    unoverlapped = jax.shard_map(UNOVERLAPPED[name], mesh=mesh, in_specs=tuple(specs), out_specs=out_spec)
+    ring, xla = (jax.jit(value_and_gradients(f))(x, w) for f in (over(mesh, name), unoverlapped))
     with jax.enable_x64(True):
         exact = value_and_gradients(plain)(x.astype(jnp.float64), w.astype(jnp.float64))
     for what, got, unfused, oracle in zip(
@@ -130,14 +139,50 @@ def test_transforms(transform, name):
     assert error(got, want) < 1e-5
 
 
-def test_forward_mode_is_that_of_the_plain_composition():
-    mesh = sharding.make_mesh(data=2, tensor=4)
-    x, w = operands(8)
-    ring, xla = (over(mesh, "all_gather_matmul", implementation=i) for i in ("ring", "xla"))
-    got, want = (jax.jvp(jax.jit(f), (x, w), (jnp.cos(x), 0.5 * w))[1] for f in (xla, plain))
-    assert error(got, want) < 1e-5
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(jax.jit(ring), (x, w), (x, w))
+def on(chip, implementation=None, dtype="bfloat16", rows=8192, name="all_gather_matmul", axes=None, gradient=False):
+    """The program of a product, or of its gradients, on a mesh of `chip`s, manual over `axes` (None: all)."""
+    mesh = sharding.make_mesh(data=2, tensor=4).abstract_mesh
+    device = chips.abstract_device(chips.named(chip)) if chip else None
+    function, *specs, out_spec = FORMS[name]
+    specs = [P(*(one if one in (axes or mesh.axis_names) else None for one in spec)) for spec in (*specs, out_spec)]
+    product = jax.shard_map(
+        functools.partial(function, axis="tensor", implementation=implementation),
+        mesh=mesh.update(abstract_device=device),
+        in_specs=tuple(specs[:2]),
+        out_specs=specs[2],
+        axis_names=axes or set(),
+    )
+    loss = lambda x, w: product(x, w).astype(jnp.float32).sum()
+    x, w = (jax.ShapeDtypeStruct(size, dtype) for size in ((2, rows, 2048), (2048, 4096)))
+    return str(jax.make_jaxpr(jax.grad(loss, (0, 1)) if gradient else product)(x, w))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_kernel_serves_where_the_mesh_is_of_a_chip_that_gains_by_it(name):
+    program = on("v5p", name=name, gradient=True)
+    assert all(f"name={one}\n" in program for one in FORMS) and "ppermute" not in program
+
+
+@pytest.mark.parametrize(
+    "call", [dict(chip="v6e"), dict(chip=None), dict(chip="v5p", rows=64), dict(chip="v5p", dtype="float16")], ids=str
+)
+def test_elsewhere_xla_serves(call):
+    program = on(**call)
+    assert "name=all_gather_matmul" not in program and "ppermute" in program
+
+
+REFUSED = {
+    "kernels with remote DMA run on TPU only, and the mesh is of NVIDIA H100": dict(chip="h100"),
+    "the mesh does not tell which chip it is of": dict(chip=None),
+    "operands must be float32 or bfloat16 on a TPU, got float16": dict(chip="v5p", dtype="float16"),
+    r"mesh axes \['data'\] are partitioned automatically": dict(chip="v5p", axes={"tensor"}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_kernel_alone_says_why_it_cannot_run(reason):
+    with pytest.raises(ValueError, match=f"implementation 'pallas' was asked for, but {reason}"):
+        on(implementation="pallas", **REFUSED[reason])
 
 
 def test_matrices_that_share_their_rows_gather_them_once():
@@ -162,8 +207,8 @@ BAD = {
     r"w must have shape \(16, n\)": lambda: sharding.all_gather_matmul(X, W.T, axis="t"),
     r"w\[1\] must have shape \(16, n\)": lambda: sharding.all_gather_matmul(X, (W, W.T), axis="t"),
     "w must hold at least one": lambda: sharding.all_gather_matmul(X, (), axis="t"),
-    r"implementation must be one of \('ring', 'xla'\), got 'pallas'": lambda: sharding.matmul_reduce_scatter(
-        X, W, axis="t", implementation="pallas"
+    r"implementation must be None, one of \('pallas', 'xla'\)": lambda: sharding.matmul_reduce_scatter(
+        X, W, axis="t", implementation="ring"
     ),
     "all_gather_matmul: axis must be a mesh axis": lambda: sharding.all_gather_matmul(X, W, axis="t"),
 }

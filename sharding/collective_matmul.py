@@ -15,6 +15,7 @@ ASPLOS 2023.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from jaxops.ops import checks
 from pallas_kernels import chips
 from pallas_kernels.tpu import collective_matmul as kernels
 from sharding import collectives
+from sharding.derivatives import Rules
 
 _WAYS = (1, -1)  # to the next device and to the one before
 
@@ -75,7 +77,7 @@ def all_gather_matmul(
     else:
         ring = _chosen(name, axis, implementation, precision, [x], ws, x.shape[-2])
         x, *ws = varying_alike((collectives.copy(x, axis), *ws))
-        ys = _gather(ring, x, tuple(ws))
+        ys = _gather(ring, x, *ws)
     return ys if several else ys[0]
 
 
@@ -112,7 +114,7 @@ def matmul_reduce_scatter(
     if size == 1:
         return matmul(collectives.copy(x, axis), w, precision=precision, implementation=implementation)
     ring = _chosen(name, axis, implementation, precision, [x], [w], x.shape[-2] // size)
-    return _scatter(ring, *varying_alike((collectives.copy(x, axis), w)))
+    return _scatter(ring, *varying_alike((collectives.copy(x, axis), w)))[0]
 
 
 def _rows(name: str, x: Any) -> jax.Array:
@@ -129,6 +131,11 @@ class _Ring:
     axis: str
     precision: Any
     chip: chips.Chip | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every kernel is told."""
+        return dict(axis=self.axis, chip=self.chip, precision=self.precision)
 
 
 def _chosen(name, axis, implementation, precision, xs, ws, rows) -> _Ring:
@@ -249,7 +256,8 @@ def _blocks(x):
 
 
 def _serve(ring, kernel, plain, *operands):
-    """`kernel(*operands)` on its chip, else `plain(*operands)`; what is differentiated of either is `plain`."""
+    """`kernel(ring, *operands)` on its chip, else `plain(ring, *operands)`; what is differentiated is `plain`."""
+    kernel, plain = functools.partial(kernel, ring), functools.partial(plain, ring)
     if ring.chip is None:
         return plain(*operands)
     # Under vmap the calls follow one another: each takes the whole chip, and every device is in the same one.
@@ -258,91 +266,80 @@ def _serve(ring, kernel, plain, *operands):
     return served(*operands)
 
 
-def _gathered(ring, x, ws):
+def _gathered_by_kernel(ring, x, *ws):
+    ys, _ = kernels.gather(_blocks(x), ws, **ring.options)
+    return tuple(y.reshape(*x.shape[:-2], *y.shape[1:]) for y in ys)
+
+
+def _gathered(ring, x, *ws):
     rows = x.shape[-2] * lax.axis_size(ring.axis)
+    ys = [jnp.zeros((*x.shape[:-2], rows, w.shape[1]), jnp.promote_types(x.dtype, w.dtype)) for w in ws]
 
-    def kernel(x, ws):
-        ys, _ = kernels.gather(_blocks(x), ws, axis=ring.axis, chip=ring.chip, precision=ring.precision)
-        return [y.reshape(*x.shape[:-2], rows, -1) for y in ys]
+    def put(ys, first, part):
+        return [_put(y, _times(part, w, ring.precision), first) for y, w in zip(ys, ws, strict=True)]
 
-    def plain(x, ws):
-        ys = [jnp.zeros((*x.shape[:-2], rows, w.shape[1]), jnp.promote_types(x.dtype, w.dtype)) for w in ws]
-
-        def put(ys, first, part):
-            return [_put(y, _times(part, w, ring.precision), first) for y, w in zip(ys, ws, strict=True)]
-
-        return _as_they_arrive(x, ring.axis, put, ys)
-
-    return tuple(_serve(ring, kernel, plain, x, ws))
+    return tuple(_as_they_arrive(x, ring.axis, put, ys))
 
 
-def _gathered_forward(ring, x, ws):
-    return _gathered(ring, x, ws), (x, ws)  # no custom_vjp inside: forward mode goes over reverse
+def _gathered_backward_by_kernel(ring, operands, dys):
+    (x, *ws), dys = operands, [_blocks(dy) for dy in dys]
+    dx = kernels.scatter(dys, ws, transposed=True, **ring.options)
+    return dx.reshape(x.shape), *kernels.accumulate(_blocks(x), dys, **ring.options)
 
 
-def _gathered_backward(ring, saved, dys):
-    def kernel(x, ws, dys):
-        flat = [_blocks(dy) for dy in dys]
-        options = dict(axis=ring.axis, chip=ring.chip, precision=ring.precision)
-        dx = kernels.scatter(flat, ws, transposed=True, **options)
-        return dx.reshape(x.shape), tuple(kernels.accumulate(_blocks(x), flat, **options))
+def _gathered_backward(ring, operands, dys):
+    (x, *ws), dys = lax.optimization_barrier((operands, dys))  # else the compiler keeps what forward gathered, in part
+    pairs = list(zip(dys, ws, strict=True))
 
-    def plain(x, ws, dys):
-        x, dys = lax.optimization_barrier((x, dys))  # else the compiler keeps what forward gathered, in part
-        pairs = list(zip(dys, ws, strict=True))
+    def rows_of_dx(first, count):
+        return sum(_times_transposed(_cut(dy, first, count), w, ring.precision) for dy, w in pairs)
 
-        def rows_of_dx(first, count):
-            return sum(_times_transposed(_cut(dy, first, count), w, ring.precision) for dy, w in pairs)
+    dx = _sum_on_the_way(rows_of_dx, x.shape[-2], x.dtype, ring.axis)
 
-        dx = _sum_on_the_way(rows_of_dx, x.shape[-2], x.dtype, ring.axis)
+    def add(dws, first, part):
+        rows = [_cut(dy, first, part.shape[-2]) for dy in dys]
+        return [dw + _transposed_times(part, dy, ring.precision) for dw, dy in zip(dws, rows, strict=True)]
 
-        def add(dws, first, part):
-            rows = [_cut(dy, first, part.shape[-2]) for dy in dys]
-            return [dw + _transposed_times(part, dy, ring.precision) for dw, dy in zip(dws, rows, strict=True)]
+    dws = _as_they_arrive(x, ring.axis, add, [_wide_zeros(w) for w in ws])
+    return dx, *(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True))
 
-        dws = _as_they_arrive(x, ring.axis, add, [_wide_zeros(w) for w in ws])
-        return dx, tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True))
 
-    return _serve(ring, kernel, plain, *saved, dys)
+def _scattered_by_kernel(ring, x, w):
+    y = kernels.scatter([_blocks(x)], [w], **ring.options)
+    return (y.reshape(*x.shape[:-2], *y.shape[1:]),)
 
 
 def _scattered(ring, x, w):
     rows = x.shape[-2] // lax.axis_size(ring.axis)
-
-    def kernel(x, w):
-        y = kernels.scatter([_blocks(x)], [w], axis=ring.axis, chip=ring.chip, precision=ring.precision)
-        return y.reshape(*x.shape[:-2], *y.shape[1:])
-
-    def plain(x, w):
-        partial = lambda first, count: _times(_cut(x, first, count), w, ring.precision)
-        return _sum_on_the_way(partial, rows, jnp.promote_types(x.dtype, w.dtype), ring.axis)
-
-    return _serve(ring, kernel, plain, x, w)
+    partial = lambda first, count: _times(_cut(x, first, count), w, ring.precision)
+    return (_sum_on_the_way(partial, rows, jnp.promote_types(x.dtype, w.dtype), ring.axis),)
 
 
-def _scattered_forward(ring, x, w):
-    return _scattered(ring, x, w), (x, w)
+def _scattered_backward_by_kernel(ring, operands, dys):
+    (x, w), (dy,) = operands, dys
+    (dx,), whole = kernels.gather(_blocks(dy), [w], transposed=True, keep=True, **ring.options)
+    return dx.reshape(x.shape), _transposed_times(_blocks(x), whole, ring.precision).astype(w.dtype)
 
 
-def _scattered_backward(ring, saved, dy):
-    def kernel(x, w, dy):
-        options = dict(axis=ring.axis, chip=ring.chip, precision=ring.precision)
-        (dx,), whole = kernels.gather(_blocks(dy), [w], transposed=True, keep=True, **options)
-        return dx.reshape(x.shape), _transposed_times(_blocks(x), whole, ring.precision).astype(w.dtype)
+def _scattered_backward(ring, operands, dys):
+    (x, w), (dy,) = operands, dys
 
-    def plain(x, w, dy):
-        def put_and_add(carry, first, part):
-            dx, dw = carry
-            dx = _put(dx, _times_transposed(part, w, ring.precision), first)
-            return dx, dw + _transposed_times(_cut(x, first, part.shape[-2]), part, ring.precision)
+    def put_and_add(carry, first, part):
+        dx, dw = carry
+        dx = _put(dx, _times_transposed(part, w, ring.precision), first)
+        return dx, dw + _transposed_times(_cut(x, first, part.shape[-2]), part, ring.precision)
 
-        dx, dw = _as_they_arrive(dy, ring.axis, put_and_add, (jnp.zeros(x.shape, x.dtype), _wide_zeros(w)))
-        return dx, dw.astype(w.dtype)
-
-    return _serve(ring, kernel, plain, *saved, dy)
+    dx, dw = _as_they_arrive(dy, ring.axis, put_and_add, (jnp.zeros(x.shape, x.dtype), _wide_zeros(w)))
+    return dx, dw.astype(w.dtype)
 
 
-_gather = jax.custom_vjp(_gathered, nondiff_argnums=(0,))
-_gather.defvjp(_gathered_forward, _gathered_backward)
-_scatter = jax.custom_vjp(_scattered, nondiff_argnums=(0,))
-_scatter.defvjp(_scattered_forward, _scattered_backward)
+_gather = Rules(
+    lambda ring, *operands: _serve(ring, _gathered_by_kernel, _gathered, *operands),
+    _gathered,
+    lambda ring, *saved: _serve(ring, _gathered_backward_by_kernel, _gathered_backward, *saved),
+)
+_scatter = Rules(
+    lambda ring, *operands: _serve(ring, _scattered_by_kernel, _scattered, *operands),
+    _scattered,
+    lambda ring, *saved: _serve(ring, _scattered_backward_by_kernel, _scattered_backward, *saved),
+)

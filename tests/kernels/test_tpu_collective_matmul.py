@@ -87,7 +87,7 @@ def late(x, axis, index):
     """x, on one device a while later than on the others."""
 
     def wait(mine):
-        time.sleep(0.5 if int(mine) == index else 0)
+        time.sleep(2 if int(mine) == index else 0)
         return np.zeros((), x.dtype)
 
     return x + io_callback(wait, jax.ShapeDtypeStruct((), x.dtype), jax.lax.axis_index(axis))
@@ -148,27 +148,33 @@ def test_equal_to_the_product_of_whole_arrays(case):
         no_worse(form.__name__, y, like, oracle, dtype)
 
 
-# Of 8 devices every one sends more than there are slots for; a device that is late must not be written to.
+# Of 8 devices each receives more often than it has slots. A device that is late must not be written to. On one core the
+# permits of `scatter` could be left out: what arrives on the other way says as much.
 FAULTS = [
-    (gather, "arrival", "on_wait", 4, None),
-    (gather, "arrival", "eager", 4, None),
-    (gather, "permit", "eager", 8, None),
-    (gather, "barrier", "eager", 4, 0),
-    (scatter, "arrival", "eager", 4, None),
-    (scatter, "permit", "eager", 8, None),
-    (scatter, "barrier", "eager", 4, 0),
-    (accumulate, "permit", "eager", 8, None),
+    (gather, "arrival", "v5e", "on_wait", 4, None),
+    (gather, "arrival", "v5p", "eager", 4, None),
+    (gather, "permit", "v5e", "eager", 8, None),
+    (gather, "permit", "v5p", "eager", 8, None),
+    (gather, "barrier", "v5e", "eager", 4, 0),
+    (gather, "barrier", "v5p", "eager", 4, 0),
+    (scatter, "arrival", "v5e", "eager", 4, None),
+    (scatter, "arrival", "v5p", "eager", 4, None),
+    (scatter, "permit", "v5p", "eager", 8, None),
+    (scatter, "barrier", "v5e", "eager", 4, 0),
+    (accumulate, "arrival", "v5e", "eager", 4, None),
+    (accumulate, "permit", "v5e", "eager", 8, None),
+    (accumulate, "permit", "v5p", "eager", 8, None),
 ]
 
 
-@pytest.mark.parametrize("chip", ["v5e", pytest.param("v5p", marks=SLOW)])
 @pytest.mark.parametrize("fault", [FAULTS[0], *(pytest.param(fault, marks=SLOW) for fault in FAULTS[1:])], ids=named)
-def test_a_wait_that_is_left_out_is_found(fault, chip):
-    form, without, mode, T, slow = fault
+def test_a_wait_that_is_left_out_is_found(fault):
+    form, without, chip, mode, T, slow = fault
     try:
         *_, got = run(form, chip, mode, T, 1, 5, 8, 9, "float32", None, slow, without)
     except Exception as error:
-        assert "race" in str(error).lower() or slow is not None, error
+        # What a device writes to one that has not entered is nowhere.
+        assert "race" in str(error).lower() or without == "barrier", error
     else:
         assert np.isnan(got[0]).any()
 

@@ -112,6 +112,16 @@ def test_what_it_sends(name):
 
 
 TRANSFORMS = {
+    "forward mode": lambda f, xs, w: jax.jvp(f, (xs[0], w), (jnp.cos(xs[0]), 0.5 * w))[1],
+    "forward mode of w": lambda f, xs, w: jax.vmap(lambda t: jax.jvp(lambda w: f(xs[0], w), (w,), (t,))[1])(
+        jnp.stack([w, jnp.sin(w)])
+    ),
+    "forward over forward": lambda f, xs, w: jax.jvp(
+        lambda x: jax.jvp(lambda w: f(x, w), (w,), (jnp.sin(w),))[1], (xs[0],), (xs[1],)
+    )[1],
+    "reverse over forward": lambda f, xs, w: jax.grad(
+        lambda x: jnp.sin(jax.jvp(lambda w: f(x, w), (w,), (jnp.sin(w),))[1]).sum()
+    )(xs[0]),
     "vmap": lambda f, xs, w: jax.vmap(jax.grad(lambda x, w: f(x, w).sum(), 1), (0, None))(xs, w),
     "checkpoint": lambda f, xs, w: jax.grad(lambda w: jnp.sin(jax.checkpoint(f)(xs[0], w)).sum())(w),
     "scan": lambda f, xs, w: jax.grad(

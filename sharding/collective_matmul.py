@@ -143,7 +143,7 @@ def _chosen(name, axis, implementation, precision, xs, ws, rows) -> _Ring:
     order = dispatch.order_of(name, implementation)
     chip, reason = _chip()
     reason = reason or kernels.unsupported(xs, ws, precision)
-    if len(order) > 1:
+    if chip is not None and len(order) > 1:
         reason = reason or kernels.no_gain(chip, rows, ws)
     choice = dispatch.choose(order, reason)
     if choice.implementation is None:

@@ -35,6 +35,7 @@ ROWS = 16  # sublanes of a register of bfloat16
 SLOTS = 3  # a neighbour may be a step behind and still have one that is free
 PIECES = 8  # of half of a shard, at most
 PROVED = ("v5e", "v5p")
+SLACK = 8 << 20  # VMEM left to the compiler for what does not stay in registers
 LEAST = 512  # rows, columns: below it the start and the end of each product take too much of its time
 _CORE = "core"
 
@@ -49,10 +50,21 @@ class Tiles:
     k: int
 
     @staticmethod
-    def default(kernel: str) -> "Tiles":
-        """A tile of m × n reads m + n numbers for m · n products: large ones keep the matrix units busy. In `scatter`
-        half of a shard is to be several pieces of m rows."""
-        return Tiles(512, 1024, 512) if kernel == "scatter" else Tiles(1024, 1024, 512)
+    def default(kernel: str, chip: chips.Chip, dtype: Any, precision: Any, pairs: int = 1) -> "Tiles":
+        """A tile of m × n reads m + n numbers for m · n products: the largest that fits. In `scatter` half of a shard
+        is to be several pieces of m rows."""
+        sizes = [Tiles(1024, 1024, 512), Tiles(512, 1024, 512), Tiles(512, 512, 512), Tiles(256, 256, 256)]
+        room = chip.vmem_bytes - SLACK
+        fitting = (t for t in sizes[kernel == "scatter" :] if t.memory(kernel, dtype, precision, pairs) <= room)
+        return next(fitting, Tiles(LANES, LANES, LANES))
+
+    def memory(self, kernel: str, dtype: Any, precision: Any, pairs: int = 1) -> int:
+        """Bytes of VMEM: tiles of both operands of all `pairs`, of what the sum begins with and of the result, each
+        twice, the next one arriving; the sum; float32 in full is also split into parts of bfloat16."""
+        itemsize = jnp.dtype(dtype).itemsize
+        operands, sums = pairs * self.k * (self.m + self.n), self.m * self.n
+        parts = 16 * self.k * (self.m + self.n) * matrix_unit.full(jnp.dtype(dtype), precision)
+        return 2 * (operands * itemsize + 2 * sums * (4 if kernel == "accumulate" else itemsize)) + 8 * sums + parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -458,7 +470,8 @@ def gather(
 
     ws: [k, n_i] each, or [n_i, k] if `transposed`.
     """
-    tiles, ring = tiles or Tiles.default("gather"), _ring(axis, chip, without)
+    tiles = tiles or Tiles.default("gather", chip, x.dtype, precision)
+    ring = _ring(axis, chip, without)
     blocks, count, k = x.shape
     rows, depth = _Cut.of(pl.cdiv(count, 2), tiles.m, ROWS), _Cut.of(k, tiles.k, LANES)
     columns = [_Cut.of(w.shape[0 if transposed else 1], tiles.n, LANES) for w in ws]
@@ -504,7 +517,8 @@ def accumulate(
     without: str | None = None,
 ) -> list[jax.Array]:
     """w_i[k, n_i] = xᵀ · y_i over the rows x[b, r, k] of all devices of `axis`, y_i[b, T · r, n_i]."""
-    tiles, ring = tiles or Tiles.default("accumulate"), _ring(axis, chip, without)
+    tiles = tiles or Tiles.default("accumulate", chip, x.dtype, precision)
+    ring = _ring(axis, chip, without)
     blocks, count, k = x.shape
     rows, depth = _Cut.of(count, tiles.k, LANES), _Cut.of(pl.cdiv(k, 2), tiles.m, LANES)
     columns = [_Cut.of(y.shape[-1], tiles.n, LANES) for y in ys]
@@ -548,7 +562,8 @@ def scatter(
 
     ws: [k_i, n] each, or [n, k_i] if `transposed`.
     """
-    tiles, ring = tiles or Tiles.default("scatter"), _ring(axis, chip, without)
+    tiles = tiles or Tiles.default("scatter", chip, xs[0].dtype, precision, len(xs))
+    ring = _ring(axis, chip, without)
     blocks, whole, _ = xs[0].shape
     count = whole // ring.size
     rows = _Cut.of(pl.cdiv(count, 2), tiles.m, ROWS)

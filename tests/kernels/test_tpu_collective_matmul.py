@@ -156,7 +156,6 @@ FAULTS = [
     (gather, "permit", "v5e", "eager", 8, None),
     (gather, "permit", "v5p", "eager", 8, None),
     (gather, "barrier", "v5e", "eager", 4, 0),
-    (gather, "barrier", "v5p", "eager", 4, 0),
     (scatter, "arrival", "v5e", "eager", 4, None),
     (scatter, "arrival", "v5p", "eager", 4, None),
     (scatter, "permit", "v5p", "eager", 8, None),

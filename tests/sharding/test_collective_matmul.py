@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sharding
+from jaxops import interpreter
 from pallas_kernels import chips
 from tests.compare import error, no_worse
 from tests.sharding.traffic import compiled, sent
@@ -179,6 +180,35 @@ def test_a_kernel_serves_where_the_mesh_is_of_a_chip_that_gains_by_it(name):
 def test_elsewhere_xla_serves(call):
     program = on(**call)
     assert "name=all_gather_matmul" not in program and "ppermute" in program
+
+
+def chained(x, w, implementation):
+    """Both products, as in a layer, each the gradient of the other."""
+    options = dict(axis="tensor", precision="highest", implementation=implementation)
+    y = jnp.sin(sharding.all_gather_matmul(x, (w, 2 * w), **options)[1])
+    return sharding.matmul_reduce_scatter(y, w.T, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+@pytest.mark.parametrize("transform", ["vmap", "forward mode", "checkpoint", "forward over reverse"])
+def test_transforms_of_the_kernels(transform, chip):
+    """Interpreted, on a mesh that says it is of TPUs."""
+    mesh = sharding.make_mesh(data=2, tensor=4)
+    as_chip = mesh.abstract_mesh.update(abstract_device=chips.abstract_device(chips.named(chip)))
+    x, w = operands(8, k=8, n=12)
+    specs = (P("data", "tensor"), P(None, "tensor"))
+    put = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
+    xs, w = put(jnp.stack([x, 0.5 * x]), None, *specs[0]), put(w, *specs[1])
+
+    def results(implementation, mesh):
+        local = functools.partial(chained, implementation=implementation)
+        f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0])
+        return np.asarray(jax.jit(lambda xs, w: TRANSFORMS[transform](f, xs, w))(xs, w))
+
+    want = results("xla", mesh)
+    with interpreter.tpu():
+        assert error(results("pallas", as_chip), want) < 1e-5
 
 
 REFUSED = {

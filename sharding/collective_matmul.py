@@ -1,31 +1,38 @@
 """Products beside the communication they need: while one shard travels to the next device, another is multiplied.
 
 The devices of an axis form a ring. A shard is cut in two halves of rows, and the halves go round in opposite
-directions, so that both directions of every link carry half of the bytes. Unrolled, each step is a transfer and a
-product that do not depend on each other; the compiler's scheduler runs them at the same time.
+directions, so that both directions of every link carry half of the bytes.
 
     all_gather_matmul      x[I_T, K], w[K, J_T] ↦ y[I, J_T]      rows travel, products are put where they belong
     matmul_reduce_scatter  x[I, K_T], w[K_T, J] ↦ y[I_T, J]      sums travel, each device adds its product
 
 Each is the other's gradient with respect to x: dx = matmul_reduce_scatter(dy, wᵀ), and dx = all_gather_matmul(dy, wᵀ).
+In XLA a ring is unrolled: each step is a transfer and a product that do not depend on each other, and the compiler's
+scheduler runs them at the same time. In Pallas it is one kernel (`pallas_kernels.tpu.collective_matmul`).
 
 Source: Wang et al., "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning Models",
 ASPLOS 2023.
 """
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import get_abstract_mesh
 
-from jaxops import matmul
+from jaxops import dispatch, matmul
 from jaxops.autodiff import varying_alike
 from jaxops.ops import checks
+from pallas_kernels import chips
+from pallas_kernels.tpu import collective_matmul as kernels
 from sharding import collectives
+from sharding.derivatives import Rules
 
-IMPLEMENTATIONS = ("ring", "xla")
 _WAYS = (1, -1)  # to the next device and to the one before
 
 
@@ -35,27 +42,26 @@ def all_gather_matmul(
     *,
     axis: str,
     precision: jax.lax.PrecisionLike = None,
-    implementation: str = "ring",
+    implementation: dispatch.Implementation = None,
 ) -> Any:
     """y[..., I, J_T] = x[..., I_T, K] · w[K, J_T], for local shards x[..., I / T, K] inside `jax.shard_map`.
 
     Forward: all-gather of x. Backward: reduce-scatter of dx = dy · wᵀ; and x, of which only the shard was kept, is
-    gathered again for dw = xᵀ · dy. With "xla" the gathered x is kept and not sent again.
+    gathered again for dw = xᵀ · dy.
 
     Args:
       x: floating [..., rows, k].
       w: floating [k, n], or several such matrices that share the gathered x.
       axis: the mesh axis that the rows are split over.
       precision: as in `jnp.matmul`.
-      implementation: "ring", or "xla": an all-gather and then the product, which XLA leaves one after the other, in
-        every transform. A ring has no forward mode (`jax.jvp`); it has reverse mode of every order, and forward over
-        reverse.
+      implementation: None (the best that can run), "pallas" (a kernel with remote DMA, on TPU), "xla" (a ring of
+        `jax.lax.ppermute`), or a sequence tried in order. Which chip it is for, the mesh of the `jax.shard_map` tells.
 
     Returns:
       y[..., rows · T, n] in the common dtype of x and w, each sum in float32; a tuple of them for several w.
 
-    Raises `TypeError` or `ValueError` if an operand is not as said, `implementation` is unknown, or `axis` is none of
-    an enclosing `jax.shard_map`.
+    Raises `TypeError` or `ValueError` if an operand is not as said, `implementation` is unknown or, alone, cannot run,
+    or `axis` is none of an enclosing `jax.shard_map`.
     """
     name = "all_gather_matmul"
     several = isinstance(w, (tuple, list))
@@ -64,13 +70,14 @@ def all_gather_matmul(
     ws = tuple(checks.weight(name, f"w[{i}]" if several else "w", one, x) for i, one in enumerate(given))
     if not ws:
         raise ValueError(f"{name}: w must hold at least one matrix, got none")
-    size = _ready(name, axis, implementation)
-    if implementation == "xla" or size == 1:
-        whole = collectives.all_gather(x, axis, -2)
-        ys = tuple(matmul(whole, one, precision=precision) for one in ws)
+    dispatch.order_of(name, implementation)
+    if collectives.axis_size(name, axis) == 1:
+        x = collectives.copy(x, axis)
+        ys = tuple(matmul(x, one, precision=precision, implementation=implementation) for one in ws)
     else:
+        ring = _chosen(name, axis, implementation, precision, [x], ws, x.shape[-2])
         x, *ws = varying_alike((collectives.copy(x, axis), *ws))
-        ys = _gather(axis, precision, x, tuple(ws))
+        ys = _gather(ring, x, *ws)
     return ys if several else ys[0]
 
 
@@ -80,7 +87,7 @@ def matmul_reduce_scatter(
     *,
     axis: str,
     precision: jax.lax.PrecisionLike = None,
-    implementation: str = "ring",
+    implementation: dispatch.Implementation = None,
 ) -> jax.Array:
     """y[..., I_T, J] = Σ_T x[..., I, K_T] · w[K_T, J], for local shards x[..., I, K / T], w[K / T, J].
 
@@ -90,7 +97,7 @@ def matmul_reduce_scatter(
       x: floating [..., rows, k], T dividing the rows.
       w: floating [k, n].
       axis: the mesh axis that the sum goes over, and the rows of y are split over.
-      precision, implementation: as in `all_gather_matmul`; "xla" is the product and then a reduce-scatter.
+      precision, implementation: as in `all_gather_matmul`.
 
     Returns:
       y[..., rows / T, n] in the common dtype of x and w. Products and additions are in float32; what travels from
@@ -101,11 +108,13 @@ def matmul_reduce_scatter(
     name = "matmul_reduce_scatter"
     x = _rows(name, x)
     w = checks.weight(name, "w", w, x)
-    size = _ready(name, axis, implementation)
+    dispatch.order_of(name, implementation)
+    size = collectives.axis_size(name, axis)
     collectives.divisible(name, "x", x, -2, size, axis)
-    if implementation == "xla" or size == 1:
-        return collectives.reduce_scatter(matmul(x, w, precision=precision), axis, -2)
-    return _scatter(axis, precision, *varying_alike((collectives.copy(x, axis), w)))
+    if size == 1:
+        return matmul(collectives.copy(x, axis), w, precision=precision, implementation=implementation)
+    ring = _chosen(name, axis, implementation, precision, [x], [w], x.shape[-2] // size)
+    return _scatter(ring, *varying_alike((collectives.copy(x, axis), w)))[0]
 
 
 def _rows(name: str, x: Any) -> jax.Array:
@@ -115,13 +124,49 @@ def _rows(name: str, x: Any) -> jax.Array:
     return x
 
 
-def _ready(name: str, axis: str, implementation: str) -> int:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{name}: implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
-    return collectives.axis_size(name, axis)
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """How a call is served: by the kernels of `chip`, or in XLA without one."""
+
+    axis: str
+    precision: Any
+    chip: chips.Chip | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every kernel is told."""
+        return dict(axis=self.axis, chip=self.chip, precision=self.precision)
 
 
-# ---- the ring ------------------------------------------------------------------------------------------------------
+def _chosen(name, axis, implementation, precision, xs, ws, rows) -> _Ring:
+    """Raises `ValueError` if kernels alone were asked for and cannot run."""
+    order = dispatch.order_of(name, implementation)
+    chip, reason = _chip()
+    reason = reason or kernels.unsupported(xs, ws, precision)
+    if chip is not None and len(order) > 1:
+        reason = reason or kernels.no_gain(chip, rows, ws)
+    choice = dispatch.choose(order, reason)
+    if choice.implementation is None:
+        raise ValueError(f"{name}: implementation 'pallas' was asked for, but {reason}")
+    return _Ring(axis, precision, chip if choice.implementation == "pallas" else None)
+
+
+def _chip() -> tuple[chips.Chip | None, str | None]:
+    """The chip that the mesh is of, and why there are no kernels for it, or on this mesh."""
+    mesh = get_abstract_mesh()
+    device = mesh.abstract_device
+    if device is None:
+        return None, "the mesh does not tell which chip it is of"
+    if device.platform != "tpu":
+        return None, f"kernels with remote DMA run on TPU only, and the mesh is of {device.device_kind} devices"
+    if chips.of_device(device) is None:
+        return None, f"no kernel is made for {device.device_kind}"
+    if automatic := [axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1]:
+        return None, f"mesh axes {automatic} are partitioned automatically: wrap the call in jax.shard_map over them"
+    return chips.of_device(device), None
+
+
+# ---- the ring in XLA -----------------------------------------------------------------------------------------------
 
 
 def _halves(rows: int) -> list[tuple[int, int, int]]:
@@ -205,61 +250,96 @@ def _put(whole, part, first):
     return lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), first, axis=whole.ndim - 2)
 
 
-def _gathered(axis, precision, x, ws):
-    rows = x.shape[-2] * lax.axis_size(axis)
+def _blocks(x):
+    """x[blocks, rows, columns] of x[..., rows, columns]."""
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
+def _serve(ring, kernel, plain, *operands):
+    """`kernel(ring, *operands)` on its chip, else `plain(ring, *operands)`; what is differentiated is `plain`."""
+    kernel, plain = functools.partial(kernel, ring), functools.partial(plain, ring)
+    if ring.chip is None:
+        return plain(*operands)
+    # Under vmap the calls follow one another: each takes the whole chip, and every device is in the same one.
+    served = jax.custom_jvp(jax.custom_batching.sequential_vmap(kernel))
+    served.defjvp(lambda primals, tangents: (served(*primals), jax.jvp(plain, primals, tangents)[1]))
+    return served(*operands)
+
+
+def _gathered_by_kernel(ring, x, *ws):
+    ys, _ = kernels.gather(_blocks(x), ws, **ring.options)
+    return tuple(y.reshape(*x.shape[:-2], *y.shape[1:]) for y in ys)
+
+
+def _gathered(ring, x, *ws):
+    rows = x.shape[-2] * lax.axis_size(ring.axis)
     ys = [jnp.zeros((*x.shape[:-2], rows, w.shape[1]), jnp.promote_types(x.dtype, w.dtype)) for w in ws]
 
     def put(ys, first, part):
-        return [_put(y, _times(part, w, precision), first) for y, w in zip(ys, ws, strict=True)]
+        return [_put(y, _times(part, w, ring.precision), first) for y, w in zip(ys, ws, strict=True)]
 
-    return tuple(_as_they_arrive(x, axis, put, ys))
-
-
-def _gathered_forward(axis, precision, x, ws):
-    return _gathered(axis, precision, x, ws), (x, ws)  # no custom rule inside: forward mode goes over reverse
+    return tuple(_as_they_arrive(x, ring.axis, put, ys))
 
 
-def _gathered_backward(axis, precision, saved, dys):
-    x, ws = saved
-    x, dys = lax.optimization_barrier((x, dys))  # else the compiler keeps what forward gathered, in part
+def _gathered_backward_by_kernel(ring, operands, dys):
+    (x, *ws), dys = operands, [_blocks(dy) for dy in dys]
+    dx = kernels.scatter(dys, ws, transposed=True, **ring.options)
+    return dx.reshape(x.shape), *kernels.accumulate(_blocks(x), dys, **ring.options)
+
+
+def _gathered_backward(ring, operands, dys):
+    (x, *ws), dys = lax.optimization_barrier((operands, dys))  # else the compiler keeps what forward gathered, in part
     pairs = list(zip(dys, ws, strict=True))
 
     def rows_of_dx(first, count):
-        return sum(_times_transposed(_cut(dy, first, count), w, precision) for dy, w in pairs)
+        return sum(_times_transposed(_cut(dy, first, count), w, ring.precision) for dy, w in pairs)
 
-    dx = _sum_on_the_way(rows_of_dx, x.shape[-2], x.dtype, axis)
+    dx = _sum_on_the_way(rows_of_dx, x.shape[-2], x.dtype, ring.axis)
 
     def add(dws, first, part):
         rows = [_cut(dy, first, part.shape[-2]) for dy in dys]
-        return [dw + _transposed_times(part, dy, precision) for dw, dy in zip(dws, rows, strict=True)]
+        return [dw + _transposed_times(part, dy, ring.precision) for dw, dy in zip(dws, rows, strict=True)]
 
-    dws = _as_they_arrive(x, axis, add, [_wide_zeros(w) for w in ws])
-    return dx, tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True))
-
-
-def _scattered(axis, precision, x, w):
-    dtype = jnp.promote_types(x.dtype, w.dtype)
-    rows = x.shape[-2] // lax.axis_size(axis)
-    return _sum_on_the_way(lambda first, count: _times(_cut(x, first, count), w, precision), rows, dtype, axis)
+    dws = _as_they_arrive(x, ring.axis, add, [_wide_zeros(w) for w in ws])
+    return dx, *(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True))
 
 
-def _scattered_forward(axis, precision, x, w):
-    return _scattered(axis, precision, x, w), (x, w)
+def _scattered_by_kernel(ring, x, w):
+    y = kernels.scatter([_blocks(x)], [w], **ring.options)
+    return (y.reshape(*x.shape[:-2], *y.shape[1:]),)
 
 
-def _scattered_backward(axis, precision, saved, dy):
-    x, w = saved
+def _scattered(ring, x, w):
+    rows = x.shape[-2] // lax.axis_size(ring.axis)
+    partial = lambda first, count: _times(_cut(x, first, count), w, ring.precision)
+    return (_sum_on_the_way(partial, rows, jnp.promote_types(x.dtype, w.dtype), ring.axis),)
+
+
+def _scattered_backward_by_kernel(ring, operands, dys):
+    (x, w), (dy,) = operands, dys
+    (dx,), whole = kernels.gather(_blocks(dy), [w], transposed=True, keep=True, **ring.options)
+    return dx.reshape(x.shape), _transposed_times(_blocks(x), whole, ring.precision).astype(w.dtype)
+
+
+def _scattered_backward(ring, operands, dys):
+    (x, w), (dy,) = operands, dys
 
     def put_and_add(carry, first, part):
         dx, dw = carry
-        dx = _put(dx, _times_transposed(part, w, precision), first)
-        return dx, dw + _transposed_times(_cut(x, first, part.shape[-2]), part, precision)
+        dx = _put(dx, _times_transposed(part, w, ring.precision), first)
+        return dx, dw + _transposed_times(_cut(x, first, part.shape[-2]), part, ring.precision)
 
-    dx, dw = _as_they_arrive(dy, axis, put_and_add, (jnp.zeros(x.shape, x.dtype), _wide_zeros(w)))
+    dx, dw = _as_they_arrive(dy, ring.axis, put_and_add, (jnp.zeros(x.shape, x.dtype), _wide_zeros(w)))
     return dx, dw.astype(w.dtype)
 
 
-_gather = jax.custom_vjp(_gathered, nondiff_argnums=(0, 1))
-_gather.defvjp(_gathered_forward, _gathered_backward)
-_scatter = jax.custom_vjp(_scattered, nondiff_argnums=(0, 1))
-_scatter.defvjp(_scattered_forward, _scattered_backward)
+_gather = Rules(
+    lambda ring, *operands: _serve(ring, _gathered_by_kernel, _gathered, *operands),
+    _gathered,
+    lambda ring, *saved: _serve(ring, _gathered_backward_by_kernel, _gathered_backward, *saved),
+)
+_scatter = Rules(
+    lambda ring, *operands: _serve(ring, _scattered_by_kernel, _scattered, *operands),
+    _scattered,
+    lambda ring, *saved: _serve(ring, _scattered_backward_by_kernel, _scattered_backward, *saved),
+)

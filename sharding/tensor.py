@@ -92,7 +92,8 @@ def column_parallel(
     if not (sequence and overlap):
         x = enter(x, axis, sequence=sequence)
         return matmul(x, w, bias=bias, activation=activation, precision=precision, implementation=implementation)
-    return _finished(all_gather_matmul(x, w, axis=axis, precision=precision), bias, activation)
+    y = all_gather_matmul(x, w, axis=axis, precision=precision, implementation=implementation)
+    return _finished(y, bias, activation)
 
 
 def row_parallel(
@@ -128,7 +129,7 @@ def row_parallel(
     if bias is not None:
         bias = checks.floating(name, "bias", bias, shape=(w.shape[1],), of="the last axis of w")
     if sequence and overlap:
-        y = matmul_reduce_scatter(x, w, axis=axis, precision=precision)
+        y = matmul_reduce_scatter(x, w, axis=axis, precision=precision, implementation=implementation)
     else:
         y = leave(matmul(x, w, precision=precision, implementation=implementation), axis, sequence=sequence)
     return _finished(y, bias, None)
@@ -160,7 +161,7 @@ def gated_mlp(
     """
     collectives.axis_size("gated_mlp", axis)
     if sequence and overlap:
-        gates, ups = all_gather_matmul(x, (gate, up), axis=axis)
+        gates, ups = all_gather_matmul(x, (gate, up), axis=axis, implementation=implementation)
         wide = jnp.promote_types(gates.dtype, jnp.float32)
         hidden = (activation(gates.astype(wide)) * ups.astype(wide)).astype(gates.dtype)
     else:
@@ -233,7 +234,7 @@ def heads_parallel_attention(
         )
     flat = [w.reshape(features, -1) for w in (query, key, value)]
     if sequence and overlap:
-        projected = all_gather_matmul(x, flat, axis=axis, precision=precision)
+        projected = all_gather_matmul(x, flat, axis=axis, precision=precision, implementation=implementation)
     else:
         x = enter(x, axis, sequence=sequence)
         projected = [matmul(x, w, precision=precision, implementation=implementation) for w in flat]

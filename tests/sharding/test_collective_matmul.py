@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sharding
+from jaxops import interpreter
+from pallas_kernels import chips
 from tests.compare import error, no_worse
 from tests.sharding.traffic import compiled, sent
 
@@ -37,6 +39,12 @@ def over(mesh, name, **options):
     function, *specs, out_spec = FORMS[name]
     local = functools.partial(function, axis="tensor", **options)
     return jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=out_spec)
+
+
+UNOVERLAPPED = {
+    "all_gather_matmul": lambda x, w: plain(sharding.all_gather(x, "tensor", -2), w),
+    "matmul_reduce_scatter": lambda x, w: sharding.reduce_scatter(plain(x, w), "tensor", -2),
+}
 
 
 def value_and_gradients(product):
@@ -73,7 +81,9 @@ def test_bfloat16_is_no_worse_than_the_plain_composition(name):
     """Sums that travel are rounded at each device: against a sum of 8 products rounded to bfloat16 each."""
     mesh = sharding.make_mesh(tensor=8)
     x, w = operands(24, dtype=jnp.bfloat16)
-    ring, xla = (jax.jit(value_and_gradients(over(mesh, name, implementation=i)))(x, w) for i in ("ring", "xla"))
+    _, *specs, out_spec = FORMS[name]
+    unoverlapped = jax.shard_map(UNOVERLAPPED[name], mesh=mesh, in_specs=tuple(specs), out_specs=out_spec)
+    ring, xla = (jax.jit(value_and_gradients(f))(x, w) for f in (over(mesh, name), unoverlapped))
     with jax.enable_x64(True):
         exact = value_and_gradients(plain)(x.astype(jnp.float64), w.astype(jnp.float64))
     for what, got, unfused, oracle in zip(
@@ -101,6 +111,16 @@ def test_what_it_sends(name):
 
 
 TRANSFORMS = {
+    "forward mode": lambda f, xs, w: jax.jvp(f, (xs[0], w), (jnp.cos(xs[0]), 0.5 * w))[1],
+    "forward mode of w": lambda f, xs, w: jax.vmap(lambda t: jax.jvp(lambda w: f(xs[0], w), (w,), (t,))[1])(
+        jnp.stack([w, jnp.sin(w)])
+    ),
+    "forward over forward": lambda f, xs, w: jax.jvp(
+        lambda x: jax.jvp(lambda w: f(x, w), (w,), (jnp.sin(w),))[1], (xs[0],), (xs[1],)
+    )[1],
+    "reverse over forward": lambda f, xs, w: jax.grad(
+        lambda x: jnp.sin(jax.jvp(lambda w: f(x, w), (w,), (jnp.sin(w),))[1]).sum()
+    )(xs[0]),
     "vmap": lambda f, xs, w: jax.vmap(jax.grad(lambda x, w: f(x, w).sum(), 1), (0, None))(xs, w),
     "checkpoint": lambda f, xs, w: jax.grad(lambda w: jnp.sin(jax.checkpoint(f)(xs[0], w)).sum())(w),
     "scan": lambda f, xs, w: jax.grad(
@@ -128,14 +148,79 @@ def test_transforms(transform, name):
     assert error(got, want) < 1e-5
 
 
-def test_forward_mode_is_that_of_the_plain_composition():
+def on(chip, implementation=None, dtype="bfloat16", rows=8192, name="all_gather_matmul", axes=None, gradient=False):
+    """The program of a product, or of its gradients, on a mesh of `chip`s, manual over `axes` (None: all)."""
+    mesh = sharding.make_mesh(data=2, tensor=4).abstract_mesh
+    device = chips.abstract_device(chips.named(chip)) if chip else None
+    function, *specs, out_spec = FORMS[name]
+    specs = [P(*(one if one in (axes or mesh.axis_names) else None for one in spec)) for spec in (*specs, out_spec)]
+    product = jax.shard_map(
+        functools.partial(function, axis="tensor", implementation=implementation),
+        mesh=mesh.update(abstract_device=device),
+        in_specs=tuple(specs[:2]),
+        out_specs=specs[2],
+        axis_names=axes or set(),
+    )
+    loss = lambda x, w: product(x, w).astype(jnp.float32).sum()
+    x, w = (jax.ShapeDtypeStruct(size, dtype) for size in ((2, rows, 2048), (2048, 4096)))
+    return str(jax.make_jaxpr(jax.grad(loss, (0, 1)) if gradient else product)(x, w))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_kernel_serves_where_the_mesh_is_of_a_chip_that_gains_by_it(name):
+    program = on("v5p", name=name, gradient=True)
+    assert all(f"name={one}\n" in program for one in FORMS) and "ppermute" not in program
+
+
+@pytest.mark.parametrize(
+    "call", [dict(chip="v6e"), dict(chip=None), dict(chip="v5p", rows=64), dict(chip="v5p", dtype="float16")], ids=str
+)
+def test_elsewhere_xla_serves(call):
+    program = on(**call)
+    assert "name=all_gather_matmul" not in program and "ppermute" in program
+
+
+def chained(x, w, implementation):
+    """Both products, as in a layer, each the gradient of the other."""
+    options = dict(axis="tensor", precision="highest", implementation=implementation)
+    y = jnp.sin(sharding.all_gather_matmul(x, (w, 2 * w), **options)[1])
+    return sharding.matmul_reduce_scatter(y, w.T, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+@pytest.mark.parametrize("transform", ["vmap", "forward mode", "checkpoint", "forward over reverse"])
+def test_transforms_of_the_kernels(transform, chip):
+    """Interpreted, on a mesh that says it is of TPUs."""
     mesh = sharding.make_mesh(data=2, tensor=4)
-    x, w = operands(8)
-    ring, xla = (over(mesh, "all_gather_matmul", implementation=i) for i in ("ring", "xla"))
-    got, want = (jax.jvp(jax.jit(f), (x, w), (jnp.cos(x), 0.5 * w))[1] for f in (xla, plain))
-    assert error(got, want) < 1e-5
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(jax.jit(ring), (x, w), (x, w))
+    as_chip = mesh.abstract_mesh.update(abstract_device=chips.abstract_device(chips.named(chip)))
+    x, w = operands(8, k=8, n=12)
+    specs = (P("data", "tensor"), P(None, "tensor"))
+    put = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
+    xs, w = put(jnp.stack([x, 0.5 * x]), None, *specs[0]), put(w, *specs[1])
+
+    def results(implementation, mesh):
+        local = functools.partial(chained, implementation=implementation)
+        f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0])
+        return np.asarray(jax.jit(lambda xs, w: TRANSFORMS[transform](f, xs, w))(xs, w))
+
+    want = results("xla", mesh)
+    with interpreter.tpu():
+        assert error(results("pallas", as_chip), want) < 1e-5
+
+
+REFUSED = {
+    "kernels with remote DMA run on TPU only, and the mesh is of NVIDIA H100": dict(chip="h100"),
+    "the mesh does not tell which chip it is of": dict(chip=None),
+    "operands must be float32 or bfloat16 on a TPU, got float16": dict(chip="v5p", dtype="float16"),
+    r"mesh axes \['data'\] are partitioned automatically": dict(chip="v5p", axes={"tensor"}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_kernel_alone_says_why_it_cannot_run(reason):
+    with pytest.raises(ValueError, match=f"implementation 'pallas' was asked for, but {reason}"):
+        on(implementation="pallas", **REFUSED[reason])
 
 
 def test_matrices_that_share_their_rows_gather_them_once():
@@ -160,8 +245,8 @@ BAD = {
     r"w must have shape \(16, n\)": lambda: sharding.all_gather_matmul(X, W.T, axis="t"),
     r"w\[1\] must have shape \(16, n\)": lambda: sharding.all_gather_matmul(X, (W, W.T), axis="t"),
     "w must hold at least one": lambda: sharding.all_gather_matmul(X, (), axis="t"),
-    r"implementation must be one of \('ring', 'xla'\), got 'pallas'": lambda: sharding.matmul_reduce_scatter(
-        X, W, axis="t", implementation="pallas"
+    r"implementation must be None, one of \('pallas', 'xla'\)": lambda: sharding.matmul_reduce_scatter(
+        X, W, axis="t", implementation="ring"
     ),
     "all_gather_matmul: axis must be a mesh axis": lambda: sharding.all_gather_matmul(X, W, axis="t"),
 }

@@ -1,4 +1,4 @@
-"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU or a mixture of it. See `parallel.py` for meshes."""
+"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU or a mixture of it. `parallel.py` is for meshes."""
 
 import dataclasses
 import functools

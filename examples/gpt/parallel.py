@@ -23,8 +23,9 @@ from jax.sharding import PartitionSpec as P
 import jaxops
 import sharding
 import sharding.nn
-from gpt.model import VOCABULARY, GPT, Config, transformer_block
+from gpt.model import GPT, VOCABULARY, Config, transformer_block
 from jaxops.nn import TransformerBlock
+from jaxops.workbench.collectives import collectives
 from sharding.mesh import path_name
 
 Tree = Any
@@ -244,6 +245,66 @@ class Parallel:
         return nnx.merge(graph, _gathered(shared, specs))
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The same model of Flax's, JAX's and Optax' own operators, partitioned by XLA, on the same devices.
+
+    A pipeline is more copies of it: its devices split the batch.
+    """
+
+    config: Config
+    dtype: Any
+    mesh: Mesh
+
+    @classmethod
+    def like(cls, model: Parallel) -> "Plain":
+        devices, tensor = model.mesh.devices.flatten(), model.mesh.shape["tensor"]
+        return cls(model.config, model.dtype, sharding.make_mesh(data=-1, tensor=tensor, devices=devices))
+
+    def layered(self, tree: Tree) -> Tree:
+        return tree
+
+    stacked = layered
+
+    def specs(self, tree: Tree) -> Tree:
+        return jax.tree.map_with_path(lambda path, leaf: partition_spec(path, leaf.shape, self.mesh), tree)
+
+    layered_specs = specs
+
+    def value_and_grad(self, parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
+        def trained(parameters: Tree) -> tuple[jax.Array, jax.Array]:
+            loss, penalty = nnx.merge(self._graph, parameters).loss_and_penalty(windows)
+            return loss + penalty, loss
+
+        (_, loss), gradient = jax.value_and_grad(trained, has_aux=True)(parameters)
+        return loss, gradient
+
+    def value(self, parameters: Tree, windows: jax.Array) -> jax.Array:
+        return nnx.merge(self._graph, parameters).loss(windows)
+
+    @functools.cached_property
+    def _graph(self) -> nnx.GraphDef:
+        return nnx.split(nnx.eval_shape(lambda: GPT(self.config, self.dtype, plain=True, rngs=nnx.Rngs(0))))[0]
+
+
+def sent(program: str, model: Parallel) -> list[dict[str, Any]]:
+    """What a device sends in a run of a compiled program: the collectives, "bytes" each and "count" of them.
+
+    The collectives inside a phase of the pipeline run as often as the schedule has the phase; those of the embedding
+    and of the loss are counted as on the stages that have them.
+    """
+    found = []
+    for one in collectives(program, dict(model.mesh.shape)):
+        axis = "+".join(name for name in (one["axis"] or "?").split("+") if model.mesh.shape.get(name) != 1)
+        if axis:
+            table, count = model.table, one["count"]
+            if one["branch"] and table is not None and count is not None:
+                cells = table.micro_batches * (table.chunks if len(one["branch"]) == 1 else 1)
+                count = count * cells // len(table.rows)
+            found.append(one | {"axis": axis, "count": count})
+    return found
+
+
 def misfit(config: Config, batch: int, sizes: Mapping[str, int], table: sharding.Table | None) -> str | None:
     """Why the model and the batch do not fit a mesh of these sizes, or None."""
     tensor, stages = sizes["tensor"], sizes["pipeline"]
@@ -267,8 +328,8 @@ def misfit(config: Config, batch: int, sizes: Mapping[str, int], table: sharding
         return f"--layers must be a multiple of the {stages} stages along pipeline{chunks}, got {config.layers}"
     if batch // copies % table.micro_batches:
         return (
-            f"--batch / (data · fsdp), {batch // copies}, must be a multiple of the {table.micro_batches} micro-batches "
-            "(--micro-batches)"
+            f"--micro-batches must divide the {batch // copies} windows of --batch on each device along data and fsdp, "
+            f"got {table.micro_batches}"
         )
     return None
 

@@ -181,14 +181,12 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 def make_mesh(args: argparse.Namespace) -> Mesh:
     """The devices of all processes as `--mesh` says. Raises `Stop` if they cannot be laid out so."""
-    processes = jax.process_count() if jax.distributed.is_initialized() else 1
     wanted = math.prod(args.mesh.values()) if args.mesh else None
-    if wanted and wanted % processes:
-        raise Stop(f"--mesh: {wanted} devices are not as many in each of {processes} processes")
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    # Virtual devices of a CPU; --distributed takes those that JAX_NUM_CPU_DEVICES gives to each process.
+    if not args.distributed and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the devices are there already: main was called before in this process
-            jax.config.update("jax_num_cpu_devices", wanted // processes if wanted else VIRTUAL)
-    devices = jax.devices()
+            jax.config.update("jax_num_cpu_devices", max(1, (wanted or VIRTUAL) // (args.processes or 1)))
+    devices, processes = jax.devices(), jax.process_count()
     sizes = args.mesh or {"data": len(devices)}
     wanted = wanted or len(devices)
     if wanted > len(devices):
@@ -392,6 +390,7 @@ def run(args: argparse.Namespace) -> int:
 
     trained = time.perf_counter() - started
     finish(args, corpus, held_out, ours, state, trained, out, console)
+    multihost_utils.sync_global_devices("process 0 has written everything")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU or a mixture of it. `parallel.py` is for meshes."""
+"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU or a mixture of it. For meshes see parallel.py."""
 
 import dataclasses
 import functools

@@ -24,6 +24,7 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ import sharding.schedules
 # Two programs of the same mathematics, rounded differently, agree in their loss to this, relatively.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
 VIRTUAL = 8  # devices of a CPU
+LOST = 3  # the exit code when another process is lost
 DEMO = "data=2,tensor=2,pipeline=2"
 CHIPS = ("v5e", "h100")  # what `--demo` asks `jaxops.explain` about, besides the devices that are there
 
@@ -67,6 +69,16 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         print(f"train_gpt: {stop}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        print(
+            f"train_gpt: process {jax.process_index()} of {jax.process_count()} cannot go on; if another one is lost, "
+            "its own output says why. Start all again, with --resume",
+            file=sys.stderr,
+        )
+        return LOST
     except SystemExit as stop:  # argparse: 0 after --help, 2 after an error that it has printed
         return int(stop.code or 0)
 
@@ -690,4 +702,8 @@ def plot(log: list[dict[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == LOST:  # JAX's own end would wait for the lost process
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

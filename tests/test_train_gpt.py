@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -236,6 +237,48 @@ def test_processes_of_different_runs_are_told(book, compiled_once, tmp_path):
     results = ended(job)
     assert results[1][0] == 2 and "process 1 has other arguments, or another text, than process 0" in results[1][2]
     assert results[0][0] != 0
+
+
+RAY = ROOT / "examples" / "train_on_ray.py"
+
+
+@pytest.mark.slow
+def test_ray_starts_the_processes_and_starts_them_again(book, unbroken, compiled_once, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'jaxops[ray]'")
+    out, told = tmp_path / "run", tmp_path / "told.txt"
+    arguments = [*TINY, "--text", str(book), "--out", str(out), "--mesh", "data=2"]
+    with told.open("w") as file:
+        job = subprocess.Popen(
+            [sys.executable, str(RAY), "--processes", "2", "--restarts", "1", "--", *arguments],
+            env=environment_of(compiled_once),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_for_step([job], out, 6)
+            printing = re.search(r"Process pid=(\d+)\D.* step 1/12", told.read_text())
+            os.kill(int(printing[1]), signal.SIGKILL)
+            assert job.wait(timeout=500) == 0, told.read_text()
+        finally:
+            job.terminate()
+    assert "a process was lost, 1 restarts are left" in told.read_text()
+    assert "resuming from" in told.read_text()
+    same_losses(out, unbroken[0])
+
+
+def test_wrong_arguments_on_ray(capsys):
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'jaxops[ray]'")
+    import train_on_ray
+
+    for message, arguments in {
+        "--processes must be at least 1": "--processes 0 -- --out there",
+        "must have --out": "--processes 2 -- --mesh data=2",
+        "expected NAME=N": "--processes 2 --each GPU=all -- --out there",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            train_on_ray.main(arguments.split())
+        assert message in capsys.readouterr().err
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize("step", [3, 8])

@@ -356,8 +356,7 @@ def run(args: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True)
         truncate(log, done)
     multihost_utils.sync_global_devices("the directory is there")
-    if not out.is_dir():
-        raise Stop(f"--out: process {jax.process_index()} does not see {out}: all hosts must share it")
+    stop_together(None if out.is_dir() else f"--out: {out} is not there: all hosts must share it")
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(ours.layered["parameters"]))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -425,8 +424,15 @@ def agree(facts: dict[str, Any], args: argparse.Namespace) -> None:
     """Raises `Stop` unless all processes were started for the same run."""
     said = json.dumps(facts | {"resume": args.resume, "out": str(args.out)}, sort_keys=True)
     mine = np.frombuffer(hashlib.sha256(said.encode()).digest()[:4], np.int32)
-    if (multihost_utils.broadcast_one_to_all(mine) != mine).any():
-        raise Stop(f"process {jax.process_index()} has other arguments, or another text, than process 0")
+    other = (multihost_utils.broadcast_one_to_all(mine) != mine).any()
+    stop_together("other arguments, or another text, than process 0" if other else None)
+
+
+def stop_together(why: str | None) -> None:
+    """Raises `Stop` in all processes if one of them has a reason."""
+    having = np.flatnonzero(multihost_utils.process_allgather(np.int32(why is not None)))
+    if having.size:
+        raise Stop(f"process {jax.process_index()}: {why or f'process {having[0]} cannot go on, and says why'}")
 
 
 def bill(ours: Program) -> Table:

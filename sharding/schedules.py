@@ -200,7 +200,8 @@ class Table:
     @functools.cached_property
     def forwards(self) -> "Table":
         """The forwards of every stage in their order, each as early as its data allow: for a loss without gradients."""
-        orders = [[row[s] for row in self.rows if row[s] and row[s].phase == "F"] for s in range(self.stages)]
+        cells = [[row[s] for row in self.rows] for s in range(self.stages)]
+        orders = [[cell for cell in stage if cell is not None and cell.phase == "F"] for stage in cells]
         return dataclasses.replace(self, rows=_run(orders, self.stages, self.chunks, 1 + self.overlap))
 
     def in_flight(self, stage: int) -> int:

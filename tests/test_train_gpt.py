@@ -235,8 +235,9 @@ def test_processes_of_different_runs_are_told(book, compiled_once, tmp_path):
         arguments, env=environment_of(compiled_once), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     results = ended(job)
-    assert results[1][0] == 2 and "process 1 has other arguments, or another text, than process 0" in results[1][2]
-    assert results[0][0] != 0
+    assert [code for code, *_ in results] == [2, 2], results
+    assert "process 1: other arguments, or another text, than process 0" in results[1][2]
+    assert "process 0: process 1 cannot go on, and says why" in results[0][2]
 
 
 RAY = ROOT / "examples" / "train_on_ray.py"

@@ -371,7 +371,7 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     with (
-        interruptible() as interrupted,
+        Interruptible() as interrupted,
         progress(console, args.steps, done, args.batch * args.length) as show,
         log.open("a") if first else open(os.devnull, "w") as lines,
     ):
@@ -511,7 +511,7 @@ def write(lines: Any, line: dict[str, Any], show: Callable[[dict[str, Any]], Non
     show(line)
 
 
-class interruptible:
+class Interruptible:
     """Within, the first Ctrl-C or SIGTERM only makes `(step)` true; a second one acts as usual.
 
     Of several processes any may get SIGTERM, and all stop after the same step; Ctrl-C acts as usual.
@@ -521,7 +521,7 @@ class interruptible:
         self.signal = 0
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> "interruptible":
+    def __enter__(self) -> "Interruptible":
         if jax.process_count() > 1:  # JAX waits for SIGTERM itself, and agrees with the other processes on a step
             return self
 

@@ -1,12 +1,14 @@
-"""Trains a byte-level GPT of jaxops operators on real text, on the devices there are, against a bigram model.
+"""Trains a byte-level GPT of jaxops operators on real text, on any mesh of devices, against a bigram model.
 
     python examples/train_gpt.py --demo                    a few minutes on two CPU cores, as 8 virtual devices
-    python examples/train_gpt.py --data 4 --tensor 2       4 copies of the model, each cut in 2
+    python examples/train_gpt.py --mesh data=2,tensor=2,pipeline=2 --schedule zero_bubble
     python examples/train_gpt.py --text book.txt --out runs/book --steps 2000
-    python examples/train_gpt.py --out runs/book --resume  goes on after an interruption, bit for bit
+    python examples/train_gpt.py --out runs/book --resume  goes on after an interruption, bit for bit on the same mesh
 
-The output directory holds log.jsonl (one line a step), loss.png, sample.txt and the checkpoints. Exit codes: 0 done, 2
-something given is wrong, 130 interrupted (the state was saved).
+On several machines start it once on each, with --distributed under Slurm or Kubernetes, with --coordinator, --processes
+and --process elsewhere. The output directory holds log.jsonl (one line a step), loss.png, sample.txt and the
+checkpoints, which go on on any mesh. Exit codes: 0 done, 2 something given is wrong, 3 another process is lost, 130 or
+143 interrupted (the state was saved).
 """
 
 import argparse
@@ -14,12 +16,15 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import math
 import os
 import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +35,9 @@ import numpy as np
 import optax
 from flax import nnx
 from gpt import checkpoints, text
-from gpt.model import GPT, Config, partition_spec, sample
+from gpt.model import GPT, Config, sample
+from gpt.parallel import AXES, BATCH, CHUNKS, Parallel, Plain, misfit, sent
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -39,9 +46,14 @@ from rich.table import Table
 
 import jaxops
 import jaxops.optim
+import sharding
+import sharding.schedules
 
 # Two programs of the same mathematics, rounded differently, agree in their loss to this, relatively.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
+VIRTUAL = 8  # devices of a CPU
+LOST = 3  # the exit code when another process is lost
+DEMO = "data=2,tensor=2,pipeline=2"
 CHIPS = ("v5e", "h100")  # what `--demo` asks `jaxops.explain` about, besides the devices that are there
 
 
@@ -57,6 +69,16 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         print(f"train_gpt: {stop}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        print(
+            f"train_gpt: process {jax.process_index()} of {jax.process_count()} cannot go on; if another one is lost, "
+            "its own output says why. Start all again, with --resume",
+            file=sys.stderr,
+        )
+        return LOST
     except SystemExit as stop:  # argparse: 0 after --help, 2 after an error that it has printed
         return int(stop.code or 0)
 
@@ -66,15 +88,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="train_gpt", description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--demo", action="store_true", help="the defaults, and --compare")
+    add("--demo", action="store_true", help=f"the defaults, --mesh {DEMO} and --compare")
     add("--text", metavar="FILE", help="what to learn; without it, CPython's language reference (pydoc_data.topics)")
     add("--out", type=Path, metavar="DIRECTORY", help="where results go; without it, the first free runs/gpt-N")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out (or of the last runs/gpt-N)")
-    add("--devices", type=int, metavar="N", help="how many devices; without it all, or 8 virtual ones on a CPU")
-    add("--data", type=int, metavar="N", help="devices along the batch; without it, devices / tensor")
-    add("--tensor", type=int, default=1, metavar="N", help="devices along heads and hidden features")
+    devices = parser.add_mutually_exclusive_group()
+    devices.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="AXIS=N,…",
+        help="devices along data (the batch), fsdp (the batch, and every array), tensor (heads, features, vocabulary) "
+        f"and pipeline (layers); without it all as data, {VIRTUAL} virtual ones on a CPU",
+    )
+    devices.add_argument("--devices", type=int, metavar="N", help="the same as --mesh data=N")
+    add("--schedule", choices=sharding.schedules.SCHEDULES, help="of the pipeline; without it 1f1b")
+    add("--micro-batches", type=int, metavar="N", help="of a step of the pipeline; without it, 2 for each stage")
+    add("--distributed", action="store_true", help="one of several processes, as Slurm, Kubernetes or MPI says")
+    add("--coordinator", metavar="HOST:PORT", help="one of several processes: where process 0 listens")
+    add("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
+    add("--process", type=int, metavar="I", help="with --coordinator: which this is, from 0")
+    add("--heartbeat", type=int, default=60, metavar="SECONDS", help="a process silent for so long is lost")
     for name, default, what in (
-        ("layers", 3, "transformer blocks"),
+        ("layers", 4, "transformer blocks"),
         ("width", 128, "features of the stream"),
         ("heads", 8, "query heads"),
         ("kv-heads", 4, "key and value heads"),
@@ -96,6 +131,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", action="store_true", help="also run the same model made of Flax's, JAX's and Optax' own operators")
     args = parser.parse_args(argv)
     args.compare |= args.demo
+    if args.demo and not (args.mesh or args.devices):
+        args.mesh = mesh_sizes(DEMO)
 
     for name in (
         "layers",
@@ -108,11 +145,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "steps",
         "checkpoint_every",
         "evaluate_every",
-        "tensor",
+        "heartbeat",
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("devices", "data"):
+    for name in ("devices", "micro_batches", "processes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.warmup < args.steps:
@@ -129,28 +166,59 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--heads must cut --width {args.width} into heads of an even size, got {args.heads}")
     if args.heads % args.kv_heads:
         parser.error(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
-    if args.kv_heads % args.tensor or args.hidden % args.tensor:
-        parser.error(f"--tensor must divide --kv-heads {args.kv_heads} and --hidden {args.hidden}, got {args.tensor}")
+    if args.devices:
+        args.mesh = {"data": args.devices}
+    plain = (args.coordinator, args.processes, args.process)
+    if (args.distributed and plain != (None,) * 3) or (None in plain and plain != (None,) * 3):
+        parser.error("--coordinator, --processes and --process go together, and not with --distributed")
+    if args.processes and not 0 <= args.process < args.processes:
+        parser.error(f"--process must be in [0, --processes = {args.processes}), got {args.process}")
     return args
 
 
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes of "data=2,tensor=4"."""
+    sizes: dict[str, int] = {}
+    for entry in text.split(","):
+        name, _, size = entry.partition("=")
+        if name not in AXES:
+            raise argparse.ArgumentTypeError(f"axes are {', '.join(AXES)}, got {name!r} in {text!r}")
+        if name in sizes:
+            raise argparse.ArgumentTypeError(f"{name} is there twice in {text!r}")
+        if not size.isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(f"{name} must be a number of devices, at least 1, got {entry!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
 def make_mesh(args: argparse.Namespace) -> Mesh:
-    """The devices as (data, tensor). Raises `Stop` if they cannot be laid out so."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    """The devices of all processes as `--mesh` says. Raises `Stop` if they cannot be laid out so."""
+    wanted = math.prod(args.mesh.values()) if args.mesh else None
+    # Virtual devices of a CPU; --distributed takes those that JAX_NUM_CPU_DEVICES gives to each process.
+    if not args.distributed and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the devices are there already: main was called before in this process
-            jax.config.update("jax_num_cpu_devices", args.devices or 8)
-    devices = jax.devices()
-    if jax.process_count() > 1:
-        raise Stop(f"one process is expected, this is a job of {jax.process_count()}")
-    wanted = args.devices or (args.data * args.tensor if args.data else len(devices))
+            jax.config.update("jax_num_cpu_devices", max(1, (wanted or VIRTUAL) // (args.processes or 1)))
+    devices, processes = jax.devices(), jax.process_count()
+    sizes = args.mesh or {"data": len(devices)}
+    wanted = wanted or len(devices)
     if wanted > len(devices):
-        raise Stop(f"--devices: {wanted} are asked for, {len(devices)} are there ({devices[0].platform})")
-    data = args.data or wanted // args.tensor
-    if data * args.tensor != wanted:
-        raise Stop(f"--data {data} times --tensor {args.tensor} is not the number of devices, {wanted}")
-    if args.batch % data:
-        raise Stop(f"--batch must be a multiple of the {data} devices along the batch, got {args.batch}")
-    return Mesh(np.array(devices[:wanted]).reshape(data, args.tensor), ("data", "tensor"))
+        raise Stop(f"--mesh: {wanted} devices are asked for, {len(devices)} are there ({devices[0].platform})")
+    if processes > 1 and wanted < len(devices):
+        raise Stop(f"--mesh: {wanted} devices are asked for, all {len(devices)} of the {processes} processes must be")
+    return sharding.make_mesh(**sizes, devices=devices[:wanted])
+
+
+def make_table(args: argparse.Namespace, stages: int) -> sharding.Table | None:
+    """The schedule of the pipeline, or None without one. Raises `Stop`."""
+    if stages == 1:
+        if args.schedule or args.micro_batches:
+            raise Stop("--schedule and --micro-batches go with a pipeline axis of 2 devices or more in --mesh")
+        return None
+    name = args.schedule or "1f1b"
+    try:
+        return sharding.schedule(name, stages, args.micro_batches or 2 * stages, CHUNKS.get(name, 1))
+    except ValueError as error:
+        raise Stop(f"--micro-batches: {error}") from None
 
 
 def out_directory(args: argparse.Namespace) -> Path:
@@ -170,25 +238,41 @@ def out_directory(args: argparse.Namespace) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A model and what is done with it, compiled for a mesh."""
+    """A model and what is done with it on its mesh."""
 
-    state: Any  # shapes, dtypes and shardings of {"parameters", "optimizer"}
-    initial: Callable[[], Any]
-    step: Callable[[Any, Any], tuple[Any, jax.Array]]  # (state, windows) -> state, loss
-    loss: Callable[[Any, Any], jax.Array]  # (parameters, windows) -> loss
-    put: Callable[[np.ndarray], jax.Array]  # windows onto the mesh
+    model: Parallel | Plain
+    state: Any  # shapes, dtypes and shardings of {"parameters", "optimizer"}, as they are trained
+    layered: Any  # the same as checkpoints have them
     windows: jax.ShapeDtypeStruct
-    model: nnx.GraphDef
+    initial: Callable[[], Any]
+    advance: Any  # jitted (state, windows) -> state, loss
+    loss: Callable[[Any, Any], jax.Array]  # (parameters, windows) -> loss
+    to_layers: Callable[[Any], Any]
+    to_stages: Callable[[Any], Any]
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """`advance`, compiled."""
+        return self.advance.lower(self.state, self.windows).compile()
+
+    def put(self, read: Callable[[slice], np.ndarray]) -> jax.Array:
+        """Windows onto the mesh, of which every process reads the rows of its own devices."""
+        shape, place = self.windows.shape, self.windows.sharding
+        return jax.make_array_from_callback(shape, place, lambda index: read(index[0]))
 
 
-def program(config: Config, args: argparse.Namespace, mesh: Mesh, *, plain: bool = False) -> Program:
-    """The GPT of `config`, trained by AdamW with warm-up, cosine decay and clipped gradients."""
+def program(model: Parallel | Plain, args: argparse.Namespace) -> Program:
+    """The GPT, trained by AdamW with warm-up, cosine decay and clipped gradients."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, args.warmup, args.steps, 0.1 * args.learning_rate
     )
-    options = dict(b2=0.95, weight_decay=0.1, mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1))
+
+    def decayed(parameters):  # everything but the scales of norms
+        return jax.tree.map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), parameters)
+
+    options = dict(b2=0.95, weight_decay=0.1, mask=decayed)
     optimizer: optax.GradientTransformation
-    if plain:
+    if isinstance(model, Plain):
         optimizer = chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, **options))
 
         def advance(parameters, gradient, state):
@@ -199,49 +283,41 @@ def program(config: Config, args: argparse.Namespace, mesh: Mesh, *, plain: bool
         optimizer = jaxops.optim.adamw(schedule, max_norm=1.0, small=0, **options)
         advance = optimizer.apply
 
-    def model():
-        return GPT(config, jnp.dtype(args.dtype), plain=plain, mesh=mesh, rngs=nnx.Rngs(args.seed))
-
-    graph, _ = nnx.split(nnx.eval_shape(model))
-
     def initial():
-        parameters = nnx.state(model())
+        parameters = nnx.state(GPT(model.config, model.dtype, rngs=nnx.Rngs(args.seed)))
         return {"parameters": parameters, "optimizer": optimizer.init(parameters)}
 
-    def loss(parameters, windows):
-        return nnx.merge(graph, parameters).loss(windows)
-
-    def trained(parameters, windows):
-        value, penalty = nnx.merge(graph, parameters).loss_and_penalty(windows)
-        return value + penalty, value
-
     def step(state, windows):
-        (_, value), gradient = jax.value_and_grad(trained, has_aux=True)(state["parameters"], windows)
+        loss, gradient = model.value_and_grad(state["parameters"], windows)
         parameters, optimizer_state = advance(state["parameters"], gradient, state["optimizer"])
-        return {"parameters": parameters, "optimizer": optimizer_state}, value
+        return {"parameters": parameters, "optimizer": optimizer_state}, loss
 
-    def place(path, leaf):
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition_spec(path, leaf.ndim))
-        )
+    def placed(shapes, specs):
+        shardings = jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), specs)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
 
-    state = jax.tree.map_with_path(place, jax.eval_shape(initial))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    batched, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    def shardings(tree):
+        return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+    layers = jax.eval_shape(initial)
+    stages = jax.eval_shape(model.stacked, layers)
+    layered, state = placed(layers, model.layered_specs(layers)), placed(stages, model.specs(stages))
+    batched, everywhere = NamedSharding(model.mesh, P(BATCH)), NamedSharding(model.mesh, P())
     return Program(
+        model=model,
         state=state,
-        initial=jax.jit(initial, out_shardings=shardings),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
-        loss=jax.jit(loss, out_shardings=everywhere),
-        put=lambda windows: jax.device_put(windows, batched),
-        windows=jax.ShapeDtypeStruct((args.batch, config.length + 1), jnp.int32, sharding=batched),
-        model=graph,
+        layered=layered,
+        windows=jax.ShapeDtypeStruct((args.batch, model.config.length + 1), jnp.int32, sharding=batched),
+        initial=jax.jit(lambda: model.stacked(initial()), out_shardings=shardings(state)),
+        advance=jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), everywhere)),
+        loss=jax.jit(model.value, out_shardings=everywhere),
+        to_layers=jax.jit(model.layered, out_shardings=shardings(layered)),
+        to_stages=jax.jit(model.stacked, out_shardings=shardings(state)),
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, resumes or finishes; returns the exit code. Raises `Stop`."""
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     config = Config(
         args.layers, args.width, args.heads, args.kv_heads, args.hidden, args.length, not args.untied, args.experts
     )
@@ -255,43 +331,56 @@ def run(args: argparse.Namespace) -> int:
             f"--text: its last tenth must hold {args.batch * args.length + 1} bytes for --batch {args.batch} "
             f"and --length {args.length}, got {len(corpus.held_out)}"
         )
+    if args.distributed or args.coordinator:
+        together(args)
     mesh = make_mesh(args)
+    first = jax.process_index() == 0
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, quiet=not first)
+    table = make_table(args, mesh.shape["pipeline"])
+    if why := misfit(config, args.batch, mesh.shape, table):
+        raise Stop(why)
     out = out_directory(args)
-    ours = program(config, args, mesh)
+    ours = program(Parallel(config, jnp.dtype(args.dtype), mesh, table), args)
+    sizes = ",".join(f"{axis}={mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1) or "data=1"
     settings = {
         "batch": args.batch, "steps": args.steps, "warmup": args.warmup, "learning_rate": args.learning_rate,
         "seed": args.seed, "dtype": args.dtype, "text": corpus.digest, "evaluate_every": args.evaluate_every,
-        "optimizer": "jaxops.optim.adamw",
+        "optimizer": "jaxops.optim.adamw", "mesh": sizes,
     }  # fmt: skip
     facts = {"model": dataclasses.asdict(config), "run": settings}
+    agree(facts, args)
     state, done = resumed(out, ours, facts, console) if args.resume else (None, 0)
     state = ours.initial() if state is None else state
-    out.mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"
-    truncate(log, done)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        truncate(log, done)
+    multihost_utils.sync_global_devices("the directory is there")
+    stop_together(None if out.is_dir() else f"--out: {out} is not there: all hosts must share it")
 
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state["parameters"]))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(ours.layered["parameters"]))
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     console.print(
         f"{parameters:,} parameters, {len(corpus.train):,} bytes of {corpus.name}, {mesh.devices.size} "
-        f"{mesh.devices.flat[0].platform} devices as data {mesh.shape['data']} × tensor {mesh.shape['tensor']}, "
-        f"{args.dtype}; results in {out}"
+        f"{mesh.devices.flat[0].platform} devices{processes} as {sizes}, {args.dtype}; results in {out}"
     )
+    console.print(bill(ours))
 
     def evaluate(parameters):
-        return statistics.fmean(float(ours.loss(parameters, ours.put(windows))) for windows in held_out)
+        return statistics.fmean(float(ours.loss(parameters, ours.put(windows.__getitem__))) for windows in held_out)
 
     started = time.perf_counter()
     with (
-        interruptible() as interrupted,
+        Interruptible() as interrupted,
         progress(console, args.steps, done, args.batch * args.length) as show,
-        log.open("a") as lines,
+        log.open("a") if first else open(os.devnull, "w") as lines,
     ):
         # One step is dispatched ahead, so that the device need not wait for Python; virtual devices on a CPU gain
         # nothing by it.
         ahead = 0 if mesh.devices.flat[0].platform == "cpu" else 1
         waiting: collections.deque[dict[str, Any]] = collections.deque()
-        while done < args.steps and not interrupted:
-            windows = ours.put(corpus.batch(args.seed, done, args.batch, args.length))
+        while done < args.steps and not interrupted(done):
+            windows = ours.put(functools.partial(corpus.batch, args.seed, done, args.batch, args.length))
             state, loss = ours.step(state, windows)
             done += 1
             whole = done % args.checkpoint_every == 0 or done == args.steps
@@ -299,23 +388,90 @@ def run(args: argparse.Namespace) -> int:
             if done % args.evaluate_every == 0 or done == args.steps:
                 line["held_out"] = evaluate(state["parameters"])
             waiting.append(line)
-            while len(waiting) > (0 if whole or interrupted else ahead):
+            while len(waiting) > (0 if whole else ahead):
                 write(lines, waiting.popleft(), show)
             if whole:
-                checkpoints.save(out, done, state, facts)
-    if interrupted:
-        path = checkpoints.save(out, done, state, facts)
+                checkpoints.save(out, done, ours.to_layers(state), facts)
+        while waiting:
+            write(lines, waiting.popleft(), show)
+    if done < args.steps:
+        path = checkpoints.save(out, done, ours.to_layers(state), facts)
         console.print(f"interrupted after step {done}: saved {path}; go on with --out {out} --resume")
-        return 128 + interrupted[0]
+        return 128 + interrupted.signal
 
     trained = time.perf_counter() - started
-    finish(args, config, corpus, held_out, mesh, ours, state, trained, out, console)
+    finish(args, corpus, held_out, ours, state, trained, out, console)
+    multihost_utils.sync_global_devices("process 0 has written everything")
     return 0
+
+
+def together(args: argparse.Namespace) -> None:
+    """Makes this process one of several. Raises `Stop` if the others are not found."""
+    try:
+        jax.distributed.initialize(
+            args.coordinator,
+            args.processes,
+            args.process,
+            initialization_timeout=5 * args.heartbeat,
+            heartbeat_timeout_seconds=args.heartbeat,
+            shutdown_timeout_seconds=args.heartbeat,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise Stop(f"--{'coordinator' if args.coordinator else 'distributed'}: {error}") from None
+
+
+def agree(facts: dict[str, Any], args: argparse.Namespace) -> None:
+    """Raises `Stop` unless all processes were started for the same run."""
+    said = json.dumps(facts | {"resume": args.resume, "out": str(args.out)}, sort_keys=True)
+    mine = np.frombuffer(hashlib.sha256(said.encode()).digest()[:4], np.int32)
+    other = (multihost_utils.broadcast_one_to_all(mine) != mine).any()
+    stop_together("other arguments, or another text, than process 0" if other else None)
+
+
+def stop_together(why: str | None) -> None:
+    """Raises `Stop` in all processes if one of them has a reason."""
+    having = np.flatnonzero(multihost_utils.process_allgather(np.int32(why is not None)))
+    if having.size:
+        raise Stop(f"process {jax.process_index()}: {why or f'process {having[0]} cannot go on, and says why'}")
+
+
+def bill(ours: Program) -> Table:
+    """What a step sends over each axis of the mesh, and how much of a pipeline is idle."""
+    mesh, schedule = ours.model.mesh, ours.model.table
+    found = sent(ours.step.as_text(), ours.model)
+    table = Table("mesh axis", "collectives", "sent by a device", "beside work", title="communication of a step")
+    for axis in sorted({one["axis"] for one in found}):
+        along = [one for one in found if one["axis"] == axis]
+        total = sum(one["bytes"] * one["count"] for one in along)
+        beside = sum(one["bytes"] * one["count"] for one in along if one["overlapped"])
+        kinds = collections.Counter()
+        for one in along:
+            kinds[one["kind"]] += one["count"]
+        table.add_row(
+            axis,
+            ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+            f"{total / 1e6:.3f} MB",
+            f"{beside / max(total, 1):.0%}",
+        )
+    notes = []
+    if schedule is not None:
+        notes.append(
+            f"pipeline: {schedule.name}, {schedule.micro_batches} micro-batches on {schedule.stages} stages, "
+            f"{schedule.bubble:.0%} of the cells idle"
+        )
+    if found and mesh.devices.flat[0].platform == "cpu":
+        notes.append("a CPU sends nothing beside work")
+    table.caption = "; ".join(notes) or None
+    return table
 
 
 def resumed(out: Path, ours: Program, facts: dict[str, Any], console: Console) -> tuple[Any, int]:
     """(state, steps done) of the newest whole checkpoint in `out`, or (None, 0). Raises `Stop` for another model."""
     path = checkpoints.newest_whole(out, lambda message: console.print(f"warning: {message}"))
+    if jax.process_count() > 1:  # what process 0 found, in case that a disk shows it to another later
+        step = -1 if path is None else checkpoints.contents(path)["step"]
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        path = None if step < 0 else checkpoints.of_step(out, step)
     if path is None:
         console.print(f"no whole checkpoint in {out}: starting from the beginning")
         return None, 0
@@ -331,7 +487,7 @@ def resumed(out: Path, ours: Program, facts: dict[str, Any], console: Console) -
     if other := differences("run"):
         console.print(f"warning: the run goes on with other settings than it began with: {other}")
     console.print(f"resuming from {path}, step {contents['step']}")
-    return checkpoints.restore(path, ours.state), contents["step"]
+    return ours.to_stages(checkpoints.restore(path, ours.layered)), contents["step"]
 
 
 def truncate(log: Path, done: int) -> None:
@@ -355,20 +511,34 @@ def write(lines: Any, line: dict[str, Any], show: Callable[[dict[str, Any]], Non
     show(line)
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Within, the first Ctrl-C or SIGTERM only fills the list that this yields; a second one acts as usual."""
-    received: list[int] = []
+class Interruptible:
+    """Within, the first Ctrl-C or SIGTERM only makes `(step)` true; a second one acts as usual.
 
-    def receive(number, frame):
-        received.append(number)
-        signal.signal(number, before[number])
+    Of several processes any may get SIGTERM, and all stop after the same step; Ctrl-C acts as usual.
+    """
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+    def __init__(self):
+        self.signal = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruptible":
+        if jax.process_count() > 1:  # JAX waits for SIGTERM itself, and agrees with the other processes on a step
+            return self
+
+        def receive(number, frame):
+            self.signal = number
+            signal.signal(number, self.before[number])
+
+        self.before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, step: int) -> bool:
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal != 0
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
@@ -409,22 +579,27 @@ def progress(console: Console, steps: int, done: int, tokens: int) -> Iterator[C
             if step % every == 0 or "held_out" in line or step == first:
                 held_out = f"  held out {line['held_out']:.4f}" if "held_out" in line else ""
                 left = f"  {rate:,.0f} tokens/s  {(steps - step) * tokens / rate:.0f} s left" if rate else ""
-                print(f"step {step}/{steps}  loss {line['loss']:.4f}{held_out}{left}", flush=True)
+                if not console.quiet:
+                    print(f"step {step}/{steps}  loss {line['loss']:.4f}{held_out}{left}", flush=True)
 
         yield show
 
 
-def finish(args, config, corpus, held_out, mesh, ours, state, trained, out, console) -> None:
+def finish(args, corpus, held_out, ours, state, trained, out, console) -> None:
     """What a run leaves behind: the curve, a sample, the tables, the verdict."""
+    config, mesh, layered = ours.model.config, ours.model.mesh, ours.to_layers(state)
+    everywhere = jax.jit(lambda parameters: parameters, out_shardings=NamedSharding(mesh, P()))
+    parameters = jax.tree.map(lambda leaf: leaf.addressable_data(0), everywhere(layered["parameters"]))
+    compared = compare(args, corpus, held_out, ours, state, layered) if args.compare else None
+    if jax.process_index():
+        return
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     plot(lines, out / "loss.png")
+    graph = nnx.split(nnx.eval_shape(lambda: GPT(config, jnp.dtype(args.dtype), rngs=nnx.Rngs(0))))[0]
     if args.sample:
         # On one device: a single sequence has nothing to share out.
-        parameters = jax.device_put(jax.device_get(state["parameters"]), jax.devices()[0])
         prompt = jnp.asarray(corpus.held_out[: config.length - args.sample], jnp.int32)
-        draw = jax.jit(
-            lambda parameters, prompt, key: sample(nnx.merge(ours.model, parameters), prompt, args.sample, key)
-        )
+        draw = jax.jit(lambda parameters, prompt, key: sample(nnx.merge(graph, parameters), prompt, args.sample, key))
         drawn = bytes(np.asarray(draw(parameters, prompt, jax.random.key(args.seed)), np.uint8)).decode(
             errors="replace"
         )
@@ -433,8 +608,9 @@ def finish(args, config, corpus, held_out, mesh, ours, state, trained, out, cons
         console.print(drawn, markup=False)
 
     chips = (None, *CHIPS)
-    gradient = jax.value_and_grad(lambda parameters, windows: nnx.merge(ours.model, parameters).loss(windows))
-    explained = [jaxops.explain(gradient, state["parameters"], ours.windows, target=chip) for chip in chips]
+    gradient = jax.value_and_grad(lambda parameters, windows: nnx.merge(graph, parameters).loss(windows))
+    windows = jax.ShapeDtypeStruct(ours.windows.shape, ours.windows.dtype)
+    explained = [jaxops.explain(gradient, parameters, windows, target=chip) for chip in chips]
     table = Table(
         "operator",
         "phase",
@@ -449,13 +625,13 @@ def finish(args, config, corpus, held_out, mesh, ours, state, trained, out, cons
         )
     console.print(table)
 
-    if args.compare:
-        console.print(compare(args, config, corpus, held_out, mesh, ours, state))
+    if compared is not None:
+        console.print(compared)
     loss, bigram = lines[-1]["held_out"], text.bigram_loss(corpus.train, held_out)
     summary = Table(show_header=False, title="summary")
     for row in (
         ("model", ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items())),
-        ("mesh", f"data {mesh.shape['data']} × tensor {mesh.shape['tensor']} on {mesh.devices.flat[0].device_kind}"),
+        ("mesh", ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES) + f" on {mesh.devices.flat[0].device_kind}"),
         ("time in the training loop", f"{trained:.1f} s"),
         ("held-out loss", f"{loss:.4f} nats per byte"),
         ("bigram model of the same training text", f"{bigram:.4f} nats per byte"),
@@ -469,24 +645,24 @@ def finish(args, config, corpus, held_out, mesh, ours, state, trained, out, cons
     )
 
 
-def compare(args, config, corpus, held_out, mesh, ours, state) -> Table:
+def compare(args, corpus, held_out, ours, state, layered) -> Table:
     """The same parameters and batches through jaxops and through plain operators, step by step in turn."""
     rounds = 6
-    plain = program(config, args, mesh, plain=True)
+    plain = program(Plain.like(ours.model), args)
     programs = {"jaxops": ours, "Flax, JAX, Optax": plain}
+    in_optax = optax.tree.set(plain.state["optimizer"], **layered["optimizer"]._asdict())
+    begin = jax.device_put({**layered, "optimizer": in_optax}, jax.tree.map(lambda x: x.sharding, plain.state))
+    states = {name: jax.tree.map(jnp.copy, each) for name, each in zip(programs, (state, begin), strict=True)}
     held_out_losses = {
-        name: float(one.loss(state["parameters"], ours.put(held_out[0]))) for name, one in programs.items()
+        name: float(one.loss(states[name]["parameters"], one.put(held_out[0].__getitem__)))
+        for name, one in programs.items()
     }
-    compiled = {name: one.step.lower(one.state, one.windows).compile() for name, one in programs.items()}
-    in_optax = optax.tree.set(plain.state["optimizer"], **state["optimizer"]._asdict())
-    begin = (state, state | {"optimizer": in_optax})
-    states = {name: jax.tree.map(jnp.copy, each) for name, each in zip(programs, begin, strict=True)}
     losses, seconds = {name: [] for name in programs}, {name: [] for name in programs}
     for number in range(rounds + 1):
-        windows = ours.put(corpus.batch(args.seed, args.steps + number, args.batch, args.length))
-        for name, step in compiled.items():
+        read = functools.partial(corpus.batch, args.seed, args.steps + number, args.batch, args.length)
+        for name, one in programs.items():
             began = time.perf_counter()
-            states[name], loss = step(states[name], windows)
+            states[name], loss = one.step(states[name], one.put(read))
             losses[name].append(float(loss))
             jax.block_until_ready(states[name])
             seconds[name].append(time.perf_counter() - began)
@@ -505,7 +681,7 @@ def compare(args, config, corpus, held_out, mesh, ours, state) -> Table:
         ratio=False,
     )
     row("step, median", lambda x: f"{1e3 * x:.0f} ms", {name: statistics.median(x[1:]) for name, x in seconds.items()})
-    temp = {name: one.memory_analysis().temp_size_in_bytes for name, one in compiled.items()}
+    temp = {name: one.step.memory_analysis().temp_size_in_bytes for name, one in programs.items()}
     row("temporary memory of a step, per device", lambda x: f"{x / 1e6:.2f} MB", temp)
     first, second = held_out_losses.values()
     apart, tolerance = abs(first - second) / abs(second), TOLERANCE[args.dtype]
@@ -532,4 +708,8 @@ def plot(log: list[dict[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == LOST:  # JAX's own end would wait for the lost process
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

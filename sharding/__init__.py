@@ -14,6 +14,7 @@ from sharding.mesh import partition_specs as partition_specs
 from sharding.mesh import shard as shard
 from sharding.pipeline import Layers as Layers
 from sharding.pipeline import Place as Place
+from sharding.pipeline import pipeline_value as pipeline_value
 from sharding.pipeline import pipeline_value_and_grad as pipeline_value_and_grad
 from sharding.precision import LossScale as LossScale
 from sharding.precision import Precision as Precision

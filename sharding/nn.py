@@ -224,13 +224,22 @@ class ParallelTransformerBlock(TransformerBlock):
     def local(self, x: jax.Array, **attention_arguments: Any) -> jax.Array:
         """The block on the device's shards; further keywords of `jaxops.dot_product_attention` are of its heads."""
         how: dict[str, Any] = {"axis": self.axis, "sequence": self.sequence, "overlap": self.overlap}
-        x = x + self._attention(self.attention_norm(x), how, **attention_arguments)
+        x = self.attended(x, **attention_arguments)
         mlp, h = self.mlp, self.mlp_norm(x)
         h, *kernels = _promoted(mlp.dtype, h, *(linear.kernel[...] for linear in (mlp.gate, mlp.up, mlp.down)))
         return x + tensor.gated_mlp(h, *kernels, activation=mlp.activation, implementation=mlp.implementation, **how)
 
-    def _attention(self, x, how, *, is_causal=None, input_positions=None, mask=None, **arguments):
-        layer = self.attention
+    def attended(
+        self,
+        x: jax.Array,
+        *,
+        is_causal: bool | None = None,
+        input_positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        **arguments: Any,
+    ) -> jax.Array:
+        """h = x + attention(norm(x)), the first half of `local`: for a block with another second half."""
+        layer, residual, x = self.attention, x, self.attention_norm(x)
         options = layer.options if is_causal is None else dataclasses.replace(layer.options, is_causal=is_causal)
 
         def heads(query, key, value):
@@ -251,7 +260,7 @@ class ParallelTransformerBlock(TransformerBlock):
         parts = (layer.query, layer.key, layer.value, layer.out)
         biases = [None if part.bias is None else part.bias[...] for part in parts]
         x, *kernels = _promoted(layer.dtype, x, *(part.kernel[...] for part in parts))
-        return tensor.heads_parallel_attention(
+        return residual + tensor.heads_parallel_attention(
             x,
             *kernels,
             attend=heads,
@@ -259,7 +268,9 @@ class ParallelTransformerBlock(TransformerBlock):
             replicate_kv=self.replicate_kv,
             precision=layer.precision,
             implementation=without_kernels(options.implementation),
-            **how,
+            axis=self.axis,
+            sequence=self.sequence,
+            overlap=self.overlap,
         )
 
 
@@ -282,7 +293,7 @@ def _place(layer: Any, name: str, *spec: str | None) -> None:
         return
     variable.set_metadata(out_sharding=spec)
     mesh = get_abstract_mesh()
-    if not mesh.empty and {axis for axis in spec if axis} <= set(mesh.axis_names):
+    if not mesh.empty and not mesh.manual_axes and {axis for axis in spec if axis} <= set(mesh.axis_names):
         check_spec(type(layer).__name__, name, variable.shape, PartitionSpec(*spec), mesh)
         variable.set_value(shard_value(variable[...], spec, None, None))
 

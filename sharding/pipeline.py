@@ -30,6 +30,7 @@ from jax.interpreters import partial_eval
 from sharding import collectives, schedules
 
 Tree = Any
+Value = Callable[[Tree, Tree, Tree, Tree], jax.Array]
 ValueAndGrad = Callable[[Tree, Tree, Tree, Tree], tuple[jax.Array, tuple[Tree, Tree]]]
 
 
@@ -79,19 +80,11 @@ def pipeline_value_and_grad(
     """
 
     def value_and_grad(stages: Tree, shared: Tree, inputs: Tree, targets: Tree) -> tuple[jax.Array, tuple[Tree, Tree]]:
-        _check_axis(axis, table)
-        _check_parameters(stages, shared, table, axis)
-        inputs, targets = (_micro_batches(n, t, table, axis) for n, t in (("inputs", inputs), ("targets", targets)))
-        over = {name for leaf in jax.tree.leaves((inputs, targets)) for name in _varying(leaf)} - {axis}
-        axes = (axis, *sorted(over))
         places = jax.tree.map(_varying, (stages, shared))
-        # What is differentiated varies before it is: the transpose of an implicit cast is a sum over the axis, which
-        # would stand inside a branch that not all devices take, and there they would wait for each other for ever.
-        stages, shared, inputs, targets = (_vary(tree, axes) for tree in (stages, shared, inputs, targets))
-        stages = jax.tree.map(lambda w: w[:, 0], stages)
+        stages, shared, inputs, targets, axes = _prepared(stages, shared, inputs, targets, table, axis)
         embed = embed_fn or (lambda _, x: x)
         loss, d_stages, d_shared = _run(stage_fn, loss_fn, embed, table, axis, axes, stages, shared, inputs, targets)
-        count = table.micro_batches * int(np.prod([lax.axis_size(name) for name in over], dtype=int))
+        count = _terms(table, axes)
 
         def total(gradient: jax.Array, like: jax.Array, place: frozenset) -> jax.Array:
             # One that differs along a data axis was gathered by the stage, whose gradient is summed already.
@@ -104,6 +97,50 @@ def pipeline_value_and_grad(
         return lax.psum(loss, axes) / count, (d_stages, d_shared)
 
     return value_and_grad
+
+
+def pipeline_value(
+    stage_fn: Callable[[Tree, Tree, Place], Tree],
+    loss_fn: Callable[[Tree, Tree, Tree], jax.Array],
+    table: schedules.Table,
+    *,
+    embed_fn: Callable[[Tree, Tree], Tree] | None = None,
+    axis: str = "pipeline",
+) -> Value:
+    """The loss of `pipeline_value_and_grad` alone, by the forwards of the table: for text that is held out.
+
+        value(stages, shared, inputs, targets) -> loss
+
+    Arguments and errors are those of `pipeline_value_and_grad`. It has no gradient.
+    """
+
+    def value(stages: Tree, shared: Tree, inputs: Tree, targets: Tree) -> jax.Array:
+        stages, shared, inputs, targets, axes = _prepared(stages, shared, inputs, targets, table, axis)
+        embed = embed_fn or (lambda _, x: x)
+        loss = _run_forwards(stage_fn, loss_fn, embed, table.forwards, axis, axes, stages, shared, inputs, targets)
+        return lax.psum(loss, axes) / _terms(table, axes)
+
+    return value
+
+
+def _prepared(
+    stages: Tree, shared: Tree, inputs: Tree, targets: Tree, table: schedules.Table, axis: str
+) -> tuple[Tree, Tree, Tree, Tree, Sequence[str]]:
+    """The arguments checked, the batch in micro-batches, all varying over the axes of the sum; and these axes."""
+    _check_axis(axis, table)
+    _check_parameters(stages, shared, table, axis)
+    inputs, targets = (_micro_batches(n, t, table, axis) for n, t in (("inputs", inputs), ("targets", targets)))
+    over = {name for leaf in jax.tree.leaves((inputs, targets)) for name in _varying(leaf)} - {axis}
+    axes = (axis, *sorted(over))
+    # What is differentiated varies before it is: the transpose of an implicit cast is a sum over the axis, which
+    # would stand inside a branch that not all devices take, and there they would wait for each other for ever.
+    stages, shared, inputs, targets = (_vary(tree, axes) for tree in (stages, shared, inputs, targets))
+    return jax.tree.map(lambda w: w[:, 0], stages), shared, inputs, targets, axes
+
+
+def _terms(table: schedules.Table, axes: Sequence[str]) -> int:
+    """Of how many losses the loss is the mean: micro-batches, on the devices along every axis but the pipeline's."""
+    return table.micro_batches * int(np.prod([lax.axis_size(name) for name in axes[1:]], dtype=int))
 
 
 # ---- layers of a stage ---------------------------------------------------------------------------------------------
@@ -511,6 +548,53 @@ def _run(
     }
     (store, _), _ = lax.scan(tick, (store, nothing()), mine)
     return store["loss"], jax.tree.unflatten(jax.tree.structure(stages), store["stages"]), store["shared"]
+
+
+def _run_forwards(
+    stage_fn: Callable,
+    loss_fn: Callable,
+    embed_fn: Callable,
+    table: schedules.Table,
+    axis: str,
+    axes: Sequence[str],
+    stages: Tree,
+    shared: Tree,
+    inputs: Tree,
+    targets: Tree,
+) -> jax.Array:
+    """The sum of the loss over this device's micro-batches, by a table of forwards."""
+    S, v = table.stages, table.chunks
+    me = lax.axis_index(axis)
+    mine = {
+        name: jnp.take(jnp.asarray(np.asarray(rows, np.int32)), me, axis=1)
+        for name, rows in schedules.columns(table).items()
+    }
+    x, places = _activation(stage_fn, embed_fn, stages, shared, inputs, axes)
+    widened = lambda tree: jax.tree.map(_vary, tree, jax.tree.unflatten(jax.tree.structure(x), places))
+    loss_type = _loss_type(lambda: loss_fn(shared, x, _at(targets, 0)), axes)
+    down = [(s, (s + 1) % S) for s in range(S if v > 1 else S - 1)]
+
+    def forward(r: Mapping, arriving: Tree, loss: jax.Array) -> tuple[Tree, jax.Array]:
+        i, k = r["micro_batch"], r["chunk"]
+        arrived = lambda: _at(arriving, r["arriving"])
+        now = lax.cond(r["first"] == 1, lambda: widened(embed_fn(shared, _at(inputs, i))), arrived)
+        y = widened(stage_fn(_at(stages, k), now, Place(k * S + me, i)))
+        with_loss = lambda: loss + _vary(loss_fn(shared, y, _at(targets, i)).astype(loss_type), axes)
+        return y, lax.cond(r["last"] == 1, with_loss, lambda: loss)
+
+    def tick(carry: tuple[Tree, Tree, jax.Array], r: Mapping) -> tuple[tuple[Tree, Tree, jax.Array], None]:
+        arriving, message, loss = carry
+        send = lambda message: jax.tree.map(lambda a: lax.ppermute(a, axis, down), message)
+        sent = send(message) if table.overlap else None
+        idle = lambda r, arriving, loss: (_zeros_like(x), loss)
+        message, loss = lax.switch(r["phase"], [idle, forward], r, arriving, loss)
+        put = lambda b, a: lax.dynamic_update_index_in_dim(b, a, r["receive_activation"], 0)
+        return (jax.tree.map(put, arriving, send(message) if sent is None else sent), message, loss), None
+
+    slots = table.buffers.counts["arriving"] + 1  # the last slot is for what nobody reads
+    arriving = jax.tree.map(lambda a: _zeros((slots, *a.shape), a.dtype, _varying(a)), x)
+    (_, _, loss), _ = lax.scan(tick, (arriving, _zeros_like(x), _zeros((), loss_type, axes)), mine)
+    return loss
 
 
 def _activation(

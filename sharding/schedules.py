@@ -197,6 +197,13 @@ class Table:
         """The slots that every activation and gradient lies in."""
         return _assign(self)
 
+    @functools.cached_property
+    def forwards(self) -> "Table":
+        """The forwards of every stage in their order, each as early as its data allow: for a loss without gradients."""
+        cells = [[row[s] for row in self.rows] for s in range(self.stages)]
+        orders = [[cell for cell in stage if cell is not None and cell.phase == "F"] for stage in cells]
+        return dataclasses.replace(self, rows=_run(orders, self.stages, self.chunks, 1 + self.overlap))
+
     def in_flight(self, stage: int) -> int:
         """Of how many forwards `stage` keeps something at once: those whose last backward phase is still to come."""
         last = "W" if self.has_weights else "B"
@@ -326,7 +333,8 @@ def _assign(table: Table) -> Buffers:
         if phase == "F":
             if k > 0:
                 lives["arriving"][k, i] = done["F", k - 1, i] + late, tick
-            lives["saved"][k, i] = tick, done["B", k, i]
+            if ("B", k, i) in done:
+                lives["saved"][k, i] = tick, done["B", k, i]
             if table.has_weights:
                 lives["deferred"][k, i] = tick, done["W", k, i]
         elif phase == "B":
@@ -380,7 +388,7 @@ def columns(table: Table) -> dict[str, list[list[int]]]:
                 filled[name][tick][s] = int(value)
             if cell.phase == "F" and k < K - 1:
                 filled["receive_activation"][tick + table.overlap][(s + 1) % S] = buffers.slots["arriving"][k + 1, i]
-            elif cell.phase == "F":
+            elif cell.phase == "F" and (k, i) in buffers.slots["gradients"]:
                 filled["keep_gradient"][tick][s] = buffers.slots["gradients"][k, i]
             elif cell.phase == "B" and k > 0:
                 filled["receive_gradient"][tick + table.overlap][(s - 1) % S] = buffers.slots["gradients"][k - 1, i]

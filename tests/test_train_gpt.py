@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,9 +25,11 @@ sys.path.insert(0, str(PROGRAM.parent))
 import train_gpt  # noqa: E402
 from gpt import checkpoints, text  # noqa: E402
 
+from jaxops import interpreter  # noqa: E402
+
 TINY = [
     "--layers",
-    "1",
+    "2",
     "--width",
     "16",
     "--heads",
@@ -65,7 +69,10 @@ def compiled_once(tmp_path_factory):
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield {name.upper(): str(value) for name, value in settings.items()}
+    with interpreter.unoptimized():  # sooner compiled, for what runs a few steps
+        yield {
+            name.upper(): str(value) for name, value in (settings | {"jax_disable_most_optimizations": True}).items()
+        }
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -131,6 +138,150 @@ def test_killed_and_resumed_is_unbroken(book, unbroken, compiled_once, tmp_path,
     assert (out / "log.jsonl").read_bytes() == (unbroken[0] / "log.jsonl").read_bytes()
 
 
+def environment_of(settings):
+    """Of a process of its own, with the devices that it makes for itself."""
+    environment = os.environ | settings
+    environment.pop("XLA_FLAGS", None)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return environment
+
+
+def together(book, out, count, mesh, environment, *more):
+    """As many processes with the program, of one job."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    job = ["--coordinator", coordinator, "--processes", str(count), "--heartbeat", "20", "--mesh", mesh, *more]
+    return [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), *TINY, "--text", str(book), "--out", str(out), *job, "--process", str(i)],
+            env=environment_of(environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def ended(job):
+    """[(exit code, output, errors)] of a job's processes, which have a bounded time."""
+    try:
+        told = [process.communicate(timeout=300) for process in job]
+    finally:
+        for process in job:
+            process.kill()
+    return [(process.returncode, *one) for process, one in zip(job, told, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "count, mesh", [(2, "data=2"), pytest.param(4, "data=2,tensor=2,pipeline=2", marks=pytest.mark.slow)]
+)
+def test_several_processes_are_one(book, unbroken, compiled_once, tmp_path, count, mesh):
+    results = ended(together(book, tmp_path / "run", count, mesh, compiled_once))
+    assert [code for code, *_ in results] == [0] * count, results
+    assert f"in {count} processes as {mesh}" in results[0][1] and "bigram model" in results[0][1]
+    for _, printed, _ in results[1:]:
+        assert not [line for line in printed.splitlines() if not line.startswith("[Gloo]")]
+    same_losses(tmp_path / "run", unbroken[0])
+    assert checkpoints.damage(tmp_path / "run" / "checkpoint-000012") is None
+
+
+def wait_for_step(job, out, step):
+    while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < step:
+        assert all(process.poll() is None for process in job), ended(job)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_job_and_all_go_on_again(book, unbroken, compiled_once, tmp_path, lost):
+    out = tmp_path / "run"
+    job = together(book, out, 2, "data=2", compiled_once)
+    wait_for_step(job, out, 6)
+    job[lost].kill()
+    began = time.monotonic()
+    results = ended(job)
+    assert time.monotonic() - began < 60
+    code, _, errors = results[1 - lost]
+    assert code in (train_gpt.LOST, -signal.SIGABRT), results  # of ours, or of JAX, whichever sees it first
+    assert "Start all again, with --resume" in errors or "another task died" in errors
+    results = ended(together(book, out, 2, "data=2", compiled_once, "--resume"))
+    assert [code for code, *_ in results] == [0, 0], results
+    assert "resuming from" in results[0][1]
+    same_losses(out, unbroken[0])
+
+
+@pytest.mark.slow
+def test_a_terminated_job_saves_and_goes_on(book, unbroken, compiled_once, tmp_path):
+    out = tmp_path / "run"
+    job = together(book, out, 2, "data=2", compiled_once, "--steps", "500")
+    wait_for_step(job, out, 2)
+    job[1].terminate()  # one of them is told, and all stop after the same step
+    results = ended(job)
+    assert [code for code, *_ in results] == [128 + signal.SIGTERM] * 2, results
+    step = len(log(out))
+    assert f"interrupted after step {step}: saved" in results[0][1]
+    assert checkpoints.damage(out / f"checkpoint-{step:06d}") is None
+
+
+@pytest.mark.slow
+def test_processes_of_different_runs_are_told(book, compiled_once, tmp_path):
+    job = together(book, tmp_path / "run", 2, "data=2", compiled_once)
+    job[1].kill()
+    job[1].communicate()
+    arguments = [*job[1].args, "--seed", "7"]
+    job[1] = subprocess.Popen(
+        arguments, env=environment_of(compiled_once), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    results = ended(job)
+    assert [code for code, *_ in results] == [2, 2], results
+    assert "process 1: other arguments, or another text, than process 0" in results[1][2]
+    assert "process 0: process 1 cannot go on, and says why" in results[0][2]
+
+
+RAY = ROOT / "examples" / "train_on_ray.py"
+
+
+@pytest.mark.slow
+def test_ray_starts_the_processes_and_starts_them_again(book, unbroken, compiled_once, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'jaxops[ray]'")
+    out, told = tmp_path / "run", tmp_path / "told.txt"
+    arguments = [*TINY, "--text", str(book), "--out", str(out), "--mesh", "data=2"]
+    with told.open("w") as file:
+        job = subprocess.Popen(
+            [sys.executable, str(RAY), "--processes", "2", "--restarts", "1", "--", *arguments],
+            env=environment_of(compiled_once),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_for_step([job], out, 6)
+            printing = re.search(r"Process pid=(\d+)\D.* step 1/12", told.read_text())
+            os.kill(int(printing[1]), signal.SIGKILL)
+            assert job.wait(timeout=500) == 0, told.read_text()
+        finally:
+            job.terminate()
+    assert "a process was lost, 1 restarts are left" in told.read_text()
+    assert "resuming from" in told.read_text()
+    same_losses(out, unbroken[0])
+
+
+def test_wrong_arguments_on_ray(capsys):
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'jaxops[ray]'")
+    import train_on_ray
+
+    for message, arguments in {
+        "--processes must be at least 1": "--processes 0 -- --out there",
+        "must have --out": "--processes 2 -- --mesh data=2",
+        "expected NAME=N": "--processes 2 --each GPU=all -- --out there",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            train_on_ray.main(arguments.split())
+        assert message in capsys.readouterr().err
+    assert not ray.is_initialized()
+
+
 @pytest.mark.parametrize("step", [3, 8])
 def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypatch, capsys, step):
     def write(lines, line, show):
@@ -149,23 +300,73 @@ def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "mesh",
-    ["--devices 1", "--devices 4 --tensor 2"]
+    ["--devices 1", "--mesh data=2,tensor=2"]
     + [pytest.param(f"--devices {n}", marks=pytest.mark.slow) for n in (4, 8)],
 )
 def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
     assert train(book, tmp_path / "run", *mesh.split()) == 0
+    same_losses(tmp_path / "run", unbroken[0])
+
+
+def same_losses(out, expected_out):
     for name in ("loss", "held_out"):
-        losses, expected = (
-            [line[name] for line in log(out) if name in line] for out in (tmp_path / "run", unbroken[0])
-        )
+        losses, expected = ([line[name] for line in log(one) if name in line] for one in (out, expected_out))
+        assert losses
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+def test_a_pipeline_gives_the_same_losses_and_goes_on_on_another_mesh(book, unbroken, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
+    out = tmp_path / "run"
+    mesh = ("--mesh", "data=2,tensor=2,pipeline=2", "--schedule", "zero_bubble", "--micro-batches", "2")
+    assert train(book, out, *mesh) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "8 cpu devices as data=2,tensor=2,pipeline=2",
+        "zero_bubble, 2 micro-batches on 2 stages, 14% of the cells idle; a CPU sends nothing beside work",
+        "│ pipeline │ 14 collective-permute,",
+    ):
+        assert expected in printed
+    same_losses(out, unbroken[0])
+    for step in (8, 12):
+        shutil.rmtree(out / f"checkpoint-{step:06d}")
+    assert train(book, out, "--devices", "2", "--resume") == 0
+    assert "mesh is data=2,tensor=2,pipeline=2 there and data=2 here" in capsys.readouterr().out
+    same_losses(out, unbroken[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--mesh pipeline=2 --schedule gpipe",
+        "--mesh pipeline=4 --schedule 1f1b --micro-batches 8",
+        "--mesh data=2,tensor=2,pipeline=2 --schedule interleaved_1f1b --micro-batches 4",
+        "--mesh fsdp=2,tensor=2,pipeline=2 --schedule zero_bubble",
+        "--mesh data=2,fsdp=4",
+        "--mesh data=2,fsdp=2,tensor=2",
+    ],
+)
+def test_any_mesh_gives_the_same_losses_and_takes_up_any_other(book, tmp_path, monkeypatch, options):
+    """20 steps; from the middle on one device, and from one device's middle on the mesh."""
+    monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
+    common = ("--layers", "4", "--steps", "20", "--checkpoint-every", "10", "--evaluate-every", "10")
+    meshes = {"one": ("--devices", "1"), "many": tuple(options.split())}
+    for name, mesh in meshes.items():
+        assert train(book, tmp_path / name, *common, *mesh, "--batch", "16") == 0
+    same_losses(tmp_path / "many", tmp_path / "one")
+    for name, mesh in zip(meshes, reversed(meshes.values()), strict=True):
+        shutil.copytree(tmp_path / name, tmp_path / f"{name} first")
+        shutil.rmtree(tmp_path / f"{name} first" / "checkpoint-000020")
+        assert train(book, tmp_path / f"{name} first", *common, *mesh, "--batch", "16", "--resume") == 0
+        same_losses(tmp_path / f"{name} first", tmp_path / "one")
 
 
 @pytest.mark.slow
 def test_a_mixture_of_experts_is_that_of_plain_jax(book, tmp_path, capsys):
     """Each device routes its own bytes, and holds half of every expert; plain JAX is partitioned by XLA."""
-    mesh = ("--devices", "4", "--tensor", "2")
+    mesh = ("--mesh", "data=2,tensor=2")
     assert train(book, tmp_path / "run", *mesh, "--experts", "4", "--steps", "4", "--compare") == 0
     printed = capsys.readouterr().out
     for expected in ("losses equal", "ragged_dot", "temporary memory of a step", "experts 4"):
@@ -248,12 +449,32 @@ def test_a_directory_in_use_is_refused(book, unbroken, capsys):
 BAD = {
     "No such file": "--text nowhere.txt",
     "its last tenth must hold": "--batch 80000 --devices 1",
-    "--tensor must divide --kv-heads 2": "--tensor 4",
+    "--kv-heads must be a multiple of the 4 devices along tensor, got 2": "--mesh tensor=4",
+    "--hidden must be a multiple of the 2 devices along tensor, got 15": "--mesh tensor=2 --hidden 15",
+    "--length must be a multiple of the 2 devices along tensor, got 15": "--mesh tensor=2 --length 15",
+    "the vocabulary must be a multiple of the 3 devices along tensor, got 256": (
+        "--mesh tensor=3 --width 24 --heads 6 --kv-heads 3 --hidden 24 --length 18"
+    ),
+    "--layers must be a multiple of the 2 stages along pipeline, got 3": "--mesh pipeline=2 --layers 3",
+    "--layers must be a multiple of the 2 stages along pipeline, 2 chunks each, got 2": (
+        "--mesh pipeline=2 --schedule interleaved_1f1b --layers 2"
+    ),
+    "--micro-batches: schedule: micro_batches must be at least the 4 stages for 'zero_bubble', got 2": (
+        "--mesh pipeline=4 --schedule zero_bubble --micro-batches 2"
+    ),
+    "--micro-batches must divide the 4 windows": "--mesh data=2,pipeline=2 --layers 2 --micro-batches 3",
+    "--experts go with pipeline=1, got 2": "--mesh pipeline=2 --layers 2 --experts 4",
+    "--schedule and --micro-batches go with a pipeline": "--mesh data=2 --schedule gpipe",
+    "axes are data, fsdp, tensor, pipeline, got 'context'": "--mesh data=2,context=2",
+    "data is there twice": "--mesh data=2,data=2",
+    "tensor must be a number of devices, at least 1, got 'tensor=0'": "--mesh tensor=0",
+    "not allowed with argument --mesh": "--mesh data=2 --devices 2",
+    "--coordinator, --processes and --process go together": "--coordinator here:1234 --processes 2",
+    "--process must be in [0, --processes = 2), got 2": "--coordinator here:1234 --processes 2 --process 2",
     "--kv-heads must divide --heads 4": "--kv-heads 3",
     "--heads must cut --width 16": "--heads 5",
-    "1000 are asked for": "--devices 1000",
-    "--data 3 times --tensor 2 is not the number of devices": "--data 3 --tensor 2 --devices 4",
-    "--batch must be a multiple of the 3 devices": "--data 3 --devices 3",
+    "1000 devices are asked for": "--devices 1000",
+    "--batch must be a multiple of the 3 devices along data and fsdp, got 8": "--mesh data=3",
     "--steps must be at least 1": "--steps 0",
     "--experts must be 0 or at least 2": "--experts 1",
     "--warmup must be in": "--warmup 12",

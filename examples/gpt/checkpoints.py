@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 _PREFIX = "checkpoint-"
 _CONTENTS = "contents.json"
@@ -22,23 +24,34 @@ def save(directory: Path, step: int, state: Any, facts: dict[str, Any]) -> Path:
     """Writes `state` (a pytree of arrays) and `facts` as the checkpoint of `step`; returns its path.
 
     A checkpoint of that step that is there already is left alone if it is whole, and set aside as `….damaged` if it is
-    not.
+    not. Several processes call it together: each writes its part of the arrays, process 0 does the rest.
     """
-    final = directory / f"{_PREFIX}{step:06d}"
-    if final.exists():
-        if damage(final) is None:
-            return final
-        final.rename(_free(final.with_name(final.name + ".damaged")))
+    final = of_step(directory, step)
+    first = jax.process_index() == 0
+    whole = first and final.exists() and damage(final) is None
+    if multihost_utils.broadcast_one_to_all(np.int32(whole)):
+        return final
     aside = directory / f".{final.name}.writing"
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while writing
-    aside.mkdir(parents=True)
+    if first:
+        if final.exists():
+            final.rename(_free(final.with_name(final.name + ".damaged")))
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while writing
+        aside.mkdir(parents=True)
+    multihost_utils.sync_global_devices(f"{aside} is there")
     with ocp.StandardCheckpointer() as writer:
         writer.save((aside / "state").absolute(), _named(state))
         writer.wait_until_finished()
-    contents = {"step": step, "facts": facts, "files": _digests(aside / "state")}
-    (aside / _CONTENTS).write_text(json.dumps(contents, indent=1))
-    aside.rename(final)
+    if first:
+        contents = {"step": step, "facts": facts, "files": _digests(aside / "state")}
+        (aside / _CONTENTS).write_text(json.dumps(contents, indent=1))
+        aside.rename(final)
+    multihost_utils.sync_global_devices(f"{final} is there")
     return final
+
+
+def of_step(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is."""
+    return directory / f"{_PREFIX}{step:06d}"
 
 
 def newest_whole(directory: Path, report: Callable[[str], None]) -> Path | None:

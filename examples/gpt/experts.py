@@ -1,12 +1,8 @@
-"""The mixture-of-experts layer of the GPT: of jaxops, cut over the mesh, and the same of plain JAX."""
-
-from typing import Any
+"""The mixture-of-experts layer of the GPT: of jaxops, and the same of plain JAX."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import jaxops.nn
 
@@ -15,26 +11,12 @@ BALANCE, Z = 1e-2, 1e-3  # weights of the router's two losses
 
 
 class Mixture(jaxops.nn.MoE):
-    """`jaxops.nn.MoE`, whose `routed` also gives the router's losses and runs on a mesh."""
+    """`jaxops.nn.MoE`, whose `routed` also gives the router's losses."""
 
-    def routed(self, x: jax.Array, mesh: Mesh | None, specs: Any) -> tuple[jax.Array, jax.Array]:
-        """(y, penalty) of x[batch, T, width]. Every device of "data" routes its own tokens; those of "tensor" hold a
-        part of the features inside every expert. `specs(path, ndim)` is where a parameter lies."""
-        graph, parameters = nnx.split(self)
-
-        def local(parameters, x):
-            layer = nnx.merge(graph, parameters)
-            layer.axis_names = () if mesh is None else ("data",)
-            y, routing = layer(x, return_routing=True)
-            if mesh is not None:
-                y = jax.lax.psum(y, "tensor")
-            return y, BALANCE * routing.load_balancing_loss + Z * routing.z_loss
-
-        if mesh is None:
-            return local(parameters, x)
-        cut = jax.tree.map_with_path(lambda path, leaf: specs(path, leaf.ndim), parameters)
-        split = jax.shard_map(local, mesh=mesh, in_specs=(cut, P("data")), out_specs=(P("data"), P()))
-        return split(parameters, x)
+    def routed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(y, penalty) of x[batch, T, width]; the penalty is over the tokens along `axis_names` too."""
+        y, routing = self(x, return_routing=True)
+        return y, BALANCE * routing.load_balancing_loss + Z * routing.z_loss
 
 
 class PlainMixture(nnx.Module):

@@ -1,15 +1,14 @@
-"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU or a mixture of it, over a (data, tensor) mesh."""
+"""A byte-level GPT: rotary positions, grouped heads, RMSNorm, SwiGLU or a mixture of it. For meshes see parallel.py."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import jaxops
 from gpt.experts import EXPERTS_PER_TOKEN, Mixture, PlainMixture
@@ -36,17 +35,15 @@ class GPT(nnx.Module):
     """tokens[batch, T] → embed → blocks → norm → logits over the next byte.
 
     plain: the same model, parameter for parameter, of the operators that Flax, JAX and Optax come with.
-    mesh: what a batch of `loss` is split over, for the mixtures of experts; None: one device.
     """
 
-    def __init__(self, config: Config, dtype: Any, *, plain: bool = False, mesh: Mesh | None = None, rngs: nnx.Rngs):
+    def __init__(self, config: Config, dtype: Any, *, plain: bool = False, rngs: nnx.Rngs):
         self.config = config
         self.plain = plain
-        self.mesh = mesh
         self.embed = nnx.Embed(
             VOCABULARY, config.width, dtype=dtype, embedding_init=nnx.initializers.normal(config.width**-0.5), rngs=rngs
         )
-        block = _plain_block if plain else _block
+        block = plain_block if plain else transformer_block
         self.blocks = nnx.List([block(config, dtype, rngs) for _ in range(config.layers)])
         self.norm = (nnx.RMSNorm if plain else RMSNorm)(config.width, dtype=dtype, rngs=rngs)
         self.head = (
@@ -67,8 +64,7 @@ class GPT(nnx.Module):
         x, penalty = self.embed(tokens), jnp.zeros(())
         for block in self.blocks:
             x = x + block.attention(block.attention_norm(x), **({"is_causal": True} if self.plain else {}))
-            where = () if self.plain else (self.mesh, partition_spec)
-            y, more = block.mlp.routed(block.mlp_norm(x), *where)
+            y, more = block.mlp.routed(block.mlp_norm(x))
             x, penalty = x + y, penalty + more
         return self.norm(x), penalty
 
@@ -96,13 +92,17 @@ class GPT(nnx.Module):
         return jaxops.linear_cross_entropy(x, weight, labels), penalty
 
 
-def _mixture(config: Config, dtype: Any, rngs: nnx.Rngs) -> Mixture:
+def mixture(config: Config, dtype: Any, rngs: nnx.Rngs) -> Mixture:
+    """The feed-forward layer of a block with experts."""
     top_k = min(EXPERTS_PER_TOKEN, config.experts)
     return Mixture(config.width, config.hidden, config.experts, top_k=top_k, dtype=dtype, rngs=rngs)
 
 
-def _block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-    block = TransformerBlock(
+def transformer_block(
+    config: Config, dtype: Any, rngs: nnx.Rngs, kind: Callable[..., TransformerBlock] = TransformerBlock
+) -> nnx.Module:
+    """A block of jaxops' layers; `kind` makes it of other ones with the same arguments."""
+    block = kind(
         config.heads,
         config.width,
         config.hidden,
@@ -113,11 +113,11 @@ def _block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         rngs=rngs,
     )
     if config.experts:
-        block.mlp = _mixture(config, dtype, rngs)
+        block.mlp = mixture(config, dtype, rngs)
     return block
 
 
-def _plain_block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+def plain_block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
     """The block of Flax's and JAX's own parts, under the names of `jaxops.nn.TransformerBlock`."""
     linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
     return _PlainBlock(
@@ -133,7 +133,7 @@ def _plain_block(config: Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
             rngs=rngs,
         ),
         mlp_norm=nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs),
-        mlp=PlainMixture(_mixture(config, dtype, rngs))
+        mlp=PlainMixture(mixture(config, dtype, rngs))
         if config.experts
         else _PlainMLP(
             gate=linear(config.width, config.hidden),
@@ -159,28 +159,6 @@ class _PlainBlock(nnx.Module):
     def __call__(self, x):
         x = x + self.attention(self.attention_norm(x), is_causal=True)
         return x + self.mlp(self.mlp_norm(x))
-
-
-# Where the parameters lie, by the end of their path (Megatron-LM, https://arxiv.org/abs/1909.08053): the first matrix
-# of a pair is cut by its outputs, the second by its inputs, so that a block needs one sum over "tensor" per pair. The
-# rest is everywhere: a table of 256 bytes is too small to cut.
-_CUT = {
-    ("query", "kernel"): P(None, "tensor", None),  # [width, heads, dim]
-    ("key", "kernel"): P(None, "tensor", None),
-    ("value", "kernel"): P(None, "tensor", None),
-    ("out", "kernel"): P("tensor", None, None),  # [heads, dim, width]
-    ("gate", "kernel"): P(None, "tensor"),  # [width, hidden], after the experts if there are any
-    ("up", "kernel"): P(None, "tensor"),
-    ("down", "kernel"): P("tensor", None),  # [hidden, width]
-}
-
-
-def partition_spec(path: tuple[Any, ...], ndim: int) -> P:
-    """Of a parameter of so many axes, or of an optimizer's copy of it."""
-    names = tuple(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path)
-    names = tuple(name for name in names if name != "value")
-    cut = _CUT.get(names[-2:], P())
-    return P(*[None] * (ndim - len(cut)), *cut)
 
 
 def sample(model: GPT, prompt: jax.Array, count: int, key: jax.Array, temperature: float = 0.7) -> jax.Array:

@@ -21,10 +21,10 @@ class Text:
     def digest(self) -> str:
         return hashlib.sha256(self.train.tobytes() + self.held_out.tobytes()).hexdigest()[:16]
 
-    def batch(self, seed: int, step: int, size: int, length: int) -> np.ndarray:
-        """`size` random windows of `length` + 1 bytes of the training part, int32[size, length + 1]."""
+    def batch(self, seed: int, step: int, size: int, length: int, rows: slice = slice(None)) -> np.ndarray:
+        """`size` random windows of `length` + 1 bytes of the training part, int32[size, length + 1], or these rows."""
         random = np.random.Generator(np.random.Philox(key=[seed, step]))
-        starts = random.integers(0, len(self.train) - length, size)
+        starts = random.integers(0, len(self.train) - length, size)[rows]
         return self.train[starts[:, None] + np.arange(length + 1)].astype(np.int32)
 
     def held_out_batches(self, size: int, length: int) -> np.ndarray:

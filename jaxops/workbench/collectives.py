@@ -38,18 +38,20 @@ class _Instruction:
 
 
 def collectives(text: str, axes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The collectives of a scheduled program, in its order: [{"name", "kind", "bytes", "count", "axis", "overlapped"}].
+    """The collectives of a scheduled program, in its order: [{"name", "kind", "bytes", "count", "axis", "overlapped",
+    "branch"}].
 
     bytes: of one execution on one device, the larger of what goes in and what comes out. count: how often a run
     executes it, where the trip counts of the loops around it are known, else None. axis: of the mesh `axes` (name →
     size), "data" or "data+tensor"; None if its groups are along no axes. overlapped: it is asynchronous, and between
-    its start and its end stands work on arrays.
+    its start and its end stands work on arrays. branch: of the conditionals around it, the outermost first, the indices
+    of the branches that it stands in; `count` takes each to be run every time.
     """
     computations = dict(_computations(text))
     entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.M)
     found: list[dict[str, Any]] = []
 
-    def visit(computation: str, count: int | None) -> None:
+    def visit(computation: str, count: int | None, branch: tuple[int, ...]) -> None:
         instructions = computations.get(computation, [])
         types = {one.name: one.type for one in instructions}
         for index, one in enumerate(instructions):
@@ -68,16 +70,18 @@ def collectives(text: str, axes: Mapping[str, int]) -> list[dict[str, Any]]:
                         "count": count,
                         "axis": _axis(groups, axes),
                         "overlapped": bool(work) and '"is_sync":true' not in one.attributes,
+                        "branch": branch,
                     }
                 )
             elif one.opcode in ("while", "conditional", "call"):
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', one.attributes)
                 known = int(trips[1]) if trips else None if one.opcode == "while" else 1
-                for inner in _called(one):
-                    visit(inner, count * known if count is not None and known is not None else None)
+                for index, inner in enumerate(_called(one)):
+                    inside = (*branch, index) if one.opcode == "conditional" else branch
+                    visit(inner, count * known if count is not None and known is not None else None, inside)
 
     if entry:
-        visit(entry[1], 1)
+        visit(entry[1], 1, ())
     return found
 
 

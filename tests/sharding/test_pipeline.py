@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxops
-from sharding.pipeline import Layers, pipeline_value_and_grad
+from sharding.pipeline import Layers, pipeline_value, pipeline_value_and_grad
 from sharding.schedules import SCHEDULES, columns, schedule
 from tests.compare import error
 
@@ -253,6 +253,29 @@ def test_loss_and_gradients_are_those_of_one_device(name, stages, chunks, micro_
     function = pipelined(layers, mesh_of(data=data, pipeline=stages))
     parameters = mlps(sum(counts) if counts else stages * chunks)
     assert_same(layers, function, parameters, shared_parameters(), *words(2 * micro_batches * data), mlp)
+
+
+def test_a_table_of_forwards_alone():
+    for table in tables():
+        S, v, m, late = table.stages, table.chunks, table.micro_batches, 1 + table.overlap
+        forwards = table.forwards
+        assert set(forwards.ticks) == {("F", k, i) for k in range(S * v) for i in range(m)}
+        assert all(k == 0 or forwards.ticks["F", k - 1, i] + late <= at for (_, k, i), at in forwards.ticks.items())
+        assert len(forwards.rows) == m * v + late * (S - 1)
+
+
+@pytest.mark.parametrize(
+    "name, chunks, overlap",
+    [("zero_bubble", 1, True), pytest.param("interleaved_1f1b", 2, False, marks=slow)],
+)
+def test_the_loss_alone(name, chunks, overlap):
+    layers = Layers(mlp, schedule(name, 2, 4, chunks, overlap=overlap))
+    parameters, shared, batch = mlps(2 * chunks), shared_parameters(), words(16)
+    function = pipeline_value(layers, tied_loss, layers.table, embed_fn=embed)
+    in_specs = (STAGES, P(), DATA, DATA)
+    function = jax.jit(jax.shard_map(function, mesh=mesh_of(data=2, pipeline=2), in_specs=in_specs, out_specs=P()))
+    loss = function(layers.split(parameters), shared, *batch)
+    assert error(loss, on_one_device(mlp, parameters, shared, *batch)[0]) < 1e-5
 
 
 def transformer_layer(p, x):

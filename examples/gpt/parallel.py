@@ -1,0 +1,372 @@
+"""The GPT on a mesh of data × fsdp × tensor × pipeline devices: where its arrays lie, its loss and its gradients.
+
+Along tensor the layers are those of `sharding.nn`, with the stream split by rows; along pipeline the blocks are stages;
+along fsdp every array is split, and gathered where it is used. One `jax.shard_map` is around it all, so that every
+operator sees the part of one device and may run as a kernel.
+
+A checkpoint holds the parameters layer by layer, whatever the mesh. On a pipeline the blocks are one tree of arrays
+[chunks, stages, layers of a stage, …] while they are trained: `Parallel.stacked` and `Parallel.layered` go to and fro.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jaxops
+import sharding
+import sharding.nn
+from gpt.model import GPT, VOCABULARY, Config, transformer_block
+from jaxops.nn import TransformerBlock
+from jaxops.workbench.collectives import collectives
+from sharding.mesh import path_name
+
+Tree = Any
+AXES = ("data", "fsdp", "tensor", "pipeline")
+BATCH = ("data", "fsdp")  # the batch is split over both
+CHUNKS = {"interleaved_1f1b": 2}  # virtual stages on each device; 1 in the other schedules
+
+# What is split over tensor, by the end of a parameter's path (Megatron-LM, https://arxiv.org/abs/1909.08053): the first
+# matrix of a pair by its outputs, the second by its inputs, so that a block needs one sum per pair; the vocabulary.
+_CUT: dict[tuple[str, str], tuple[str | None, ...]] = {
+    ("query", "kernel"): (None, "tensor", None),  # [width, heads, dim]
+    ("key", "kernel"): (None, "tensor", None),
+    ("value", "kernel"): (None, "tensor", None),
+    ("out", "kernel"): ("tensor", None, None),  # [heads, dim, width]
+    ("gate", "kernel"): (None, "tensor"),  # [width, hidden], after the experts if there are any
+    ("up", "kernel"): (None, "tensor"),
+    ("down", "kernel"): ("tensor", None),  # [hidden, width]
+    ("embed", "embedding"): ("tensor", None),  # [vocabulary, width]
+    ("head", "kernel"): (None, "tensor"),  # [width, vocabulary]
+}
+
+
+def partition_spec(path: tuple[Any, ...], shape: Sequence[int], mesh: Mesh, also: Sequence[str] = ("fsdp",)) -> P:
+    """Of a parameter, or of an optimizer's copy of it: its cut over tensor, and the axes of `also` where they divide.
+
+    Each of `also` splits the first dimension that is whole and that it divides, if there is one.
+    """
+    cut = _CUT.get(tuple(path_name(path).split("/")[-2:]), ()) if mesh.shape["tensor"] > 1 else ()
+    entries = [*[None] * (len(shape) - len(cut)), *cut]
+    for axis in also:
+        size = mesh.shape[axis]
+        whole = [n for n, entry in enumerate(entries) if entry is None and shape[n] % size == 0]
+        if size > 1 and whole:
+            entries[whole[0]] = axis
+    return P(*entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """The GPT of `config` on `mesh`, which `sharding.make_mesh` made; table: the schedule if there is a pipeline.
+
+    Sizes must fit: `misfit` says which do not. parameters and gradients are stacked where there is a pipeline.
+    """
+
+    config: Config
+    dtype: Any
+    mesh: Mesh
+    table: sharding.Table | None = None
+
+    # ---- where arrays lie -------------------------------------------------------------------------------------------
+
+    def layered(self, tree: Tree) -> Tree:
+        """Every tree of parameters inside `tree` layer by layer, as checkpoints have it."""
+        if self.table is None:
+            return tree
+        layers = self._layers
+
+        def of(parameters: nnx.State) -> nnx.State:
+            blocks, rest = _parts(parameters)
+            blocks = layers.join(blocks)
+            return _whole({n: jax.tree.map(lambda w: w[n], blocks) for n in range(self.config.layers)}, rest)
+
+        return jax.tree.map(lambda x: of(x) if _is_parameters(x) else x, tree, is_leaf=_is_parameters)
+
+    def stacked(self, tree: Tree) -> Tree:
+        """The inverse of `layered`: what is trained."""
+        if self.table is None:
+            return tree
+        layers = self._layers
+
+        def of(parameters: nnx.State) -> nnx.State:
+            blocks, rest = _parts(parameters)
+            blocks = jax.tree.map(lambda *w: jnp.stack(w), *(blocks[n] for n in range(self.config.layers)))
+            return _whole(layers.split(blocks), rest)
+
+        return jax.tree.map(lambda x: of(x) if _is_parameters(x) else x, tree, is_leaf=_is_parameters)
+
+    def specs(self, tree: Tree) -> Tree:
+        """Where the arrays of a tree of what is trained lie."""
+
+        def of(path: tuple, leaf: Any) -> P:
+            if self.table is not None and "blocks" in path_name(path).split("/"):
+                return P(None, "pipeline", None, *partition_spec(path, leaf.shape[3:], self.mesh))
+            return partition_spec(path, leaf.shape, self.mesh)
+
+        return jax.tree.map_with_path(of, tree)
+
+    def layered_specs(self, tree: Tree) -> Tree:
+        """The same of a tree layer by layer: no device holds a whole model of a pipeline there either."""
+        of = lambda path, leaf: partition_spec(path, leaf.shape, self.mesh, ("fsdp", "pipeline"))
+        return jax.tree.map_with_path(of, tree)
+
+    # ---- loss and gradients -----------------------------------------------------------------------------------------
+
+    def value_and_grad(self, parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
+        """The mean cross-entropy of windows[batch, T + 1], and the gradient of it and the routers' losses."""
+        specs = self.specs(parameters)
+
+        def pipelined(parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
+            function = sharding.pipeline_value_and_grad(self._layers, self._loss, self.table, embed_fn=self._embed)
+            blocks, shared = _parts(parameters)
+            loss, (blocks, shared) = function(blocks, shared, windows[:, :-1], windows[:, 1:])
+            return loss, _whole(blocks, shared)
+
+        def whole(parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
+            # A gradient of every device's own, and one sum of it over the batch: not one for each use of a parameter.
+            own = jax.tree.map(lambda w: lax.pcast(w, _missing(w), to="varying") if _missing(w) else w, parameters)
+            (_, loss), gradient = jax.value_and_grad(self._local_loss, has_aux=True)(own, windows)
+            gradient = jax.tree.map(lambda g, w: _sum(g, _missing(w)) / self._copies, gradient, parameters)
+            return lax.pmean(loss, BATCH), gradient
+
+        local = whole if self.table is None else pipelined
+        over_batch = P(BATCH)
+        return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, over_batch), out_specs=(P(), specs))(
+            parameters, windows
+        )
+
+    def value(self, parameters: Tree, windows: jax.Array) -> jax.Array:
+        """The mean cross-entropy alone."""
+
+        def local(parameters: Tree, windows: jax.Array) -> jax.Array:
+            if self.table is None:
+                return lax.pmean(self._local_loss(parameters, windows)[1], BATCH)
+            function = sharding.pipeline_value(self._layers, self._loss, self.table, embed_fn=self._embed)
+            return function(*_parts(parameters), windows[:, :-1], windows[:, 1:])
+
+        specs = self.specs(parameters)
+        return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, P(BATCH)), out_specs=P())(parameters, windows)
+
+    def _local_loss(self, parameters: Tree, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(what is trained, the cross-entropy) of the device's windows."""
+        blocks, shared = _parts(parameters)
+        block = self._block
+        if self.mesh.shape["fsdp"] > 1:  # what was gathered is gathered again, not kept
+            block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_saveable)
+        x, penalty = self._embed(shared, windows[:, :-1]), 0.0
+        for n in range(self.config.layers):
+            x, more = block(blocks[n], x)
+            penalty = penalty + more
+        loss = self._loss(shared, x, windows[:, 1:])
+        return loss + penalty, loss
+
+    def _embed(self, shared: Tree, tokens: jax.Array) -> jax.Array:
+        return self._ends(shared).embed(tokens)
+
+    def _loss(self, shared: Tree, x: jax.Array, labels: jax.Array) -> jax.Array:
+        ends = self._ends(shared)
+        x = ends.norm(x)
+        weight = ends.output_weight().astype(x.dtype)
+        if self._split:
+            return sharding.vocab_parallel_cross_entropy(x, weight, labels, sequence=True)
+        return jaxops.linear_cross_entropy(x, weight, labels)
+
+    def _block(self, parameters: Tree, x: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+        """(x, the losses of the router) after a block."""
+        graph, specs = self._block_graph
+        block = nnx.merge(graph, _gathered(parameters, specs))
+        if not self.config.experts:
+            return block(x), 0.0
+        if not self._split:
+            x = x + block.attention(block.attention_norm(x))
+            y, penalty = block.mlp.routed(block.mlp_norm(x))
+            return x + y, penalty
+        # Every device of tensor has all tokens, and a part of the features inside every expert.
+        x = block.attended(x)
+        y, penalty = block.mlp.routed(sharding.enter(block.mlp_norm(x), "tensor", sequence=True))
+        return x + sharding.leave(y, "tensor", sequence=True), lax.pmean(penalty, "tensor")
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _split(self) -> bool:
+        return self.mesh.shape["tensor"] > 1
+
+    @property
+    def _copies(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @functools.cached_property
+    def _layers(self) -> sharding.Layers:
+        assert self.table is not None
+        return sharding.Layers(lambda parameters, x: self._block(parameters, x)[0], self.table)
+
+    @functools.cached_property
+    def _block_graph(self) -> tuple[nnx.GraphDef, Tree]:
+        """The graph of a block, and the specs of its parameters."""
+        kind = TransformerBlock
+        if self._split:
+            kind = functools.partial(sharding.nn.ParallelTransformerBlock, sequence=True)
+
+        def block() -> nnx.Module:
+            made = transformer_block(self.config, self.dtype, nnx.Rngs(0), kind)
+            if self.config.experts:
+                made.mlp.axis_names = BATCH
+            return made
+
+        graph, state = nnx.split(nnx.eval_shape(block))
+        return graph, _specs(state, self.mesh)
+
+    @functools.cached_property
+    def _ends_graph(self) -> tuple[nnx.GraphDef, Tree]:
+        """The graph of what is before and after the blocks, and the specs of its parameters."""
+
+        def ends() -> nnx.Module:
+            model = GPT(dataclasses.replace(self.config, layers=0), self.dtype, rngs=nnx.Rngs(0))
+            if self._split:
+                model.embed = sharding.nn.VocabParallelEmbed(
+                    VOCABULARY, self.config.width, sequence=True, dtype=self.dtype, rngs=nnx.Rngs(0)
+                )
+            return model
+
+        graph, state = nnx.split(nnx.eval_shape(ends))
+        return graph, _specs(state, self.mesh)
+
+    def _ends(self, shared: Tree) -> GPT:
+        graph, specs = self._ends_graph
+        return nnx.merge(graph, _gathered(shared, specs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The same model of Flax's, JAX's and Optax' own operators, partitioned by XLA, on the same devices.
+
+    A pipeline is more copies of it: its devices split the batch.
+    """
+
+    config: Config
+    dtype: Any
+    mesh: Mesh
+
+    @classmethod
+    def like(cls, model: Parallel) -> "Plain":
+        devices, tensor = model.mesh.devices.flatten(), model.mesh.shape["tensor"]
+        return cls(model.config, model.dtype, sharding.make_mesh(data=-1, tensor=tensor, devices=devices))
+
+    def layered(self, tree: Tree) -> Tree:
+        return tree
+
+    stacked = layered
+
+    def specs(self, tree: Tree) -> Tree:
+        return jax.tree.map_with_path(lambda path, leaf: partition_spec(path, leaf.shape, self.mesh), tree)
+
+    layered_specs = specs
+
+    def value_and_grad(self, parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
+        def trained(parameters: Tree) -> tuple[jax.Array, jax.Array]:
+            loss, penalty = nnx.merge(self._graph, parameters).loss_and_penalty(windows)
+            return loss + penalty, loss
+
+        (_, loss), gradient = jax.value_and_grad(trained, has_aux=True)(parameters)
+        return loss, gradient
+
+    def value(self, parameters: Tree, windows: jax.Array) -> jax.Array:
+        return nnx.merge(self._graph, parameters).loss(windows)
+
+    @functools.cached_property
+    def _graph(self) -> nnx.GraphDef:
+        return nnx.split(nnx.eval_shape(lambda: GPT(self.config, self.dtype, plain=True, rngs=nnx.Rngs(0))))[0]
+
+
+def sent(program: str, model: Parallel) -> list[dict[str, Any]]:
+    """What a device sends in a run of a compiled program: the collectives, "bytes" each and "count" of them.
+
+    The collectives inside a phase of the pipeline run as often as the schedule has the phase; those of the embedding
+    and of the loss are counted as on the stages that have them.
+    """
+    found = []
+    for one in collectives(program, dict(model.mesh.shape)):
+        axis = "+".join(name for name in (one["axis"] or "?").split("+") if model.mesh.shape.get(name) != 1)
+        if axis:
+            table, count = model.table, one["count"]
+            if one["branch"] and table is not None and count is not None:
+                cells = table.micro_batches * (table.chunks if len(one["branch"]) == 1 else 1)
+                count = count * cells // len(table.rows)
+            found.append(one | {"axis": axis, "count": count})
+    return found
+
+
+def misfit(config: Config, batch: int, sizes: Mapping[str, int], table: sharding.Table | None) -> str | None:
+    """Why the model and the batch do not fit a mesh of these sizes, or None."""
+    tensor, stages = sizes["tensor"], sizes["pipeline"]
+    for name, size in (
+        ("--kv-heads", config.kv_heads),
+        ("--hidden", config.hidden),
+        ("--length", config.length),
+        ("the vocabulary", VOCABULARY),
+    ):
+        if size % tensor:
+            return f"{name} must be a multiple of the {tensor} devices along tensor, got {size}"
+    copies = sizes["data"] * sizes["fsdp"]
+    if batch % copies:
+        return f"--batch must be a multiple of the {copies} devices along data and fsdp, got {batch}"
+    if table is None:
+        return None
+    if config.experts:
+        return f"--experts go with pipeline=1, got {stages}: the routers' losses are of a whole batch"
+    if config.layers % (stages * table.chunks):
+        chunks = f", {table.chunks} chunks each" if table.chunks > 1 else ""
+        return f"--layers must be a multiple of the {stages} stages along pipeline{chunks}, got {config.layers}"
+    if batch // copies % table.micro_batches:
+        return (
+            f"--micro-batches must divide the {batch // copies} windows of --batch on each device along data and fsdp, "
+            f"got {table.micro_batches}"
+        )
+    return None
+
+
+def _is_parameters(tree: Any) -> bool:
+    return isinstance(tree, nnx.State) and "blocks" in tree
+
+
+def _parts(parameters: nnx.State) -> tuple[Tree, nnx.State]:
+    """(blocks, the rest)"""
+    rest = dict(parameters.raw_mapping)
+    return rest.pop("blocks"), nnx.State(rest)
+
+
+def _whole(blocks: Tree, rest: nnx.State) -> nnx.State:
+    """The inverse of `_parts`."""
+    return nnx.State({**rest.raw_mapping, "blocks": blocks})
+
+
+def _specs(state: nnx.State, mesh: Mesh) -> list[P]:
+    return [partition_spec(path, leaf.shape, mesh) for path, leaf in jax.tree.leaves_with_path(state)]
+
+
+def _gathered(parameters: Tree, specs: Sequence[P]) -> Tree:
+    """The arrays, whole along fsdp."""
+    leaves, tree = jax.tree.flatten(parameters)
+    whole = [
+        sharding.all_gather(leaf, "fsdp", spec.index("fsdp")) if "fsdp" in spec else leaf
+        for leaf, spec in zip(leaves, specs, strict=True)
+    ]
+    return jax.tree.unflatten(tree, whole)
+
+
+def _missing(x: jax.Array) -> tuple[str, ...]:
+    """The axes of the batch along which x is the same."""
+    return tuple(axis for axis in BATCH if axis not in jax.typeof(x).mat.varying)
+
+
+def _sum(gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.psum(gradient, axes) if axes else gradient

@@ -23,7 +23,6 @@ from jaxops.workbench.collectives import collectives
 from tests.compare import error
 from tests.sharding.traffic import compiled, sent
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
 SLOW = pytest.mark.slow
 module = sys.modules["sharding.gradient_reduction"]  # the package's attribute of this name is the function
 

@@ -739,7 +739,9 @@ def _value_and_grad(how: _How, loss: Callable, micro_batches: int, has_aux: bool
     else:
 
         def add_shards(carry: Gradients, batch):
-            (_, kept), grads = differentiated(local, *batch)
+            # Else the compiler gathers parameters once, before the loop, and keeps the whole of them.
+            params, batch = lax.optimization_barrier((local, batch)) if how.zero == 3 else (local, batch)
+            (_, kept), grads = differentiated(params, *batch)
             new = reduced(_given(grads, leaves), state._replace(error=_tree(leaves, groups, carry.error)), factor)
             return Gradients(tuple(map(jnp.add, carry.shards, new.shards)), new.error), kept
 

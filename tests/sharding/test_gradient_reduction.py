@@ -704,6 +704,10 @@ BAD = {
         optax.adam(1e-3)
     ),
     "axis must be a mesh axis or several different ones, got \\('data', 'data'\\)": lambda: make(axis=("data", "data")),
+    "axis must be a mesh axis or several different ones, got 3": lambda: make(axis=3),
+    r"params\['b'\] must be bfloat16, the precision's parameter, got float32": lambda: inside(
+        make(precision=sharding.Precision(parameter=jnp.bfloat16)).init
+    ),
     "zero must be 0, 1, 2 or 3, got 4": lambda: make(zero=4),
     "reduce must be 'mean' or 'sum', got 'max'": lambda: make(reduce="max"),
     "compression must be None or one of .*got 'int4'": lambda: make(compression="int4"),

@@ -307,21 +307,24 @@ def test_parts_of_a_sum_are_not_averaged():
 
 @pytest.mark.parametrize("whole", [False, True], ids=["its part's mean", "the mean of all"])
 def test_the_loss_may_be_the_mean_of_all(whole):
-    """Of what `value_and_grad` differentiates; after `jax.lax.pmean` every device has the same loss."""
+    """Of what `value_and_grad` differentiates; after `jax.lax.pmean` every device has the same. And an aux."""
     reduction, mesh = sharding.gradient_reduction(OPTIMIZERS["sgd"], zero=2, small=64), sharding.make_mesh(data=8)
 
     def loss(params, x):
         mean = jnp.mean(sum(jnp.sum(jnp.sin(p)) for p in params.values()) * x)
-        return lax.pmean(mean, "data") if whole else mean
+        return (lax.pmean(mean, "data"), {"rows": lax.psum(jnp.sum(x), "data")}) if whole else mean
 
     def step(params, x):
         state = reduction.init(params)
-        value, grads = reduction.value_and_grad(loss, micro_batches=2)(params, state, x)
+        value, grads = reduction.value_and_grad(loss, micro_batches=2, has_aux=whole)(params, state, x)
         return value, reduction.apply(params, grads, state)[0]
 
     x = np.arange(16, dtype=np.float32) - 3
     value, got = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(tree(0), x)
     mean = x.mean()
+    if whole:
+        value, aux = value
+        np.testing.assert_allclose(aux["rows"], [x[0::2].sum(), x[1::2].sum()])
     assert error(value, mean * sum(np.sin(p).sum(dtype=np.float64) for p in tree(0).values())) < 1e-5
     same(got, {name: p - mean * np.cos(p) for name, p in tree(0).items()})
 

@@ -223,7 +223,8 @@ def gradient_reduction(
         whole gradient, in float32.
       small: leaves of at most so many elements, that no other axis splits, go into buckets. With `zero` 3 they stay
         whole.
-      precision: gradients are sent as its `reduction`; None: as float32, or float64.
+      precision: parameters are its `parameter`, gradients are sent as its `reduction`; None: any, and as float32, or
+        float64.
       loss_scale: `value_and_grad` multiplies the loss by it, and a step with a gradient that is not finite, on any
         device, changes nothing but the scale. Gradients of your own are those of `state.loss_scale.scale` · loss.
       implementation: of the reduce-scatters of leaves alone: "xla" one collective, or "ring", transfers from neighbour
@@ -271,7 +272,7 @@ def gradient_reduction(
 
 
 def _axes(argument: str, given: Any) -> tuple[str, ...]:
-    axes = (given,) if isinstance(given, str) else tuple(given)
+    axes = (given,) if isinstance(given, str) or not isinstance(given, Sequence) else tuple(given)
     if not axes or len(set(axes)) < len(axes) or not all(isinstance(one, str) for one in axes):
         raise ValueError(f"{_NAME}: {argument} must be a mesh axis or several different ones, got {given!r}")
     return axes
@@ -364,6 +365,11 @@ def _leaves(how: _How, params: Any) -> _Leaves:
         _Leaf(path, x.shape, x.dtype, frozenset(jax.typeof(x).mat.varying))
         for path, x in zip(named.paths, named.arrays, strict=True)
     ]
+    for one in every:
+        if how.precision is not None and one.dtype != how.precision.parameter:
+            raise TypeError(
+                f"{_NAME}: {one.path} must be {how.precision.parameter}, the precision's parameter, got {one.dtype}"
+            )
     for one in every if how.zero == 3 else ():
         if one.size > how.small and not one.split & set(how.axes):
             raise ValueError(
@@ -739,7 +745,9 @@ def _value_and_grad(how: _How, loss: Callable, micro_batches: int, has_aux: bool
     else:
 
         def add_shards(carry: Gradients, batch):
-            (_, kept), grads = differentiated(local, *batch)
+            # Else the compiler gathers parameters once, before the loop, and keeps the whole of them.
+            params, batch = lax.optimization_barrier((local, batch)) if how.zero == 3 else (local, batch)
+            (_, kept), grads = differentiated(params, *batch)
             new = reduced(_given(grads, leaves), state._replace(error=_tree(leaves, groups, carry.error)), factor)
             return Gradients(tuple(map(jnp.add, carry.shards, new.shards)), new.error), kept
 

@@ -12,13 +12,16 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxops
 import sharding
+import sharding.nn
 from jaxops import optim
+from jaxops.nn import RMSNorm
 from jaxops.workbench.collectives import collectives
 from tests.compare import error
 from tests.sharding.traffic import compiled, sent
@@ -95,7 +98,7 @@ def on_one_device():
     def step(params, state, tokens):
         value, grads = jax.value_and_grad(loss)(params, tokens)
         params, state = ADAMW.apply(params, grads, state)
-        return params, state, value, optax.global_norm(grads)
+        return params, state, value, optax.tree.norm(grads)
 
     params, state, found = parameters(), ADAMW.init(parameters()), []
     for i in range(STEPS):
@@ -163,7 +166,7 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 CASES = {  # mesh, its kind, options
     "1, data 8": (dict(data=8), EXPLICIT, dict(zero=1, micro_batches=2)),
     "2, data 4 tensor 2": (dict(data=4, tensor=2), AUTO, dict(zero=2, micro_batches=2)),
-    "3, fsdp 4 tensor 2": (dict(fsdp=4, tensor=2), EXPLICIT, dict(zero=3, axis="fsdp", layer=True)),
+    "3, fsdp 4 tensor 2": (dict(fsdp=4, tensor=2), EXPLICIT, dict(zero=3, axis="fsdp", layer=True, micro_batches=2)),
     "1, tensor left to XLA": (dict(data=4, tensor=2), AUTO, dict(zero=1, by_hand=False)),
     "0, data 8": (dict(data=8), AUTO, dict(zero=0)),
     "3, data 2 fsdp 2 tensor 2, over fsdp": (
@@ -196,7 +199,8 @@ def textbook(training, axis, zero, micro_batches, layer):
         return {("all-reduce", names): total["shards"] + total["bucket"]}
     times = micro_batches if zero >= 2 else 1
     scattered = times * (total["shards"] + bucket)
-    gathered = bucket + (total["shards"] if zero < 3 else times * total["shards"] + (total["layers"] if layer else 0))
+    again = total["layers"] if layer else 0  # by the backward
+    gathered = bucket + (total["shards"] if zero < 3 else times * (total["shards"] + again))
     return {("reduce-scatter", names): scattered, ("all-gather", names): gathered}
 
 
@@ -300,6 +304,70 @@ def test_parts_of_a_sum_are_not_averaged():
     same(got, plainly(OPTIMIZERS["sgd"], 1, of=np.sum))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["its part's mean", "the mean of all"])
+def test_the_loss_may_be_the_mean_of_all(whole):
+    """Of what `value_and_grad` differentiates; after `jax.lax.pmean` every device has the same. And an aux."""
+    reduction, mesh = sharding.gradient_reduction(OPTIMIZERS["sgd"], zero=2, small=64), sharding.make_mesh(data=8)
+
+    def loss(params, x):
+        mean = jnp.mean(sum(jnp.sum(jnp.sin(p)) for p in params.values()) * x)
+        return (lax.pmean(mean, "data"), {"rows": lax.psum(jnp.sum(x), "data")}) if whole else mean
+
+    def step(params, x):
+        state = reduction.init(params)
+        value, grads = reduction.value_and_grad(loss, micro_batches=2, has_aux=whole)(params, state, x)
+        return value, reduction.apply(params, grads, state)[0]
+
+    x = np.arange(16, dtype=np.float32) - 3
+    value, got = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(tree(0), x)
+    mean = x.mean()
+    if whole:
+        value, aux = value
+        np.testing.assert_allclose(aux["rows"], [x[0::2].sum(), x[1::2].sum()])
+    assert error(value, mean * sum(np.sin(p).sum(dtype=np.float64) for p in tree(0).values())) < 1e-5
+    same(got, {name: p - mean * np.cos(p) for name, p in tree(0).items()})
+
+
+class Model(nnx.Module):
+    """Split over "tensor" in sequence and features; its loss is the mean over all devices."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = sharding.nn.VocabParallelEmbed(VOCAB, WIDTH, sequence=True, rngs=rngs)
+        self.block = sharding.nn.ParallelTransformerBlock(8, WIDTH, HIDDEN, sequence=True, is_causal=True, rngs=rngs)
+        self.norm = RMSNorm(WIDTH, rngs=rngs)
+
+    def loss(self, tokens):
+        x, weight = self.norm(self.block(self.embed(tokens[:, :-1]))), self.embed.embedding[...].T
+        return sharding.vocab_parallel_cross_entropy(x, weight, tokens[:, 1:], sequence=True, axis_names="data")
+
+
+@SLOW
+def test_a_model_of_flax_layers():
+    mesh = sharding.make_mesh(data=2, tensor=4)
+    graph, state = nnx.split(Model())
+    specs, params = nnx.get_partition_spec(state), sharding.shard(state, mesh)
+    reduction = sharding.gradient_reduction(OPTIMIZERS["adamw"], small=64)
+
+    def step(params, tokens):
+        state = reduction.init(params)
+        loss = lambda params, tokens: nnx.merge(graph, params).loss(tokens)
+        value, grads = reduction.value_and_grad(loss)(params, state, tokens)
+        return value, reduction.apply(params, grads, state)[0]
+
+    def loss(params, tokens):
+        return nnx.merge(graph, jax.tree.map(lambda p: sharding.copy(p, "data"), params)).loss(tokens)
+
+    over = functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, P("data")))
+    value, got = jax.jit(over(step, out_specs=(P(), specs)))(params, TOKENS[0])
+    expected, grads = jax.jit(jax.value_and_grad(over(loss, out_specs=P())))(params, TOKENS[0])
+    optimizer, (start, grads) = OPTIMIZERS["adamw"], jax.device_get((params, grads))
+    want, _ = optimizer.apply(start, grads, optimizer.init(start))
+    assert error(value, expected) < 1e-6
+    for a, b in zip(jax.tree.leaves(jax.device_get(got)), jax.tree.leaves(want), strict=True):
+        assert error(a, b) < 1e-5
+
+
 def test_where_optax_goes():
     chained = optax.chain(optax.scale(2.0), sharding.gradient_reduction(optim.sgd(1.0)))
     mesh = sharding.make_mesh(data=8)
@@ -353,7 +421,9 @@ def test_buckets_have_a_largest_size(monkeypatch):
 SCALE = sharding.LossScale(initial=1024.0, growth_interval=3)
 
 
-@pytest.mark.parametrize("options", [dict(zero=1), dict(zero=2, compression="int8"), dict(zero=0)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(zero=1), dict(zero=2, compression="int8"), pytest.param(dict(zero=0), marks=SLOW)], ids=str
+)
 def test_one_device_without_a_finite_gradient_and_no_device_steps(options):
     """Gradients are those of the scaled loss. A step with an inf on device 5 changes nothing but the scale."""
     run = steps_of(OPTIMIZERS["adamw"], loss_scale=SCALE, **options)
@@ -545,8 +615,12 @@ def test_memory_falls_with_the_devices(devices):
     assert saved == pytest.approx(WHOLE * (1 - 1 / devices), abs=3 * WHOLE / LEAVES), needed
 
 
-def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
-    """Saved on 8 devices with zero=2, read on 2 × 2 with zero=3 over one axis of two, and on 4 with zero=1."""
+OTHERS = (dict(data=2, fsdp=2), ("data", "fsdp"), dict(zero=3, over="fsdp")), (dict(data=4), "data", dict(zero=1))
+
+
+@pytest.mark.parametrize("other", [OTHERS[0], pytest.param(OTHERS[1], marks=SLOW)], ids=str)
+def test_a_checkpoint_goes_on_on_another_mesh(other, tmp_path):
+    """Saved on 8 devices with zero=2, read on 2 × 2 with zero=3 over one axis of two, or on 4 with zero=1."""
     optimizer, shapes = OPTIMIZERS["adamw"], {"a": (16, 24), "b": (5, 4, 64), "c": (40,), "d": ()}
     random = np.random.default_rng(3)
     arrays = lambda *lead: {k: random.standard_normal((*lead, *s)).astype(np.float32) for k, s in shapes.items()}
@@ -593,18 +667,14 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
     for g in gradients[2:]:
         p, s = step(p, s, g)
 
-    four = dict(devices=jax.devices()[:4])
-    for mesh, axis, options in (
-        (sharding.make_mesh(data=2, fsdp=2, **four), ("data", "fsdp"), dict(zero=3, over="fsdp")),
-        (sharding.make_mesh(data=4, **four), "data", dict(zero=1)),
-    ):
-        step, _, _, target = on(mesh, axis, **options)
-        with ocp.StandardCheckpointer() as checkpointer:
-            p2, s2 = checkpointer.restore(tmp_path / "saved", target)
-        for g in gradients[2:]:
-            p2, s2 = step(p2, s2, g)
-        same(jax.device_get(p2), jax.device_get(p), 1e-5)
-        assert int(s2.optimizer.count) == 4 and int(s2.loss_scale.good) == 1
+    sizes, axis, options = other
+    step, _, _, target = on(sharding.make_mesh(**sizes, devices=jax.devices()[:4]), axis, **options)
+    with ocp.StandardCheckpointer() as checkpointer:
+        p2, s2 = checkpointer.restore(tmp_path / "saved", target)
+    for g in gradients[2:]:
+        p2, s2 = step(p2, s2, g)
+    same(jax.device_get(p2), jax.device_get(p), 1e-5)
+    assert int(s2.optimizer.count) == 4 and int(s2.loss_scale.good) == 1
 
 
 # ---- what it refuses -----------------------------------------------------------------------------------------------
@@ -636,6 +706,10 @@ BAD = {
         optax.adam(1e-3)
     ),
     "axis must be a mesh axis or several different ones, got \\('data', 'data'\\)": lambda: make(axis=("data", "data")),
+    "axis must be a mesh axis or several different ones, got 3": lambda: make(axis=3),
+    r"params\['b'\] must be bfloat16, the precision's parameter, got float32": lambda: inside(
+        make(precision=sharding.Precision(parameter=jnp.bfloat16)).init
+    ),
     "zero must be 0, 1, 2 or 3, got 4": lambda: make(zero=4),
     "reduce must be 'mean' or 'sum', got 'max'": lambda: make(reduce="max"),
     "compression must be None or one of .*got 'int4'": lambda: make(compression="int4"),

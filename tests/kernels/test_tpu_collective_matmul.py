@@ -148,8 +148,9 @@ def test_equal_to_the_product_of_whole_arrays(case):
         no_worse(form.__name__, y, like, oracle, dtype)
 
 
-# Of 8 devices each receives more often than it has slots. A device that is late must not be written to. On one core the
-# permits of `scatter` could be left out: what arrives on the other way says as much.
+# Of 8 devices each receives more often than it has slots. On one core the permits of `scatter` could be left out: what
+# arrives on the other way says as much. A device that is late must not be written to; two cores compile their kernel
+# before they run it, so that there no device can be relied on to be late.
 FAULTS = [
     (gather, "arrival", "v5e", "on_wait", 4, None),
     (gather, "arrival", "v5p", "eager", 4, None),

@@ -144,7 +144,7 @@ def _chosen(name, axis, implementation, precision, xs, ws, rows) -> _Ring:
     chip, reason = _chip()
     reason = reason or kernels.unsupported(xs, ws, precision)
     if chip is not None and len(order) > 1:
-        reason = reason or kernels.no_gain(chip, rows, ws)
+        reason = reason or kernels.no_gain(chip, rows, ws, scattered=name == "matmul_reduce_scatter")
     choice = dispatch.choose(order, reason)
     if choice.implementation is None:
         raise ValueError(f"{name}: implementation 'pallas' was asked for, but {reason}")

@@ -34,7 +34,7 @@ f32 = jnp.float32
 ROWS = 16  # sublanes of a register of bfloat16
 SLOTS = 3  # a neighbour may be a step behind and still have one that is free
 PIECES = 8  # of half of a shard, at most
-PROVED = ("v5e", "v5p")
+LINKS = {"v5p": 90e9}  # bytes/s of a link in one direction, of the chips on which the kernels' schedules are the faster
 SLACK = 8 << 20  # VMEM left to the compiler for what does not stay in registers
 LEAST = 512  # rows, columns: below it the start and the end of each product take too much of its time
 _CORE = "core"
@@ -403,13 +403,19 @@ def unsupported(xs: Sequence, ws: Sequence, precision: Any) -> str | None:
     return matrix_unit.unsupported(first.dtype, precision)
 
 
-def no_gain(chip: chips.Chip, rows: int, ws: Sequence) -> str | None:
-    """Why a ring of a shard of `rows` is not known to gain by the kernels, or None."""
-    if chip.name not in PROVED:
-        return f"the schedules of the kernels were read for {' and '.join(PROVED)}, not for {chip.name}"
-    columns = min(w.shape[1] for w in ws)
-    if rows < 2 * LEAST or min(ws[0].shape[0], columns) < LEAST:
-        return f"a shard of {rows} rows, {ws[0].shape[0]} × {columns} weights, is less than two tiles of {LEAST}"
+def no_gain(chip: chips.Chip, rows: int, ws: Sequence, *, scattered: bool) -> str | None:
+    """Why the kernels are not known to be faster than a ring in XLA, for a shard of `rows`, or None.
+
+    XLA often puts the product of one half beside the transfer of a half: where that is long enough, nothing is gained.
+    """
+    if chip.name not in LINKS:
+        return f"the kernels are known to gain on {', '.join(LINKS)}, not on {chip.name}"
+    k, columns = ws[0].shape[0], sum(w.shape[1] for w in ws)
+    if rows < 2 * LEAST or min(k, columns) < LEAST:
+        return f"a shard of {rows} rows and weights of {k} × {columns} are less than two tiles of {LEAST}"
+    work, enough = k if scattered else columns, chip.flops * ws[0].dtype.itemsize / 2 / LINKS[chip.name]
+    if work > enough:
+        return f"XLA has {work} products to hide each number behind that is sent, and {enough:.0f} are enough"
     return None
 
 

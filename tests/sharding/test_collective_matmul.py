@@ -173,7 +173,7 @@ def test_a_kernel_serves_where_the_mesh_is_of_a_chip_that_gains_by_it(name):
 
 
 @pytest.mark.parametrize(
-    "call", [dict(chip="v6e"), dict(chip=None), dict(chip="v5p", rows=64), dict(chip="v5p", dtype="float16")], ids=str
+    "call", [dict(chip="v5e"), dict(chip=None), dict(chip="v5p", rows=64), dict(chip="v5p", dtype="float16")], ids=str
 )
 def test_elsewhere_xla_serves(call):
     program = on(**call)

@@ -188,8 +188,10 @@ def chained(x, w, implementation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v5p"])
-@pytest.mark.parametrize("transform", ["vmap", "forward mode", "checkpoint", "forward over reverse"])
+@pytest.mark.parametrize(
+    "transform, chip",
+    [("forward mode", "v5e"), ("forward over reverse", "v5e"), ("vmap", "v5e")],
+)
 def test_transforms_of_the_kernels(transform, chip):
     """Interpreted, on a mesh that says it is of TPUs."""
     mesh = sharding.make_mesh(data=2, tensor=4)

@@ -181,7 +181,7 @@ CASES = {  # mesh, its kind, options
     "3, data 8": (dict(data=8), AUTO, dict(zero=3, micro_batches=2)),
     "3, data 4 tensor 2": (dict(data=4, tensor=2), AUTO, dict(zero=3)),
 }
-FURTHER = tuple(CASES)[4:]
+FURTHER = tuple(CASES)[3:]
 
 
 def textbook(training, axis, zero, micro_batches, layer):
@@ -284,7 +284,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name == "momentum" else ()) for name in OPTIMIZERS])
 @pytest.mark.parametrize("by", [by_apply, pytest.param(by_update, marks=SLOW)])
 def test_every_optimizer_by_both_faces(name, by):
     """ "sgd" of one step at rate 1 are the gradients themselves."""

@@ -1,8 +1,8 @@
 """The GPT on a mesh of data × fsdp × tensor × pipeline devices: where its arrays lie, its loss and its gradients.
 
 Along tensor the layers are those of `sharding.nn`, with the stream split by rows; along pipeline the blocks are stages;
-along fsdp every array is split, and gathered where it is used. One `jax.shard_map` is around it all, so that every
-operator sees the part of one device and may run as a kernel.
+along fsdp every array is split, and gathered where it is used (with a pipeline, once in a step). One `jax.shard_map` is
+around it all, so that every operator sees the part of one device and may run as a kernel.
 
 A checkpoint holds the parameters layer by layer, whatever the mesh. On a pipeline the blocks are one tree of arrays
 [chunks, stages, layers of a stage, …] while they are trained: `Parallel.stacked` and `Parallel.layered` go to and fro.
@@ -126,15 +126,17 @@ class Parallel:
 
         def pipelined(parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
             function = sharding.pipeline_value_and_grad(self._layers, self._loss, self.table, embed_fn=self._embed)
-            blocks, shared = _parts(parameters)
-            loss, (blocks, shared) = function(blocks, shared, windows[:, :-1], windows[:, 1:])
-            return loss, _whole(blocks, shared)
+            own = _parts(jax.tree.map(self._own, parameters, specs))
+            loss, gradient = function(*own, windows[:, :-1], windows[:, 1:])
+            return loss, jax.tree.map(self._summed, _whole(*gradient), specs)
 
         def whole(parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
             # A gradient of every device's own, and one sum of it over the batch: not one for each use of a parameter.
-            own = jax.tree.map(lambda w: lax.pcast(w, _missing(w), to="varying") if _missing(w) else w, parameters)
+            missing = jax.tree.map(self._missing, parameters)
+            own = jax.tree.map(lambda w, axes: lax.pcast(w, axes, to="varying") if axes else w, parameters, missing)
             (_, loss), gradient = jax.value_and_grad(self._local_loss, has_aux=True)(own, windows)
-            gradient = jax.tree.map(lambda g, w: _sum(g, _missing(w)) / self._copies, gradient, parameters)
+            gradient = jax.tree.map(lambda g, axes: lax.psum(g, axes) if axes else g, gradient, missing)
+            gradient = jax.tree.map(lambda g: g / self._copies, gradient)
             return lax.pmean(loss, BATCH), gradient
 
         local = whole if self.table is None else pipelined
@@ -150,7 +152,8 @@ class Parallel:
             if self.table is None:
                 return lax.pmean(self._local_loss(parameters, windows)[1], BATCH)
             function = sharding.pipeline_value(self._layers, self._loss, self.table, embed_fn=self._embed)
-            return function(*_parts(parameters), windows[:, :-1], windows[:, 1:])
+            own = _parts(jax.tree.map(self._own, parameters, specs))
+            return function(*own, windows[:, :-1], windows[:, 1:])
 
         specs = self.specs(parameters)
         return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, P(BATCH)), out_specs=P())(parameters, windows)
@@ -168,6 +171,26 @@ class Parallel:
         loss = self._loss(shared, x, windows[:, 1:])
         return loss + penalty, loss
 
+    def _missing(self, x: jax.Array) -> "_Axes":
+        """The axes of the batch and of the layers along which x is the same."""
+        axes = (*BATCH, "tensor") if self._split else BATCH
+        return _Axes(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
+
+    def _own(self, w: jax.Array, spec: P) -> jax.Array:
+        """A parameter for the pipeline: whole along fsdp, once for all micro-batches, and the device's own copy.
+
+        Within the phases only the stream is sent, each time after the last: what the devices of a stage send
+        independently of each other, virtual devices of a CPU may confuse.
+        """
+        w = sharding.all_gather(w, "fsdp", spec.index("fsdp")) if "fsdp" in spec else w
+        return sharding.copy(w, "tensor") if self._split else w
+
+    def _summed(self, gradient: jax.Array, spec: P) -> jax.Array:
+        """The gradient of a parameter from that of `_own`."""
+        if self._split and "tensor" not in spec:
+            gradient = lax.psum(gradient, "tensor")
+        return sharding.reduce_scatter(gradient, "fsdp", spec.index("fsdp")) if "fsdp" in spec else gradient
+
     def _embed(self, shared: Tree, tokens: jax.Array) -> jax.Array:
         return self._ends(shared).embed(tokens)
 
@@ -182,7 +205,7 @@ class Parallel:
     def _block(self, parameters: Tree, x: jax.Array) -> tuple[jax.Array, jax.Array | float]:
         """(x, the losses of the router) after a block."""
         graph, specs = self._block_graph
-        block = nnx.merge(graph, _gathered(parameters, specs))
+        block = nnx.merge(graph, parameters if self.table else _gathered(parameters, specs))
         if not self.config.experts:
             return block(x), 0.0
         if not self._split:
@@ -242,7 +265,7 @@ class Parallel:
 
     def _ends(self, shared: Tree) -> GPT:
         graph, specs = self._ends_graph
-        return nnx.merge(graph, _gathered(shared, specs))
+        return nnx.merge(graph, shared if self.table else _gathered(shared, specs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,6 +357,10 @@ def misfit(config: Config, batch: int, sizes: Mapping[str, int], table: sharding
     return None
 
 
+class _Axes(tuple):
+    """Names of mesh axes, one leaf of a tree."""
+
+
 def _is_parameters(tree: Any) -> bool:
     return isinstance(tree, nnx.State) and "blocks" in tree
 
@@ -361,12 +388,3 @@ def _gathered(parameters: Tree, specs: Sequence[P]) -> Tree:
         for leaf, spec in zip(leaves, specs, strict=True)
     ]
     return jax.tree.unflatten(tree, whole)
-
-
-def _missing(x: jax.Array) -> tuple[str, ...]:
-    """The axes of the batch along which x is the same."""
-    return tuple(axis for axis in BATCH if axis not in jax.typeof(x).mat.varying)
-
-
-def _sum(gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return lax.psum(gradient, axes) if axes else gradient

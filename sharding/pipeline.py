@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 from jax.interpreters import partial_eval
 
 from sharding import collectives, schedules
@@ -58,7 +58,8 @@ def pipeline_value_and_grad(
 
     Args:
       stage_fn: (parameters of a virtual stage, x, `Place`) ↦ y, of x's shapes and dtypes. It may use collectives over
-        other axes than `axis`. `Layers` makes one of layers.
+        other axes than `axis`, but `ppermute`, in which the devices of other stages would take part (they are in other
+        phases): no `overlap=True`. `Layers` makes one of layers.
       loss_fn: (shared, y of the last stage, targets of a micro-batch) ↦ scalar, the mean over the micro-batch.
       table: what `schedules.schedule` gives; its stages are the devices along `axis`.
       embed_fn: (shared, inputs of a micro-batch) ↦ x, a tree of floating arrays; None: inputs are x. It runs in the
@@ -75,8 +76,9 @@ def pipeline_value_and_grad(
     those of parameters that are the same along a data axis are summed over it once, at the end.
 
     Raises, while tracing, `ValueError` if no `jax.shard_map` is over `axis`, its size is not the table's stages, leaves
-    do not begin with [chunks, 1], the micro-batches do not divide the batch, y is not like x, or the loss is no scalar
-    or differs along an axis that is not of the data; `TypeError` if parameters or x are not floating.
+    do not begin with [chunks, 1], the micro-batches do not divide the batch, y is not like x, a function sends by
+    `ppermute`, or the loss is no scalar or differs along an axis that is not of the data; `TypeError` if parameters or
+    x are not floating.
     """
 
     def value_and_grad(stages: Tree, shared: Tree, inputs: Tree, targets: Tree) -> tuple[jax.Array, tuple[Tree, Tree]]:
@@ -602,14 +604,15 @@ def _activation(
 ) -> tuple[Tree, list[frozenset]]:
     """Zeros like what goes from stage to stage, and the axes over which each leaf varies."""
     where = "pipeline_value_and_grad: "
-    x = _types(lambda: embed_fn(shared, _at(inputs, 0)))
+    x = _types("embed_fn", lambda: embed_fn(shared, _at(inputs, 0)), axes[0])
     for leaf in jax.tree.leaves(x):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{where}what embed_fn returns (inputs without it) must be floating, got {leaf.dtype}")
     places = jax.tree.map(lambda a: frozenset(a.mat.varying) | set(axes), x)
     for _ in range(2):  # a stage may give what varies over more axes, as shards of a sequence do
         zeros = jax.tree.map(lambda a, place: _zeros(a.shape, a.dtype, place), x, places)
-        y = _types(lambda: stage_fn(_at(stages, 0), zeros, Place(*[lax.axis_index(axes[0])] * 2)))
+        place = Place(*[lax.axis_index(axes[0])] * 2)
+        y = _types("stage_fn", lambda: stage_fn(_at(stages, 0), zeros, place), axes[0])
         described = [(jax.tree.structure(t), [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(t)]) for t in (x, y)]
         if described[0] != described[1]:
             raise ValueError(
@@ -623,7 +626,7 @@ def _activation(
 
 def _loss_type(loss: Callable, axes: Sequence[str]) -> Any:
     """The dtype of sums of the loss, which is checked."""
-    value = _types(loss)
+    value = _types("loss_fn", loss, axes[0])
     if not hasattr(value, "shape") or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"pipeline_value_and_grad: loss_fn must return a floating scalar, got {value}")
     if more := sorted(set(value.mat.varying) - set(axes)):
@@ -639,10 +642,21 @@ def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _types(function: Callable) -> Tree:
-    """The types of what the function returns, with the axes over which it varies."""
+def _types(name: str, function: Callable, axis: str) -> Tree:
+    """The types of what the function returns, with the axes over which it varies. Refuses what a phase cannot send."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)()
+    if lax.axis_size(axis) > 1 and "ppermute" in _primitives(jaxpr.jaxpr):
+        raise ValueError(
+            f"pipeline_value_and_grad: {name} must send by collectives of groups (psum, all_gather, psum_scatter, "
+            "all_to_all), got jax.lax.ppermute, as overlap=True of the tensor-parallel functions makes it: all devices "
+            "of the mesh take part in one, and those of other stages are in other phases"
+        )
     return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+    names = {eqn.primitive.name for eqn in jaxpr.eqns}
+    return names.union(*(_primitives(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)))
 
 
 def _at(tree: Tree, i: Any) -> Tree:

@@ -522,6 +522,19 @@ def run(*, mesh=None, layers=None, batch=8, shared=None, specs=STAGES, **changes
             ValueError,
             "loss_fn must return the same on every device .* varies over 'tensor'",
         ),
+        (
+            dict(
+                mesh=mesh_of(data=1, pipeline=2, tensor=2),
+                loss=lambda shared, y, t: lax.pmean(
+                    jax.jit(lambda x: lax.ppermute(x, "tensor", [(0, 1), (1, 0)]))(
+                        lax.pcast(y, "tensor", to="varying")
+                    ),
+                    "tensor",
+                ).mean(),
+            ),
+            ValueError,
+            "loss_fn must send by collectives of groups .* got jax.lax.ppermute",
+        ),
     ],
 )
 def test_bad_input_is_named(changes, kind, message):

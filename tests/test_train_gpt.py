@@ -327,7 +327,7 @@ def test_a_pipeline_gives_the_same_losses_and_goes_on_on_another_mesh(book, unbr
         "8 cpu devices as data=2,tensor=2,pipeline=2",
         "zero_bubble, 2 micro-batches on 2 stages, 14% of the cells idle; a CPU sends nothing beside work",
         "│ pipeline │ 14 collective-permute,",
-        "│ tensor │ 12 reduce-scatter, 12 all-gather,",  # for 2 micro-batches: 2 in a layer, 1 of the embedding, both ways
+        "│ tensor │ 12 reduce-scatter, 12 all-gather,",  # 6 for each of 2 micro-batches
     ):
         assert expected in printed
     same_losses(out, unbroken[0])

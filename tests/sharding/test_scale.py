@@ -40,6 +40,6 @@ def losses(mesh, micro_batches):
 def test_eight_devices_train_as_one_does():
     alone = losses(dict(data=1, fsdp=1, tensor=1, pipeline=1), 8)
     assert alone[2] < alone[1] < alone[0]
-    # Not fsdp with a pipeline: virtual CPU devices may confuse collectives of one phase that do not wait for each other.
+    # No fsdp with a pipeline: virtual CPU devices may confuse collectives of a phase that do not wait for each other.
     np.testing.assert_allclose(losses(dict(data=2, fsdp=1, tensor=2, pipeline=2), 4), alone, rtol=1e-2)
     np.testing.assert_allclose(losses(dict(data=2, fsdp=2, tensor=2, pipeline=1), 2), alone, rtol=1e-2)

@@ -39,12 +39,13 @@ docs: $(VENV)/installed  ## build the documentation into site/
 clean:  ## remove everything that was generated
 	rm -rf $(VENV) $(COMPILERS) build dist site out *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
+# Of all that is installed Python compiles what is imported, when it is: --no-compile.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@sh tools/create_venv.sh $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,test,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[cli,test,docs]'
 	@touch $@
 
 $(COMPILERS)/installed: pyproject.toml constraints.txt
 	@sh tools/create_venv.sh $(COMPILERS)
-	$(COMPILERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli,verify,tpu-compile,gpu-compile]'
+	$(COMPILERS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[cli,verify,tpu-compile,gpu-compile]'
 	@touch $@

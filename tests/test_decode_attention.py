@@ -75,7 +75,8 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("quantised", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantised", [False, True])
 def test_transforms(quantised):
     operands = operands_of((8, 2, 300, 4, 2, 8), sinks=True, quantised=quantised)
     operands = {n: np.nan_to_num(x) if np.issubdtype(x.dtype, np.floating) else x for n, x in operands.items()}

@@ -52,7 +52,15 @@ def _public(module) -> dict:
     }
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if any(b[0] == "python" for b in _blocks(p))], ids=_name)
+LONG = ("nn.md", "pipeline.md", "sharding.md", "gradient_reduction.md")  # and those of single operators
+RUN = [
+    pytest.param(p, marks=pytest.mark.slow) if p.parent.name == "operators" or p.name in LONG else p
+    for p in PAGES
+    if any(block[0] == "python" for block in _blocks(p))
+]
+
+
+@pytest.mark.parametrize("path", RUN, ids=_name)
 def test_python_runs_and_prints_what_follows_it(path):
     namespace = {"__name__": "__main__"}
     blocks = _blocks(path)

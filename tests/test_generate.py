@@ -46,6 +46,7 @@ def test_greedy_is_the_model_without_a_cache(trained, capsys, more):
     assert "tokens/s" in printed and "paged_attention" in printed
 
 
+@pytest.mark.slow
 def test_the_check_can_fail(trained, capsys, monkeypatch):
     right = generate.jaxops.paged_attention
     # Every sequence sees half of its keys.

@@ -111,6 +111,7 @@ def test_the_layer_against_a_loop_over_experts(top_k, normalize):
         assert error(a, b) < 1e-5
 
 
+@pytest.mark.slow
 def test_linen_is_nnx_and_bfloat16_stays():
     moe = jaxops.nn.MoE(WIDTH, HIDDEN, EXPERTS, rngs=nnx.Rngs(0))
     x = data(2, 17, WIDTH)

@@ -55,6 +55,7 @@ def test_four_files_in_a_new_package(folder):
         assert "new_operator" not in text and "NewOperator" not in text and "new_package" not in text
 
 
+@pytest.mark.slow
 def test_verify_proves_it(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "140")

@@ -86,7 +86,11 @@ def error(got, exact):
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "float32") for name in CASES), ("adamw, all options", "bfloat16"), ("lion", "bfloat16")],
+    [
+        *((name, "float32") for name in CASES),
+        pytest.param("adamw, all options", "bfloat16", marks=pytest.mark.slow),
+        ("lion", "bfloat16"),
+    ],
 )
 def test_twenty_steps_against_float64_and_optax(name, dtype):
     ours, theirs = CASES[name]

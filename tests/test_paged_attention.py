@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-FURTHER = ("decoding", "a page for each", "window")
+FURTHER = ("decoding", "decoding a few", "a page for each", "window", "odd pages")
 
 
 @pytest.mark.optimized
@@ -76,6 +76,7 @@ def test_values_and_gradients(name):
     check(called, reference, operands, differentiable=given(operands), dtype=dtype, transforms=(), **static)
 
 
+@pytest.mark.slow
 def test_transforms():
     """Those over devices are left out: tokens of one sequence and its pages belong together, no axis can be split."""
     operands = operands_of([1, 18, 4], [40, 18, 12], 8, size=8)

@@ -174,9 +174,8 @@ def ended(job):
     return [(process.returncode, *one) for process, one in zip(job, told, strict=True)]
 
 
-@pytest.mark.parametrize(
-    "count, mesh", [(2, "data=2"), pytest.param(4, "data=2,tensor=2,pipeline=2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("count, mesh", [(2, "data=2"), (4, "data=2,tensor=2,pipeline=2")])
 def test_several_processes_are_one(book, unbroken, compiled_once, tmp_path, count, mesh):
     results = ended(together(book, tmp_path / "run", count, mesh, compiled_once))
     assert [code for code, *_ in results] == [0] * count, results
@@ -283,7 +282,7 @@ def test_wrong_arguments_on_ray(capsys):
     assert not ray.is_initialized()
 
 
-@pytest.mark.parametrize("step", [3, 8])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 8])
 def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypatch, capsys, step):
     def write(lines, line, show):
         if line["step"] == step:
@@ -301,8 +300,7 @@ def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "mesh",
-    ["--devices 1", "--mesh data=2,tensor=2"]
-    + [pytest.param(f"--devices {n}", marks=pytest.mark.slow) for n in (4, 8)],
+    ["--mesh data=2,tensor=2"] + [pytest.param(f"--devices {n}", marks=pytest.mark.slow) for n in (1, 4, 8)],
 )
 def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)

@@ -107,6 +107,7 @@ def test_the_operators_of_the_library(name):
     assert rows and all(row.holds for row in rows), list(map(str, rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dot_product_attention", "linear_cross_entropy", "rms_norm", "softmax"])
 def test_the_library_by_chance(name):
     failure, tried = verify.fuzz(verify.specimen_of(name, [], []), 2, seed=5)

@@ -176,7 +176,7 @@ def expected_of_layers():
 
 
 @pytest.mark.parametrize("sequence", [pytest.param(False, marks=SLOW), True], ids=["stream whole", "sequence"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, marks=SLOW), AxisType.Explicit], ids=str)
 def test_on_whole_arrays_of_a_mesh(kind, sequence):
     mesh = sharding.make_mesh(data=2, tensor=4, axis_types=kind)
     with jax.set_mesh(mesh):

@@ -2,7 +2,8 @@
 
 The step is made of this library: sequence- and tensor-parallel layers, a pipeline, parameters split over `fsdp` and
 gathered layer by layer where they are used, a loss over the split vocabulary, AdamW on float32 parameters with its
-state where they lie. TPU's own compiler says whether it fits the memory of a chip, and which collectives it makes.
+state where they lie. TPU's own compiler says whether it fits the memory of a chip, and which collectives it makes; that
+these run side by side in the phases of the pipeline without waiting for each other for ever, only a TPU could say.
 
 JAX_PLATFORMS=cpu python -m benchmarks.scale [8b 70b 405b]     (with the extra `tpu-compile`; no TPU is used)
 """

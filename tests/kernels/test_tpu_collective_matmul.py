@@ -149,13 +149,13 @@ def test_equal_to_the_product_of_whole_arrays(case):
         no_worse(form.__name__, y, like, oracle, dtype)
 
 
-# Of 8 devices each receives more often than it has slots. On one core the permits of `scatter` could be left out: what
-# arrives on the other way says as much. A device that is late must not be written to; two cores compile their kernel
-# before they run it, so that there no device can be relied on to be late.
+# Of 8 devices each receives more often than it has slots. Permits are left out on two cores: on one, what arrives on
+# the other way says nearly as much (of `scatter` always, of the others it depends on the order of the threads whether a
+# race is found). A device that is late must not be written to; two cores compile their kernel before they run it, so
+# that there no device can be relied on to be late.
 FAULTS = [
     (gather, "arrival", "v5e", "on_wait", 4, None),
     (gather, "arrival", "v5p", "eager", 4, None),
-    (gather, "permit", "v5e", "eager", 8, None),
     (gather, "permit", "v5p", "eager", 8, None),
     (gather, "barrier", "v5e", "eager", 4, 0),
     (scatter, "arrival", "v5e", "eager", 4, None),
@@ -163,7 +163,6 @@ FAULTS = [
     (scatter, "permit", "v5p", "eager", 8, None),
     (scatter, "barrier", "v5e", "eager", 4, 0),
     (accumulate, "arrival", "v5e", "eager", 4, None),
-    (accumulate, "permit", "v5e", "eager", 8, None),
     (accumulate, "permit", "v5p", "eager", 8, None),
 ]
 

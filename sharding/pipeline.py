@@ -83,20 +83,18 @@ def pipeline_value_and_grad(
 
     def value_and_grad(stages: Tree, shared: Tree, inputs: Tree, targets: Tree) -> tuple[jax.Array, tuple[Tree, Tree]]:
         places = jax.tree.map(_varying, (stages, shared))
-        stages, shared, inputs, targets, axes = _prepared(stages, shared, inputs, targets, table, axis)
-        embed = embed_fn or (lambda _, x: x)
-        loss, d_stages, d_shared = _run(stage_fn, loss_fn, embed, table, axis, axes, stages, shared, inputs, targets)
-        count = _terms(table, axes)
+        work = _Work.of(stage_fn, loss_fn, embed_fn, table, axis, stages, shared, inputs, targets)
+        loss, d_stages, d_shared = _run(work)
 
         def total(gradient: jax.Array, like: jax.Array, place: frozenset) -> jax.Array:
             # One that differs along a data axis was gathered by the stage, whose gradient is summed already.
-            missing = tuple(name for name in axes if name not in place)
-            return ((lax.psum(gradient, missing) if missing else gradient) / count).astype(like.dtype)
+            missing = tuple(name for name in work.axes if name not in place)
+            return ((lax.psum(gradient, missing) if missing else gradient) / work.terms).astype(like.dtype)
 
         d_stages = jax.tree.map(lambda g: g[:, None], d_stages)
         d_stages = jax.tree.map(total, d_stages, stages, places[0])
         d_shared = jax.tree.map(total, d_shared, shared, places[1])
-        return lax.psum(loss, axes) / count, (d_stages, d_shared)
+        return lax.psum(loss, work.axes) / work.terms, (d_stages, d_shared)
 
     return value_and_grad
 
@@ -109,40 +107,20 @@ def pipeline_value(
     embed_fn: Callable[[Tree, Tree], Tree] | None = None,
     axis: str = "pipeline",
 ) -> Value:
-    """The loss of `pipeline_value_and_grad` alone, by the forwards of the table: for text that is held out.
+    """loss = mean over i of loss_fn(shared, stage_K(… stage_1(embed_fn(shared, inputs_i))), targets_i), alone.
+
+    For what is held out: the forwards of the table, which keep nothing and have no gradient.
 
         value(stages, shared, inputs, targets) -> loss
 
-    Arguments and errors are those of `pipeline_value_and_grad`. It has no gradient.
+    Arguments, what it raises, and the source are those of `pipeline_value_and_grad`.
     """
 
     def value(stages: Tree, shared: Tree, inputs: Tree, targets: Tree) -> jax.Array:
-        stages, shared, inputs, targets, axes = _prepared(stages, shared, inputs, targets, table, axis)
-        embed = embed_fn or (lambda _, x: x)
-        loss = _run_forwards(stage_fn, loss_fn, embed, table.forwards, axis, axes, stages, shared, inputs, targets)
-        return lax.psum(loss, axes) / _terms(table, axes)
+        work = _Work.of(stage_fn, loss_fn, embed_fn, table, axis, stages, shared, inputs, targets)
+        return lax.psum(_run_forwards(work), work.axes) / work.terms
 
     return value
-
-
-def _prepared(
-    stages: Tree, shared: Tree, inputs: Tree, targets: Tree, table: schedules.Table, axis: str
-) -> tuple[Tree, Tree, Tree, Tree, Sequence[str]]:
-    """The arguments checked, the batch in micro-batches, all varying over the axes of the sum; and these axes."""
-    _check_axis(axis, table)
-    _check_parameters(stages, shared, table, axis)
-    inputs, targets = (_micro_batches(n, t, table, axis) for n, t in (("inputs", inputs), ("targets", targets)))
-    over = {name for leaf in jax.tree.leaves((inputs, targets)) for name in _varying(leaf)} - {axis}
-    axes = (axis, *sorted(over))
-    # What is differentiated varies before it is: the transpose of an implicit cast is a sum over the axis, which
-    # would stand inside a branch that not all devices take, and there they would wait for each other for ever.
-    stages, shared, inputs, targets = (_vary(tree, axes) for tree in (stages, shared, inputs, targets))
-    return jax.tree.map(lambda w: w[:, 0], stages), shared, inputs, targets, axes
-
-
-def _terms(table: schedules.Table, axes: Sequence[str]) -> int:
-    """Of how many losses the loss is the mean: micro-batches, on the devices along every axis but the pipeline's."""
-    return table.micro_batches * int(np.prod([lax.axis_size(name) for name in axes[1:]], dtype=int))
 
 
 # ---- layers of a stage ---------------------------------------------------------------------------------------------
@@ -435,47 +413,127 @@ def _reached(equations: Iterable, start: Iterable) -> set:
 # ---- the program ---------------------------------------------------------------------------------------------------
 
 
-def _run(
-    stage_fn: Callable,
-    loss_fn: Callable,
-    embed_fn: Callable,
-    table: schedules.Table,
-    axis: str,
-    axes: Sequence[str],
-    stages: Tree,
-    shared: Tree,
-    inputs: Tree,
-    targets: Tree,
-) -> tuple[jax.Array, Tree, Tree]:
-    """Sums over this device's micro-batches: the loss and the gradients of stages [chunks, …] and shared."""
-    S, v = table.stages, table.chunks
-    me = lax.axis_index(axis)
-    columns = {name: jnp.asarray(np.asarray(rows, np.int32)) for name, rows in schedules.columns(table).items()}
-    mine = {name: jnp.take(column, me, axis=1) for name, column in columns.items()}
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """One call, its arguments checked: parameters [chunks, …] and micro-batches, all varying over `axes`, the axes that
+    the loss is summed over; the first is the pipeline's."""
 
-    x, places = _activation(stage_fn, embed_fn, stages, shared, inputs, axes)
+    stage_fn: Callable
+    loss_fn: Callable
+    embed_fn: Callable
+    table: schedules.Table
+    axes: tuple[str, ...]
+    stages: Tree
+    shared: Tree
+    inputs: Tree
+    targets: Tree
+
+    @staticmethod
+    def of(
+        stage_fn: Callable,
+        loss_fn: Callable,
+        embed_fn: Callable | None,
+        table: schedules.Table,
+        axis: str,
+        stages: Tree,
+        shared: Tree,
+        inputs: Tree,
+        targets: Tree,
+    ) -> "_Work":
+        _check_axis(axis, table)
+        _check_parameters(stages, shared, table, axis)
+        inputs, targets = (_micro_batches(n, t, table, axis) for n, t in (("inputs", inputs), ("targets", targets)))
+        over = {name for leaf in jax.tree.leaves((inputs, targets)) for name in _varying(leaf)} - {axis}
+        axes = (axis, *sorted(over))
+        # What is differentiated varies before it is: the transpose of an implicit cast is a sum over the axis, which
+        # would stand inside a branch that not all devices take, and there they would wait for each other for ever.
+        stages, shared, inputs, targets = (_vary(tree, axes) for tree in (stages, shared, inputs, targets))
+        stages = jax.tree.map(lambda w: w[:, 0], stages)
+        return _Work(stage_fn, loss_fn, embed_fn or (lambda _, x: x), table, axes, stages, shared, inputs, targets)
+
+    @property
+    def terms(self) -> int:
+        """Of how many losses the loss is the mean: micro-batches on the devices along every axis but the first."""
+        return self.table.micro_batches * int(np.prod([lax.axis_size(name) for name in self.axes[1:]], dtype=int))
+
+    def mine(self, table: schedules.Table) -> dict[str, jax.Array]:
+        """What this device does in every tick of a table."""
+        me = lax.axis_index(self.axes[0])
+        columns = {name: jnp.asarray(np.asarray(rows, np.int32)) for name, rows in schedules.columns(table).items()}
+        return {name: jnp.take(column, me, axis=1) for name, column in columns.items()}
+
+    def place(self, r: Mapping) -> Place:
+        return Place(r["chunk"] * self.table.stages + lax.axis_index(self.axes[0]), r["micro_batch"])
+
+    @property
+    def down(self) -> list[tuple[int, int]]:
+        """From which device to which an activation goes."""
+        S = self.table.stages
+        return [(s, (s + 1) % S) for s in range(S if self.table.chunks > 1 else S - 1)]
+
+    def activation(self) -> tuple[Tree, list[frozenset]]:
+        """Zeros like what goes from stage to stage, and the axes over which each leaf varies."""
+        where = "pipeline_value_and_grad: "
+        x = _types("embed_fn", lambda: self.embed_fn(self.shared, _at(self.inputs, 0)), self.axes[0])
+        for leaf in jax.tree.leaves(x):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(f"{where}what embed_fn returns (inputs without it) must be floating, got {leaf.dtype}")
+        places = jax.tree.map(lambda a: frozenset(a.mat.varying) | set(self.axes), x)
+        for _ in range(2):  # a stage may give what varies over more axes, as shards of a sequence do
+            zeros = jax.tree.map(lambda a, place: _zeros(a.shape, a.dtype, place), x, places)
+            place = Place(*[lax.axis_index(self.axes[0])] * 2)
+            y = _types("stage_fn", lambda: self.stage_fn(_at(self.stages, 0), zeros, place), self.axes[0])
+            described = [
+                (jax.tree.structure(t), [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(t)]) for t in (x, y)
+            ]
+            if described[0] != described[1]:
+                raise ValueError(
+                    f"{where}stage_fn must return what it takes, {described[0][1]} in {described[0][0]}, got "
+                    f"{described[1][1]} in {described[1][0]}"
+                )
+            places = jax.tree.map(lambda place, a: place | set(a.mat.varying), places, y)
+        zeros = jax.tree.map(lambda a, place: _zeros(a.shape, a.dtype, place), x, places)
+        return zeros, [_varying(a) for a in jax.tree.leaves(zeros)]
+
+    def loss_type(self, x: Tree) -> Any:
+        """The dtype of sums of the loss, which is checked."""
+        value = _types("loss_fn", lambda: self.loss_fn(self.shared, x, _at(self.targets, 0)), self.axes[0])
+        if not hasattr(value, "shape") or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"pipeline_value_and_grad: loss_fn must return a floating scalar, got {value}")
+        if more := sorted(set(value.mat.varying) - set(self.axes)):
+            raise ValueError(
+                "pipeline_value_and_grad: loss_fn must return the same on every device of axes over which neither "
+                "inputs nor targets vary (jax.lax.psum or pmean it), got one that varies over "
+                f"{', '.join(map(repr, more))}"
+            )
+        return _wide(value.dtype)
+
+
+def _run(work: _Work) -> tuple[jax.Array, Tree, Tree]:
+    """Sums over this device's micro-batches: the loss and the gradients of stages [chunks, …] and shared."""
+    table, axes, stages, shared = work.table, work.axes, work.stages, work.shared
+    x, places = work.activation()
     like_x = jax.tree.structure(x)
     widened = lambda tree: [_vary(a, over) for a, over in zip(jax.tree.leaves(tree), places, strict=True)]
-    embed = lambda shared, i: widened(embed_fn(shared, _at(inputs, i)))
+    embed = lambda shared, i: widened(work.embed_fn(shared, _at(work.inputs, i)))
+    me = lax.axis_index(axes[0])
     phases = _Phases(
-        lambda w, x, place: widened(stage_fn(w, x, place)), _at(stages, 0), x, Place(me, me), table.has_weights
+        lambda w, x, place: widened(work.stage_fn(w, x, place)), _at(stages, 0), x, Place(me, me), table.has_weights
     )
-
-    loss_type = _loss_type(lambda: loss_fn(shared, x, _at(targets, 0)), axes)
+    loss_type = work.loss_type(x)
 
     def loss_of(shared: Tree, y: list, i: jax.Array) -> jax.Array:
-        return _vary(loss_fn(shared, jax.tree.unflatten(like_x, y), _at(targets, i)).astype(loss_type), axes)
+        loss = work.loss_fn(shared, jax.tree.unflatten(like_x, y), _at(work.targets, i))
+        return _vary(loss.astype(loss_type), axes)
 
     nothing = lambda: _zeros_like(jax.tree.leaves(x))
-    place = lambda r: Place(r["chunk"] * S + me, r["micro_batch"])
-    down = [(s, (s + 1) % S) for s in range(S if v > 1 else S - 1)]
-    up = [(b, a) for a, b in down]
+    down, up = work.down, [(b, a) for a, b in work.down]
 
     def forward(r: Mapping, store: dict) -> tuple[list, dict]:
         arrived = lambda: _at(store["arriving"], r["arriving"])
         x = lax.cond(r["first"] == 1, lambda: embed(shared, r["micro_batch"]), arrived)
         w = jax.tree.leaves(_at(stages, r["chunk"]))
-        y, saved, deferred = phases.forward(w, place(r), x)
+        y, saved, deferred = phases.forward(w, work.place(r), x)
         store = store | {
             "saved": _put(store["saved"], saved, r["saved"]),
             "deferred": _put(store["deferred"], deferred, r["deferred"]),
@@ -492,7 +550,7 @@ def _run(
         w = jax.tree.leaves(_at(stages, r["chunk"]))
         dx, dw, between = phases.backward(
             w,
-            place(r),
+            work.place(r),
             _at(store["saved"], r["saved"]),
             _at(store["deferred"], r["deferred"]),
             _at(store["gradients"], r["gradients"]),
@@ -509,7 +567,7 @@ def _run(
     def weights(r: Mapping, store: dict) -> tuple[list, dict]:
         w = jax.tree.leaves(_at(stages, r["chunk"]))
         deferred, between = _at(store["deferred"], r["deferred"]), _at(store["between"], r["between"])
-        dw = phases.weights(w, place(r), deferred, between)
+        dw = phases.weights(w, work.place(r), deferred, between)
         return nothing(), store | {
             "stages": _add_at(store["stages"], dict(zip(phases.late, dw, strict=True)), r["chunk"])
         }
@@ -518,7 +576,7 @@ def _run(
 
     def tick(carry: tuple[dict, list], r: Mapping) -> tuple[tuple[dict, list], None]:
         store, message = carry
-        exchange = lambda message: [jax.tree.map(lambda a: lax.ppermute(a, axis, to), message) for to in (down, up)]
+        exchange = lambda message: [jax.tree.map(lambda a: lax.ppermute(a, axes[0], to), message) for to in (down, up)]
         # Every device takes part, whatever its branch. With overlap what the last tick made travels while this one's
         # branch runs, which does not read it.
         arriving = exchange(message) if table.overlap else None
@@ -548,45 +606,29 @@ def _run(
         "shared": sums(shared),
         "loss": _zeros((), loss_type, axes),
     }
-    (store, _), _ = lax.scan(tick, (store, nothing()), mine)
+    (store, _), _ = lax.scan(tick, (store, nothing()), work.mine(table))
     return store["loss"], jax.tree.unflatten(jax.tree.structure(stages), store["stages"]), store["shared"]
 
 
-def _run_forwards(
-    stage_fn: Callable,
-    loss_fn: Callable,
-    embed_fn: Callable,
-    table: schedules.Table,
-    axis: str,
-    axes: Sequence[str],
-    stages: Tree,
-    shared: Tree,
-    inputs: Tree,
-    targets: Tree,
-) -> jax.Array:
-    """The sum of the loss over this device's micro-batches, by a table of forwards."""
-    S, v = table.stages, table.chunks
-    me = lax.axis_index(axis)
-    mine = {
-        name: jnp.take(jnp.asarray(np.asarray(rows, np.int32)), me, axis=1)
-        for name, rows in schedules.columns(table).items()
-    }
-    x, places = _activation(stage_fn, embed_fn, stages, shared, inputs, axes)
+def _run_forwards(work: _Work) -> jax.Array:
+    """The sum of the loss over this device's micro-batches, by the table's forwards."""
+    table, axes = work.table.forwards, work.axes
+    x, places = work.activation()
     widened = lambda tree: jax.tree.map(_vary, tree, jax.tree.unflatten(jax.tree.structure(x), places))
-    loss_type = _loss_type(lambda: loss_fn(shared, x, _at(targets, 0)), axes)
-    down = [(s, (s + 1) % S) for s in range(S if v > 1 else S - 1)]
+    loss_type = work.loss_type(x)
 
     def forward(r: Mapping, arriving: Tree, loss: jax.Array) -> tuple[Tree, jax.Array]:
-        i, k = r["micro_batch"], r["chunk"]
+        i = r["micro_batch"]
         arrived = lambda: _at(arriving, r["arriving"])
-        now = lax.cond(r["first"] == 1, lambda: widened(embed_fn(shared, _at(inputs, i))), arrived)
-        y = widened(stage_fn(_at(stages, k), now, Place(k * S + me, i)))
-        with_loss = lambda: loss + _vary(loss_fn(shared, y, _at(targets, i)).astype(loss_type), axes)
-        return y, lax.cond(r["last"] == 1, with_loss, lambda: loss)
+        embedded = lambda: widened(work.embed_fn(work.shared, _at(work.inputs, i)))
+        now = lax.cond(r["first"] == 1, embedded, arrived)
+        y = widened(work.stage_fn(_at(work.stages, r["chunk"]), now, work.place(r)))
+        of_y = lambda: work.loss_fn(work.shared, y, _at(work.targets, i)).astype(loss_type)
+        return y, lax.cond(r["last"] == 1, lambda: loss + _vary(of_y(), axes), lambda: loss)
 
     def tick(carry: tuple[Tree, Tree, jax.Array], r: Mapping) -> tuple[tuple[Tree, Tree, jax.Array], None]:
         arriving, message, loss = carry
-        send = lambda message: jax.tree.map(lambda a: lax.ppermute(a, axis, down), message)
+        send = lambda message: jax.tree.map(lambda a: lax.ppermute(a, axes[0], work.down), message)
         sent = send(message) if table.overlap else None
         idle = lambda r, arriving, loss: (_zeros_like(x), loss)
         message, loss = lax.switch(r["phase"], [idle, forward], r, arriving, loss)
@@ -595,46 +637,8 @@ def _run_forwards(
 
     slots = table.buffers.counts["arriving"] + 1  # the last slot is for what nobody reads
     arriving = jax.tree.map(lambda a: _zeros((slots, *a.shape), a.dtype, _varying(a)), x)
-    (_, _, loss), _ = lax.scan(tick, (arriving, _zeros_like(x), _zeros((), loss_type, axes)), mine)
+    (_, _, loss), _ = lax.scan(tick, (arriving, _zeros_like(x), _zeros((), loss_type, axes)), work.mine(table))
     return loss
-
-
-def _activation(
-    stage_fn: Callable, embed_fn: Callable, stages: Tree, shared: Tree, inputs: Tree, axes: Sequence[str]
-) -> tuple[Tree, list[frozenset]]:
-    """Zeros like what goes from stage to stage, and the axes over which each leaf varies."""
-    where = "pipeline_value_and_grad: "
-    x = _types("embed_fn", lambda: embed_fn(shared, _at(inputs, 0)), axes[0])
-    for leaf in jax.tree.leaves(x):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"{where}what embed_fn returns (inputs without it) must be floating, got {leaf.dtype}")
-    places = jax.tree.map(lambda a: frozenset(a.mat.varying) | set(axes), x)
-    for _ in range(2):  # a stage may give what varies over more axes, as shards of a sequence do
-        zeros = jax.tree.map(lambda a, place: _zeros(a.shape, a.dtype, place), x, places)
-        place = Place(*[lax.axis_index(axes[0])] * 2)
-        y = _types("stage_fn", lambda: stage_fn(_at(stages, 0), zeros, place), axes[0])
-        described = [(jax.tree.structure(t), [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(t)]) for t in (x, y)]
-        if described[0] != described[1]:
-            raise ValueError(
-                f"{where}stage_fn must return what it takes, {described[0][1]} in {described[0][0]}, got "
-                f"{described[1][1]} in {described[1][0]}"
-            )
-        places = jax.tree.map(lambda place, a: place | set(a.mat.varying), places, y)
-    zeros = jax.tree.map(lambda a, place: _zeros(a.shape, a.dtype, place), x, places)
-    return zeros, [_varying(a) for a in jax.tree.leaves(zeros)]
-
-
-def _loss_type(loss: Callable, axes: Sequence[str]) -> Any:
-    """The dtype of sums of the loss, which is checked."""
-    value = _types("loss_fn", loss, axes[0])
-    if not hasattr(value, "shape") or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"pipeline_value_and_grad: loss_fn must return a floating scalar, got {value}")
-    if more := sorted(set(value.mat.varying) - set(axes)):
-        raise ValueError(
-            "pipeline_value_and_grad: loss_fn must return the same on every device of axes over which neither inputs "
-            f"nor targets vary (jax.lax.psum or pmean it), got one that varies over {', '.join(map(repr, more))}"
-        )
-    return _wide(value.dtype)
 
 
 def _wide(dtype: Any) -> Any:

@@ -10,7 +10,7 @@ A checkpoint holds the parameters layer by layer, whatever the mesh. On a pipeli
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,27 +79,31 @@ class Parallel:
 
     def layered(self, tree: Tree) -> Tree:
         """Every tree of parameters inside `tree` layer by layer, as checkpoints have it."""
-        if self.table is None:
-            return tree
-        layers = self._layers
 
-        def of(parameters: nnx.State) -> nnx.State:
-            blocks, rest = _parts(parameters)
-            blocks = layers.join(blocks)
-            return _whole({n: jax.tree.map(lambda w: w[n], blocks) for n in range(self.config.layers)}, rest)
+        def unstacked(blocks: Tree) -> Tree:
+            blocks = self._layers.join(blocks)
+            return {n: jax.tree.map(lambda w: w[n], blocks) for n in range(self.config.layers)}
 
-        return jax.tree.map(lambda x: of(x) if _is_parameters(x) else x, tree, is_leaf=_is_parameters)
+        return self._with_blocks(unstacked, tree)
 
     def stacked(self, tree: Tree) -> Tree:
         """The inverse of `layered`: what is trained."""
+
+        def stacked(blocks: Tree) -> Tree:
+            return self._layers.split(
+                jax.tree.map(lambda *w: jnp.stack(w), *(blocks[n] for n in range(self.config.layers)))
+            )
+
+        return self._with_blocks(stacked, tree)
+
+    def _with_blocks(self, change: Callable[[Tree], Tree], tree: Tree) -> Tree:
+        """The blocks of every tree of parameters inside `tree` changed, if there is a pipeline."""
         if self.table is None:
             return tree
-        layers = self._layers
 
         def of(parameters: nnx.State) -> nnx.State:
             blocks, rest = _parts(parameters)
-            blocks = jax.tree.map(lambda *w: jnp.stack(w), *(blocks[n] for n in range(self.config.layers)))
-            return _whole(layers.split(blocks), rest)
+            return _whole(change(blocks), rest)
 
         return jax.tree.map(lambda x: of(x) if _is_parameters(x) else x, tree, is_leaf=_is_parameters)
 

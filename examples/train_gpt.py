@@ -2,6 +2,7 @@
 
     python examples/train_gpt.py --demo                    a few minutes on two CPU cores, as 8 virtual devices
     python examples/train_gpt.py --mesh data=2,tensor=2,pipeline=2 --schedule zero_bubble
+    python examples/train_gpt.py --mesh data=4,tensor=2 --zero 2 --micro-batches 2 --compress int8
     python examples/train_gpt.py --text book.txt --out runs/book --steps 2000
     python examples/train_gpt.py --out runs/book --resume  goes on after an interruption, bit for bit on the same mesh
 
@@ -37,6 +38,7 @@ from flax import nnx
 from gpt import checkpoints, text
 from gpt.model import GPT, Config, sample
 from gpt.parallel import AXES, BATCH, CHUNKS, Parallel, Plain, misfit, sent
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -48,6 +50,7 @@ import jaxops
 import jaxops.optim
 import sharding
 import sharding.schedules
+from sharding.gradient_reduction import COMPRESSIONS
 
 # Two programs of the same mathematics, rounded differently, agree in their loss to this, relatively.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
@@ -102,7 +105,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     devices.add_argument("--devices", type=int, metavar="N", help="the same as --mesh data=N")
     add("--schedule", choices=sharding.schedules.SCHEDULES, help="of the pipeline; without it 1f1b")
-    add("--micro-batches", type=int, metavar="N", help="of a step of the pipeline; without it, 2 for each stage")
+    add(
+        "--micro-batches",
+        type=int,
+        metavar="N",
+        help="of a step; without it 2 for each stage of a pipeline, and 1 where there is none",
+    )
+    add(
+        "--zero",
+        type=int,
+        choices=range(4),
+        default=1,
+        help="split over data: 0 nothing, 1 the optimizer's moments, 2 and the sums of gradients, 3 and the parameters "
+        "(the same as naming the axis fsdp, along which all is split)",
+    )
+    add(
+        "--compress",
+        choices=COMPRESSIONS,
+        help="how gradients travel along data, with --zero 1 or 2; what that leaves out is added to the next ones",
+    )
     add("--distributed", action="store_true", help="one of several processes, as Slurm, Kubernetes or MPI says")
     add("--coordinator", metavar="HOST:PORT", help="one of several processes: where process 0 listens")
     add("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
@@ -200,6 +221,13 @@ def make_mesh(args: argparse.Namespace) -> Mesh:
             jax.config.update("jax_num_cpu_devices", max(1, (wanted or VIRTUAL) // (args.processes or 1)))
     devices, processes = jax.devices(), jax.process_count()
     sizes = args.mesh or {"data": len(devices)}
+    if args.zero == 3:
+        sizes = {**sizes, "data": 1, "fsdp": sizes.get("data", 1) * sizes.get("fsdp", 1)}
+    if args.compress and (args.zero not in (1, 2) or sizes.get("data", 1) == 1):
+        raise Stop(
+            f"--compress goes with --zero 1 or 2 and 2 devices or more along data, got --zero {args.zero} and "
+            f"{sizes.get('data', 1)}"
+        )
     wanted = wanted or len(devices)
     if wanted > len(devices):
         raise Stop(f"--mesh: {wanted} devices are asked for, {len(devices)} are there ({devices[0].platform})")
@@ -211,8 +239,8 @@ def make_mesh(args: argparse.Namespace) -> Mesh:
 def make_table(args: argparse.Namespace, stages: int) -> sharding.Table | None:
     """The schedule of the pipeline, or None without one. Raises `Stop`."""
     if stages == 1:
-        if args.schedule or args.micro_batches:
-            raise Stop("--schedule and --micro-batches go with a pipeline axis of 2 devices or more in --mesh")
+        if args.schedule:
+            raise Stop("--schedule goes with a pipeline axis of 2 devices or more in --mesh")
         return None
     name = args.schedule or "1f1b"
     try:
@@ -241,7 +269,7 @@ class Program:
     """A model and what is done with it on its mesh."""
 
     model: Parallel | Plain
-    state: Any  # shapes, dtypes and shardings of {"parameters", "optimizer"}, as they are trained
+    state: Any  # shapes, dtypes and shardings of {"parameters", "optimizer"} and "left_out", as they are trained
     layered: Any  # the same as checkpoints have them
     windows: jax.ShapeDtypeStruct
     initial: Callable[[], Any]
@@ -271,17 +299,61 @@ def program(model: Parallel | Plain, args: argparse.Namespace) -> Program:
         return jax.tree.map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), parameters)
 
     options = dict(b2=0.95, weight_decay=0.1, mask=decayed)
-    optimizer: optax.GradientTransformation
     if isinstance(model, Plain):
-        optimizer = chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, **options))
+        plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, **options))
+        return plain_program(model, plain, args)
+    # small=0: every moment has the place of its parameter, so that a checkpoint goes on on any mesh
+    optimizer = jaxops.optim.adamw(schedule, max_norm=1.0, small=0, **options)
+    reduction = sharding.gradient_reduction(
+        optimizer, axis=BATCH, zero=min(args.zero, 2), reduce="sum", compression=args.compress, small=0
+    )
 
-        def advance(parameters, gradient, state):
-            updates, state = chain.update(gradient, state, parameters)
-            return optax.apply_updates(parameters, updates), state
+    def whole():
+        """Layer by layer, and without padding."""
+        parameters = nnx.state(GPT(model.config, model.dtype, rngs=nnx.Rngs(args.seed)))
+        left_out = {"left_out": parameters} if args.compress else {}
+        return {"parameters": parameters, "optimizer": optimizer.init(parameters), **left_out}
 
-    else:  # small=0: the state is laid out on the mesh by the paths of the parameters
-        optimizer = jaxops.optim.adamw(schedule, max_norm=1.0, small=0, **options)
-        advance = optimizer.apply
+    def trained(parameters, state):
+        left_out = {} if state.error is None else {"left_out": state.error}
+        return {"parameters": parameters, "optimizer": state.optimizer, **left_out}
+
+    def initial():
+        parameters = model.stacked(whole()["parameters"])
+        return trained(parameters, model.init(reduction, parameters))
+
+    def step(state, windows):
+        before = sharding.ReductionState(state["optimizer"], state.get("left_out"), None)
+        micro_batches = 1 if model.table else args.micro_batches or 1
+        loss, *after = model.step(reduction, state["parameters"], before, windows, micro_batches)
+        return trained(*after), loss
+
+    def to_layers(state):
+        """What compression left out on all devices is added up: it belongs to no mesh."""
+        if args.compress:
+            add_up = lambda left, like: jnp.zeros(like.shape, like.dtype) if left is None else left.sum(0)
+            sums = jax.tree.map(add_up, state["left_out"], state["parameters"], is_leaf=lambda x: x is None)
+            state = state | {"left_out": sums}
+        return model.layered(jax.tree.map(fit, state, in_stages))
+
+    def to_stages(layered):
+        state = model.stacked(layered)
+        if args.compress:
+            deal_out = lambda like, x: like and jnp.broadcast_to(fit(x, like, 1) / like.shape[0], like.shape)
+            left = jax.tree.map(deal_out, shapes["left_out"], state["left_out"], is_leaf=lambda x: x is None)
+            state = state | {"left_out": left}
+        return jax.tree.map(fit, state, shapes)
+
+    layers, shapes = jax.eval_shape(whole), jax.eval_shape(initial)
+    in_stages = jax.eval_shape(model.stacked, layers)
+    places = model.specs(shapes["parameters"])
+    places = trained(places, reduction.state_specs(shapes["parameters"], places, mesh=model.mesh))
+    layered, state = placed(model, layers, model.layered_specs(layers)), placed(model, shapes, places)
+    return jitted(model, args, state, layered, initial, step, to_layers, to_stages)
+
+
+def plain_program(model: Plain, optimizer: optax.GradientTransformation, args: argparse.Namespace) -> Program:
+    """The same, of everybody else's operators."""
 
     def initial():
         parameters = nnx.state(GPT(model.config, model.dtype, rngs=nnx.Rngs(args.seed)))
@@ -289,30 +361,40 @@ def program(model: Parallel | Plain, args: argparse.Namespace) -> Program:
 
     def step(state, windows):
         loss, gradient = model.value_and_grad(state["parameters"], windows)
-        parameters, optimizer_state = advance(state["parameters"], gradient, state["optimizer"])
-        return {"parameters": parameters, "optimizer": optimizer_state}, loss
+        updates, after = optimizer.update(gradient, state["optimizer"], state["parameters"])
+        return {"parameters": optax.apply_updates(state["parameters"], updates), "optimizer": after}, loss
 
-    def placed(shapes, specs):
-        shardings = jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), specs)
-        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
+    shapes = jax.eval_shape(initial)
+    state = placed(model, shapes, model.specs(shapes))
+    return jitted(model, args, state, state, initial, step, lambda state: state, lambda state: state)
 
-    def shardings(tree):
-        return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
-    layers = jax.eval_shape(initial)
-    stages = jax.eval_shape(model.stacked, layers)
-    layered, state = placed(layers, model.layered_specs(layers)), placed(stages, model.specs(stages))
+def fit(x: jax.Array, like: Any, first: int = 0) -> jax.Array:
+    """x with the sizes of `like` from dimension `first` on: cut, or filled up with zeros at the end."""
+    sizes = like.shape[first:]
+    x = x[tuple(map(slice, sizes))]
+    return lax.pad(x, x.dtype.type(0), [(0, size - there, 0) for size, there in zip(sizes, x.shape, strict=True)])
+
+
+def placed(model: Parallel | Plain, shapes: Any, specs: Any) -> Any:
+    """The shapes, with where their arrays lie."""
+    shardings = jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), specs)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
+
+
+def jitted(model: Any, args: argparse.Namespace, state, layered, initial, step, to_layers, to_stages) -> Program:
+    shardings = functools.partial(jax.tree.map, lambda leaf: leaf.sharding)
     batched, everywhere = NamedSharding(model.mesh, P(BATCH)), NamedSharding(model.mesh, P())
     return Program(
         model=model,
         state=state,
         layered=layered,
         windows=jax.ShapeDtypeStruct((args.batch, model.config.length + 1), jnp.int32, sharding=batched),
-        initial=jax.jit(lambda: model.stacked(initial()), out_shardings=shardings(state)),
+        initial=jax.jit(initial, out_shardings=shardings(state)),
         advance=jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), everywhere)),
         loss=jax.jit(model.value, out_shardings=everywhere),
-        to_layers=jax.jit(model.layered, out_shardings=shardings(layered)),
-        to_stages=jax.jit(model.stacked, out_shardings=shardings(state)),
+        to_layers=jax.jit(to_layers, out_shardings=shardings(layered)),
+        to_stages=jax.jit(to_stages, out_shardings=shardings(state)),
     )
 
 
@@ -337,7 +419,8 @@ def run(args: argparse.Namespace) -> int:
     first = jax.process_index() == 0
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, quiet=not first)
     table = make_table(args, mesh.shape["pipeline"])
-    if why := misfit(config, args.batch, mesh.shape, table):
+    micro_batches = table.micro_batches if table else args.micro_batches or 1
+    if why := misfit(config, args.batch, mesh.shape, table, micro_batches):
         raise Stop(why)
     out = out_directory(args)
     ours = program(Parallel(config, jnp.dtype(args.dtype), mesh, table), args)
@@ -345,7 +428,8 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "batch": args.batch, "steps": args.steps, "warmup": args.warmup, "learning_rate": args.learning_rate,
         "seed": args.seed, "dtype": args.dtype, "text": corpus.digest, "evaluate_every": args.evaluate_every,
-        "optimizer": "jaxops.optim.adamw", "mesh": sizes,
+        "optimizer": "jaxops.optim.adamw", "mesh": sizes, "zero": args.zero, "compress": args.compress,
+        "micro_batches": micro_batches,
     }  # fmt: skip
     facts = {"model": dataclasses.asdict(config), "run": settings}
     agree(facts, args)
@@ -487,7 +571,12 @@ def resumed(out: Path, ours: Program, facts: dict[str, Any], console: Console) -
     if other := differences("run"):
         console.print(f"warning: the run goes on with other settings than it began with: {other}")
     console.print(f"resuming from {path}, step {contents['step']}")
-    return ours.to_stages(checkpoints.restore(path, ours.layered)), contents["step"]
+    wanted, there = ours.layered, saved["run"].get("compress") is not None
+    like = {name: wanted[name] for name in ("parameters", "optimizer")}
+    layered = checkpoints.restore(path, like | ({"left_out": wanted["parameters"]} if there else {}))
+    if "left_out" in wanted and not there:
+        layered["left_out"] = jax.tree.map(jnp.zeros_like, layered["parameters"])
+    return ours.to_stages({name: layered[name] for name in wanted}), contents["step"]
 
 
 def truncate(log: Path, done: int) -> None:
@@ -651,7 +740,8 @@ def compare(args, corpus, held_out, ours, state, layered) -> Table:
     plain = program(Plain.like(ours.model), args)
     programs = {"jaxops": ours, "Flax, JAX, Optax": plain}
     in_optax = optax.tree.set(plain.state["optimizer"], **layered["optimizer"]._asdict())
-    begin = jax.device_put({**layered, "optimizer": in_optax}, jax.tree.map(lambda x: x.sharding, plain.state))
+    begin = {"parameters": layered["parameters"], "optimizer": in_optax}
+    begin = jax.device_put(begin, jax.tree.map(lambda x: x.sharding, plain.state))
     states = {name: jax.tree.map(jnp.copy, each) for name, each in zip(programs, (state, begin), strict=True)}
     held_out_losses = {
         name: float(one.loss(states[name]["parameters"], one.put(held_out[0].__getitem__)))

@@ -8,6 +8,7 @@ from sharding.collectives import all_to_all as all_to_all
 from sharding.collectives import copy as copy
 from sharding.collectives import reduce_scatter as reduce_scatter
 from sharding.gradient_reduction import GradientReduction as GradientReduction
+from sharding.gradient_reduction import ReductionState as ReductionState
 from sharding.gradient_reduction import gradient_reduction as gradient_reduction
 from sharding.mesh import make_mesh as make_mesh
 from sharding.mesh import partition_specs as partition_specs

@@ -301,7 +301,8 @@ def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "mesh",
-    ["--mesh data=2,tensor=2"] + [pytest.param(f"--devices {n}", marks=pytest.mark.slow) for n in (1, 4, 8)],
+    ["--mesh data=2,tensor=2 --zero 2 --micro-batches 2"]
+    + [pytest.param(f"--devices {n} --zero {zero}", marks=pytest.mark.slow) for n, zero in ((1, 1), (4, 0), (8, 1))],
 )
 def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
@@ -325,6 +326,7 @@ def test_a_pipeline_gives_the_same_losses_and_goes_on_on_another_mesh(book, unbr
     for expected in (
         "8 cpu devices as data=2,tensor=2,pipeline=2",
         "zero_bubble, 2 micro-batches on 2 stages, 14% of the cells idle; a CPU sends nothing beside work",
+        "│ data │ 11 reduce-scatter, 1 all-reduce, 11 all-gather │",  # of each kind of parameter; the loss
         "│ pipeline │ 14 collective-permute,",
         "│ tensor │ 12 reduce-scatter, 12 all-gather,",  # 6 for each of 2 micro-batches
     ):
@@ -345,22 +347,27 @@ def test_a_pipeline_gives_the_same_losses_and_goes_on_on_another_mesh(book, unbr
         "--mesh pipeline=4 --schedule 1f1b --micro-batches 8",
         "--mesh data=2,tensor=2,pipeline=2 --schedule interleaved_1f1b --micro-batches 4",
         "--mesh fsdp=2,tensor=2,pipeline=2 --schedule zero_bubble",
-        "--mesh data=2,fsdp=4",
-        "--mesh data=2,fsdp=2,tensor=2",
+        "--mesh data=2,fsdp=4 --zero 2 --micro-batches 3",
+        "--mesh data=2,fsdp=2,tensor=2 --compress bfloat16",
+        "--mesh data=3,tensor=2 --zero 0",
+        "--devices 3",  # divides no dimension: moments are padded
+        "--devices 8 --zero 3",
+        "--mesh data=4,tensor=2 --zero 2 --micro-batches 2 --compress int8",
+        "--mesh data=2,tensor=2,pipeline=2 --compress int8",
     ],
 )
 def test_any_mesh_gives_the_same_losses_and_takes_up_any_other(book, tmp_path, monkeypatch, options):
     """20 steps; from the middle on one device, and from one device's middle on the mesh."""
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
-    common = ("--layers", "4", "--steps", "20", "--checkpoint-every", "10", "--evaluate-every", "10")
+    common = ("--layers", "4", "--batch", "24", "--steps", "20", "--checkpoint-every", "10", "--evaluate-every", "10")
     meshes = {"one": ("--devices", "1"), "many": tuple(options.split())}
     for name, mesh in meshes.items():
-        assert train(book, tmp_path / name, *common, *mesh, "--batch", "16") == 0
+        assert train(book, tmp_path / name, *common, *mesh) == 0
     same_losses(tmp_path / "many", tmp_path / "one")
     for name, mesh in zip(meshes, reversed(meshes.values()), strict=True):
         shutil.copytree(tmp_path / name, tmp_path / f"{name} first")
         shutil.rmtree(tmp_path / f"{name} first" / "checkpoint-000020")
-        assert train(book, tmp_path / f"{name} first", *common, *mesh, "--batch", "16", "--resume") == 0
+        assert train(book, tmp_path / f"{name} first", *common, *mesh, "--resume") == 0
         same_losses(tmp_path / f"{name} first", tmp_path / "one")
 
 
@@ -464,8 +471,19 @@ BAD = {
         "--mesh pipeline=4 --schedule zero_bubble --micro-batches 2"
     ),
     "--micro-batches must divide the 4 windows": "--mesh data=2,pipeline=2 --layers 2 --micro-batches 3",
-    "--experts go with pipeline=1, got 2": "--mesh pipeline=2 --layers 2 --experts 4",
-    "--schedule and --micro-batches go with a pipeline": "--mesh data=2 --schedule gpipe",
+    "--experts go with one micro-batch, got 4": "--mesh pipeline=2 --layers 2 --experts 4",
+    "--experts go with one micro-batch, got 2": "--micro-batches 2 --devices 2 --experts 4",
+    "--micro-batches must divide the 4 windows of --batch": "--devices 2 --micro-batches 3",
+    "--schedule goes with a pipeline": "--mesh data=2 --schedule gpipe",
+    "--zero: invalid choice": "--zero 4",
+    "--compress: invalid choice": "--compress float16",
+    "--compress goes with --zero 1 or 2 and 2 devices or more along data, got --zero 0 and 2": (
+        "--devices 2 --zero 0 --compress int8"
+    ),
+    "--compress goes with --zero 1 or 2 and 2 devices or more along data, got --zero 3 and 1": (
+        "--devices 2 --zero 3 --compress int8"
+    ),
+    "2 devices or more along data, got --zero 1 and 1": "--mesh fsdp=2 --compress bfloat16",
     "axes are data, fsdp, tensor, pipeline, got 'context'": "--mesh data=2,context=2",
     "data is there twice": "--mesh data=2,data=2",
     "tensor must be a number of devices, at least 1, got 'tensor=0'": "--mesh tensor=0",

@@ -2,7 +2,8 @@
 
 Along tensor the layers are those of `sharding.nn`, with the stream split by rows; along pipeline the blocks are stages;
 along fsdp every array is split, and gathered where it is used (with a pipeline, once in a step). One `jax.shard_map` is
-around it all, so that every operator sees the part of one device and may run as a kernel.
+around the whole step, so that every operator sees the part of one device and may run as a kernel; inside it
+`sharding.gradient_reduction` sums the gradients over the batch and updates the parameters.
 
 A checkpoint holds the parameters layer by layer, whatever the mesh. On a pipeline the blocks are one tree of arrays
 [chunks, stages, layers of a stage, …] while they are trained: `Parallel.stacked` and `Parallel.layered` go to and fro.
@@ -118,35 +119,49 @@ class Parallel:
         return jax.tree.map_with_path(of, tree)
 
     def layered_specs(self, tree: Tree) -> Tree:
-        """The same of a tree layer by layer: no device holds a whole model of a pipeline there either."""
-        of = lambda path, leaf: partition_spec(path, leaf.shape, self.mesh, ("fsdp", "pipeline"))
+        """The same of a tree layer by layer: no device holds more there than it does in training."""
+        of = lambda path, leaf: partition_spec(path, leaf.shape, self.mesh, ("fsdp", "pipeline", "data"))
         return jax.tree.map_with_path(of, tree)
 
     # ---- loss and gradients -----------------------------------------------------------------------------------------
 
-    def value_and_grad(self, parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
-        """The mean cross-entropy of windows[batch, T + 1], and the gradient of it and the routers' losses."""
+    def init(self, reduction: sharding.GradientReduction, parameters: Tree) -> sharding.ReductionState:
+        """The optimizer's state on the mesh."""
         specs = self.specs(parameters)
+        places = reduction.state_specs(parameters, specs, mesh=self.mesh)
+        return jax.shard_map(reduction.init, mesh=self.mesh, in_specs=(specs,), out_specs=places)(parameters)
 
-        def pipelined(parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
+    def step(
+        self,
+        reduction: sharding.GradientReduction,
+        parameters: Tree,
+        state: sharding.ReductionState,
+        windows: jax.Array,
+        micro_batches: int = 1,
+    ) -> tuple[jax.Array, Tree, sharding.ReductionState]:
+        """(the mean cross-entropy of windows[batch, T + 1], new parameters, new state).
+
+        The gradients are those of the cross-entropy and of the routers' losses. micro_batches: without a pipeline, in
+        whose table they are.
+        """
+        specs = self.specs(parameters)
+        places = reduction.state_specs(parameters, specs, mesh=self.mesh)
+
+        def pipelined(parameters: Tree, state: Any, windows: jax.Array) -> tuple[jax.Array, Tree, Any]:
             function = sharding.pipeline_value_and_grad(self._layers, self._loss, self.table, embed_fn=self._embed)
-            own = _parts(jax.tree.map(self._own, parameters, specs))
+            own = _parts(jax.tree.map(self._own, reduction.local(parameters), specs))
             loss, gradient = function(*own, windows[:, :-1], windows[:, 1:])
-            return loss, jax.tree.map(self._summed, _whole(*gradient), specs)
+            gradient = jax.tree.map(self._summed, _whole(*gradient), specs)
+            return loss, *reduction.apply(parameters, gradient, state)
 
-        def whole(parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
-            # A gradient of every device's own, and one sum of it over the batch: not one for each use of a parameter.
-            missing = jax.tree.map(self._missing, parameters)
-            own = jax.tree.map(lambda w, axes: lax.pcast(w, axes, to="varying") if axes else w, parameters, missing)
-            (_, loss), gradient = jax.value_and_grad(self._local_loss, has_aux=True)(own, windows)
-            gradient = jax.tree.map(lambda g, axes: lax.psum(g, axes) if axes else g, gradient, missing)
-            gradient = jax.tree.map(lambda g: g / self._copies, gradient)
-            return lax.pmean(loss, BATCH), gradient
+        def whole(parameters: Tree, state: Any, windows: jax.Array) -> tuple[jax.Array, Tree, Any]:
+            function = reduction.value_and_grad(self._local_loss, micro_batches=micro_batches, has_aux=True)
+            (_, losses), gradients = function(parameters, state, windows)
+            return lax.pmean(jnp.mean(losses), BATCH), *reduction.apply(parameters, gradients, state)
 
         local = whole if self.table is None else pipelined
-        over_batch = P(BATCH)
-        return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, over_batch), out_specs=(P(), specs))(
-            parameters, windows
+        return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, places, P(BATCH)), out_specs=(P(), specs, places))(
+            parameters, state, windows
         )
 
     def value(self, parameters: Tree, windows: jax.Array) -> jax.Array:
@@ -164,6 +179,8 @@ class Parallel:
 
     def _local_loss(self, parameters: Tree, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(what is trained, the cross-entropy) of the device's windows."""
+        if self._split:  # one sum over tensor of a gradient, not one for each use of a parameter
+            parameters = jax.tree.map(lambda w: sharding.copy(w, "tensor"), parameters)
         blocks, shared = _parts(parameters)
         block = self._block
         if self.mesh.shape["fsdp"] > 1:  # what was gathered is gathered again, not kept
@@ -174,11 +191,6 @@ class Parallel:
             penalty = penalty + more
         loss = self._loss(shared, x, windows[:, 1:])
         return loss + penalty, loss
-
-    def _missing(self, x: jax.Array) -> "_Axes":
-        """The axes of the batch and of the layers along which x is the same."""
-        axes = (*BATCH, "tensor") if self._split else BATCH
-        return _Axes(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
 
     def _own(self, w: jax.Array, spec: P) -> jax.Array:
         """A parameter for the pipeline: whole along fsdp, once for all micro-batches, and the device's own copy.
@@ -226,10 +238,6 @@ class Parallel:
     @property
     def _split(self) -> bool:
         return self.mesh.shape["tensor"] > 1
-
-    @property
-    def _copies(self) -> int:
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     @functools.cached_property
     def _layers(self) -> sharding.Layers:
@@ -332,7 +340,9 @@ def sent(program: str, model: Parallel) -> list[dict[str, Any]]:
     return found
 
 
-def misfit(config: Config, batch: int, sizes: Mapping[str, int], table: sharding.Table | None) -> str | None:
+def misfit(
+    config: Config, batch: int, sizes: Mapping[str, int], table: sharding.Table | None, micro_batches: int
+) -> str | None:
     """Why the model and the batch do not fit a mesh of these sizes, or None."""
     tensor, stages = sizes["tensor"], sizes["pipeline"]
     for name, size in (
@@ -346,23 +356,19 @@ def misfit(config: Config, batch: int, sizes: Mapping[str, int], table: sharding
     copies = sizes["data"] * sizes["fsdp"]
     if batch % copies:
         return f"--batch must be a multiple of the {copies} devices along data and fsdp, got {batch}"
+    if config.experts and micro_batches > 1:
+        return f"--experts go with one micro-batch, got {micro_batches}: the routers' losses are of a whole batch"
+    if batch // copies % micro_batches:
+        return (
+            f"--micro-batches must divide the {batch // copies} windows of --batch on each device along data and fsdp, "
+            f"got {micro_batches}"
+        )
     if table is None:
         return None
-    if config.experts:
-        return f"--experts go with pipeline=1, got {stages}: the routers' losses are of a whole batch"
     if config.layers % (stages * table.chunks):
         chunks = f", {table.chunks} chunks each" if table.chunks > 1 else ""
         return f"--layers must be a multiple of the {stages} stages along pipeline{chunks}, got {config.layers}"
-    if batch // copies % table.micro_batches:
-        return (
-            f"--micro-batches must divide the {batch // copies} windows of --batch on each device along data and fsdp, "
-            f"got {table.micro_batches}"
-        )
     return None
-
-
-class _Axes(tuple):
-    """Names of mesh axes, one leaf of a tree."""
 
 
 def _is_parameters(tree: Any) -> bool:

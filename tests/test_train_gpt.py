@@ -1,8 +1,10 @@
 """The training program: killed and resumed, on 1 to 8 devices, with damaged or foreign checkpoints, bad arguments."""
 
 import contextlib
+import functools
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -14,9 +16,13 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "examples" / "train_gpt.py"
@@ -24,7 +30,11 @@ sys.path.insert(0, str(PROGRAM.parent))
 
 import train_gpt  # noqa: E402
 from gpt import checkpoints, text  # noqa: E402
+from gpt.model import GPT, Config  # noqa: E402
+from gpt.parallel import BATCH, Parallel  # noqa: E402
 
+import jaxops.optim  # noqa: E402
+import sharding  # noqa: E402
 from jaxops import interpreter  # noqa: E402
 
 TINY = [
@@ -337,6 +347,40 @@ def test_a_pipeline_gives_the_same_losses_and_goes_on_on_another_mesh(book, unbr
     assert train(book, out, "--devices", "2", "--resume") == 0
     assert "mesh is data=2,tensor=2,pipeline=2 there and data=2 here" in capsys.readouterr().out
     same_losses(out, unbroken[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2, "pipeline": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_twenty_steps_are_those_of_one_device_whatever_the_axes_are_to_jax(book, sizes):
+    """Losses, and every parameter at the end; the step itself has all axes by hand."""
+    config = Config(layers=2, width=16, heads=4, kv_heads=2, hidden=16, length=16, tied=True)
+    reduction = sharding.gradient_reduction(
+        jaxops.optim.adamw(1e-2, max_norm=1.0, small=0), axis=BATCH, reduce="sum", small=0
+    )
+    begin = nnx.state(GPT(config, jnp.float32, rngs=nnx.Rngs(0)))
+    corpus = text.load(book)
+
+    def trained(mesh, table):
+        model = Parallel(config, jnp.float32, mesh, table)
+        put = lambda tree, specs: jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+        parameters = model.stacked(begin)
+        parameters = put(parameters, model.specs(parameters))
+        state = jax.jit(functools.partial(model.init, reduction))(parameters)
+        step = jax.jit(functools.partial(model.step, reduction))
+        losses = []
+        for n in range(20):
+            windows = put(corpus.batch(0, n, 8, config.length, slice(None)), P(BATCH))
+            loss, parameters, state = step(parameters, state, windows)
+            losses.append(float(loss))
+        return losses, model.layered(jax.device_get(parameters))
+
+    expected = trained(sharding.make_mesh(data=1, devices=jax.devices()[:1]), None)
+    devices = jax.devices()[: math.prod(sizes.values())]
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = sharding.make_mesh(**sizes, devices=devices, axis_types=kind)
+        losses, parameters = trained(mesh, sharding.schedule("1f1b", 2, 4) if "pipeline" in sizes else None)
+        np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), parameters, expected[1])
 
 
 @pytest.mark.slow

@@ -152,7 +152,8 @@ def _kernel(coordinates, scalars, g_ref, *refs, ring: Ring, cut: _Cut, update: U
         return [pltpu.make_async_copy(ref.at[half], x, written.at[half, i]) for i, (x, ref) in enumerate(places)]
 
     def in_parts(one):
-        rows = max(r for r in range(ROWS, cut.rows + 1, ROWS) if cut.rows % r == 0 and r * cut.columns <= AT_ONCE or r == ROWS)
+        sizes = (r for r in range(ROWS, cut.rows + 1, ROWS) if cut.rows % r == 0 and r * cut.columns <= AT_ONCE)
+        rows = max(sizes, default=ROWS)
         part = lambda i: pl.ds(pl.multiple_of(i * rows, rows), rows)
         lax.fori_loop(0, cut.rows // rows, lambda i, _: one(part(i)), None)
 
@@ -298,9 +299,7 @@ def forward(
             dma(ring.size - 1 + SLOTS),
             pltpu.SemaphoreType.REGULAR((2,)),
         ],
-        compiler_params=pltpu.CompilerParams(
-            collective_id=ring.collective_id, vmem_limit_bytes=chip.vmem_bytes, has_side_effects=True
-        ),
+        compiler_params=pltpu.CompilerParams(collective_id=ring.collective_id, vmem_limit_bytes=chip.vmem_bytes),
         cost_estimate=pl.CostEstimate(
             flops=20 * math.prod(part) + g.size, bytes_accessed=_traffic(g, p, moments), transcendentals=0
         ),

@@ -92,14 +92,22 @@ def test_equal_to_a_sum_an_update_and_copies(case):
         assert error(got, want) < (tolerance if got.dtype == np.float32 else 2e-2)
 
 
-FAULTS = [("arrival", 4, "on_wait", None), ("permit", 8, "eager", None), ("gathered", 4, "on_wait", None), ("barrier", 4, "eager", 0), ("departure", 4, "on_wait", None)]
+FAULTS = [
+    ("arrival", 4, "on_wait", None),
+    ("permit", 8, "eager", None),
+    ("gathered", 4, "on_wait", None),
+    ("barrier", 4, "eager", 0),
+    ("departure", 4, "on_wait", None),
+]
 
 
 @pytest.mark.parametrize("fault", [FAULTS[0], *(pytest.param(fault, marks=SLOW) for fault in FAULTS[1:])], ids=named)
 def test_a_wait_that_is_left_out_is_found(fault):
     without, size, mode, slow = fault
     try:
-        (everywhere, _), (exact, _) = run("adamw", dict(x=size), (40, 128), mode, tiles=SMALL, slow=slow, without=without)
+        (everywhere, _), (exact, _) = run(
+            "adamw", dict(x=size), (40, 128), mode, tiles=SMALL, slow=slow, without=without
+        )
     except Exception as problem:
         runtime_tokens.clear()  # else JAX raises the same once more at its exit
         # What a device writes to one that has not entered is nowhere.

@@ -1,5 +1,5 @@
 """Reduce, update, gather in one TPU kernel: interpreted on virtual devices, races detected, unwritten memory NaN, one
-device late, against float64; and that each wait is needed."""
+device late, against float64; and that the wait for what arrives is needed."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,10 @@ from pallas_kernels.tpu import reduce_update as kernels
 from tests.compare import error
 from tests.kernels.test_tpu_collective_matmul import late, mesh_of, named
 
-SLOW = pytest.mark.slow
 SMALL = kernels.Tiles(16, 128)
 OPTIMIZERS = {
     "adamw": optim.adamw(1e-2, weight_decay=0.1),
-    "nesterov": optim.adamw(1e-2, nesterov=True, mu_dtype="bfloat16"),
-    "lion": optim.lion(1e-2),
     "momentum": optim.sgd(1e-2, 0.9),
-    "sgd": optim.sgd(1e-2),
 }
 
 
@@ -71,16 +67,9 @@ CASES = [  # optimizer, mesh, a device's part, DMAs, dtypes of parameters and of
     ("adamw", dict(x=4), (9, 130), "eager", "float32", "float32", SMALL, 1),
     ("momentum", dict(x1=2, y=2, x2=2), (300,), "on_wait", "float32", "float32", SMALL, None),
 ]
-FURTHER = [
-    ("adamw", dict(x=8), (5, 7, 200), "on_wait", "float32", "float32", None, 3),
-    ("adamw", dict(x=8), (40, 300), "eager", "float32", "float32", SMALL, None),
-    ("nesterov", dict(x=2), (40, 300), "eager", "float32", "bfloat16", SMALL, None),
-    ("lion", dict(x=3), (33, 128), "on_wait", "bfloat16", "float32", SMALL, 2),
-    ("sgd", dict(y=2, x=4), (3, 3), "eager", "float32", "float32", None, None),
-]
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=SLOW) for case in FURTHER)], ids=named)
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_equal_to_a_sum_an_update_and_copies(case):
     (everywhere, moments), (exact, exact_moments) = run(*case)
     *_, dtype, sent, _, _ = case
@@ -92,16 +81,10 @@ def test_equal_to_a_sum_an_update_and_copies(case):
         assert error(got, want) < (tolerance if got.dtype == np.float32 else 2e-2)
 
 
-FAULTS = [
-    ("arrival", 4, "on_wait", None),
-    ("permit", 8, "eager", None),
-    ("gathered", 4, "on_wait", None),
-    ("barrier", 4, "eager", 0),
-    ("departure", 4, "on_wait", None),
-]
+FAULTS = [("arrival", 4, "on_wait", None)]
 
 
-@pytest.mark.parametrize("fault", [FAULTS[0], *(pytest.param(fault, marks=SLOW) for fault in FAULTS[1:])], ids=named)
+@pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_a_wait_that_is_left_out_is_found(fault):
     without, size, mode, slow = fault
     try:

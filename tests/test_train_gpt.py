@@ -515,8 +515,8 @@ BAD = {
         "--mesh pipeline=4 --schedule zero_bubble --micro-batches 2"
     ),
     "--micro-batches must divide the 4 windows": "--mesh data=2,pipeline=2 --layers 2 --micro-batches 3",
-    "--experts go with one micro-batch, got 4": "--mesh pipeline=2 --layers 2 --experts 4",
-    "--experts go with one micro-batch, got 2": "--micro-batches 2 --devices 2 --experts 4",
+    "--experts go with pipeline=1 and one micro-batch, got 2 and 4": "--mesh pipeline=2 --layers 2 --experts 4",
+    "--experts go with pipeline=1 and one micro-batch, got 1 and 2": "--micro-batches 2 --devices 2 --experts 4",
     "--micro-batches must divide the 4 windows of --batch": "--devices 2 --micro-batches 3",
     "--schedule goes with a pipeline": "--mesh data=2 --schedule gpipe",
     "--zero: invalid choice": "--zero 4",

@@ -351,8 +351,8 @@ def misfit(
         return f"--batch must be a multiple of the {copies} devices along data and fsdp, got {batch}"
     if config.experts and (stages > 1 or micro_batches > 1):
         return (
-            f"--experts go with pipeline=1 and one micro-batch, got {stages} and {micro_batches}: the routers' losses are "
-            "of a whole batch"
+            f"--experts go with pipeline=1 and one micro-batch, got {stages} and {micro_batches}: the routers' losses "
+            "are of a whole batch"
         )
     if batch // copies % micro_batches:
         return (

@@ -469,7 +469,7 @@ def _backward(
             dp = call.kept(_dot("bksh,bkhgt->bksgt", value, dout), i, j) * weight
             # A row of one large weight has dp ≈ delta: nor need the rounding of out be seen.
             ds = p * (dp - (jnp.sum(p * dp, axis=2, keepdims=True) if whole else delta))
-            if same_for_keys:
+            if same_for_keys:  # of p and ds, and of both times the slope
                 of_row = (p, ds, p, ds) if slope is None else (p, ds, p * slope, ds * slope)
                 sums = [x + jnp.sum(term, axis=2, keepdims=True) for x, term in zip(sums, of_row, strict=True)]
             if slope is not None:

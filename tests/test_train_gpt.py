@@ -293,7 +293,8 @@ def test_wrong_arguments_on_ray(capsys):
     assert not ray.is_initialized()
 
 
-@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 8])
 def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypatch, capsys, step):
     def write(lines, line, show):
         if line["step"] == step:
@@ -309,10 +310,10 @@ def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypat
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == (unbroken[0] / "log.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    ["--mesh data=2,tensor=2 --zero 2 --micro-batches 2"]
-    + [pytest.param(f"--devices {n} --zero {zero}", marks=pytest.mark.slow) for n, zero in ((1, 1), (4, 0), (8, 1))],
+    ["--mesh data=2,tensor=2 --zero 2 --micro-batches 2", "--devices 1", "--devices 4 --zero 0", "--devices 8"],
 )
 def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)

@@ -184,6 +184,10 @@ def ended(job):
     return [(process.returncode, *one) for process, one in zip(job, told, strict=True)]
 
 
+# What the transport itself prints, whose threads put the pieces of their lines between one another's.
+GLOO = re.compile(r"\[Gloo\] Rank | is connected to | peer ranks\. Expected number of connected peer ranks is : |\d|\s")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count, mesh", [(2, "data=2"), (4, "data=2,tensor=2,pipeline=2")])
 def test_several_processes_are_one(book, unbroken, compiled_once, tmp_path, count, mesh):
@@ -192,7 +196,7 @@ def test_several_processes_are_one(book, unbroken, compiled_once, tmp_path, coun
     printed = " ".join(results[0][1].split())  # lines are broken where the terminal ends
     assert f"in {count} processes as {mesh}" in printed and "bigram model" in printed
     for _, printed, _ in results[1:]:
-        assert not [line for line in printed.splitlines() if not line.startswith("[Gloo]")]
+        assert not GLOO.sub("", printed)
     same_losses(tmp_path / "run", unbroken[0])
     assert checkpoints.damage(tmp_path / "run" / "checkpoint-000012") is None
 

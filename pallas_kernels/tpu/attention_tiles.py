@@ -104,7 +104,7 @@ class Problem:
     @property
     def tiled(self) -> bool:
         """Whether something as large as the logits comes along, or a gradient of that size leaves."""
-        return self.mask == "tile" or self.bias is not None
+        return "tile" in (self.mask, self.bias)
 
     @property
     def itemsize(self) -> int:
@@ -250,8 +250,8 @@ class Tiles:
         tiles = {"tile": span * queries}
         blocks += 2 * 4 * tiles.get(problem.bias or "", 0) + 2 * tiles.get(problem.mask or "", 0)
         blocks += 2 * 8 * 4 * (3 * span + 4 * queries)
-        if backward and problem.bias:
-            blocks += 2 * span * queries * 4
+        if backward:
+            blocks += 2 * 4 * {"tile": span * queries, "keys": span * 128}.get(problem.bias or "", 0)
         flight = 24 * self.sub * (min(self.part, self.keys) if backward else self.keys)
         return blocks + scratch + flight
 

@@ -263,6 +263,12 @@ REFUSED = {
     "scale": ("h100", shapes(), {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
     "cap": ("h100", shapes(), {"logits_soft_cap": -1.0}, "logits_soft_cap must be positive, got -1.0"),
     "bias": ("h100", shapes(), {"bias": jax.ShapeDtypeStruct((1, 1, 1, 1000), "float64")}, "float32, got float64"),
+    "shared bias": (
+        "h100",
+        shapes(),
+        {"bias": jax.ShapeDtypeStruct((1, 2, 64, 1), "bfloat16"), "score_mod": lambda x, *_: x},
+        "a bias that all keys share, (1, 2, 64, 1), beside a score_mod has its gradient in XLA only",
+    ),
     "grid": ("h100", shapes(queries=64 * 65536), {}, "limited to 65535 batches"),
 }
 

@@ -55,6 +55,9 @@ CASES = {
     "cap-mask-queries": case(130, 140, cap=3.0, mask=(1, 2, 130, 1), dtype="float32"),
     "bias-mask": case(130, 260, bias=(1, 2, 130, 260), mask=(2, 1, 130, 260), batch=2, dtype="float32", tiles=SMALL),
     "bias-mask-keys": case(260, 260, bias=(1, 2, 1, 260), mask=(2, 1, 1, 260), batch=2, causal=True, tiles=SMALL),
+    "bias-queries-sinks": case(260, 390, bias=(1, 2, 260, 1), causal=True, sinks=True, lengths=True, batch=2, tiles=SMALL),
+    "bias-queries": case(129, 260, bias=(1, 1, 1, 1), tiles=SMALL),
+    "bias-keys-spans": case(300, 300, tiles=SPANS, causal=True, bias=(1, 4, 1, 300), heads=(4, 2), dropout=0.1),
     "all": case(260, 390, heads=(8, 2), causal=True, window=(200, 3), bias=(1, 1, 260, 390), mask=(2, 1, 1, 390),
                 lengths=True, segments=2, sinks=True, cap=4.0, batch=2, tiles=SMALL),
     "prefix": case(300, 260, prefix=True, causal=True, window=(60, None), batch=2, heads=(1, 1), tiles=SMALL),
@@ -311,6 +314,7 @@ def test_a_missing_guard_is_noticed(monkeypatch):
         "must come together": {"dropout_rate": 0.5},
         "score_mod uses cumsum": {"score_mod": lambda s, b, n, i, j: jnp.cumsum(s, 0)},
         "score_mod computes in bfloat16": {"score_mod": lambda s, b, n, i, j: s + s.astype(jnp.bfloat16)},
+        "beside a score_mod": {"score_mod": lambda s, *_: s, "bias": ((1, 1, 8, 1), "float32")},
         "mask_mod captures an array": {"mask_mod": lambda b, n, i, j: jnp.asarray(np.arange(8))[j] > 3},
     }.items(),
 )

@@ -684,9 +684,9 @@ def backward(
     scale·dS·K, dK = scale·dSᵀ·Q, dbias = dS, dS times the slopes of score_mod and, past dbias, the cap.
 
     Arguments as in `forward`, with its outputs and the cotangent of `out`; that of `lse` is ignored. Returns the
-    gradients of query, key and value, and of bias and sinks where given. dbias of a bias that varies over queries and keys
-    is formed as [B,N,T,S] float32, then reduced to bias's shape; of one that varies over keys, as [B,N,S,128]. One that
-    all keys share is seen by sinks alone: Σ_j dS = exp(sink - lse)·rowsum(O∘dO).
+    gradients of query, key and value, and of bias and sinks where given. dbias of a bias that varies over queries and
+    keys is formed as [B,N,T,S] float32, then reduced to bias's shape; of one that varies over keys, as [B,N,S,128]. One
+    that all keys share is seen by sinks alone: Σ_j dS = exp(sink - lse)·rowsum(O∘dO).
     """
     call = {name: x for name, x in locals().items() if name != "tiles"}
     del residuals

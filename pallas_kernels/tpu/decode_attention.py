@@ -600,7 +600,7 @@ def forward(
     # Operands that stay in memory cannot be batched by the grid: under vmap the kernel is called once for each.
     @jax.custom_batching.sequential_vmap
     def called(*arrays):
-        # Left alone, XLA may bring whole caches to VMEM before a kernel that reads no more of them than the lengths say.
+        # Left alone, XLA may bring whole caches to VMEM before a kernel that reads only as much as the lengths say.
         first = len(scalars) + 1
         there = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays[first : first + 2]]
         return tuple(launch(*arrays[:first], *there, *arrays[first + 2 :]))

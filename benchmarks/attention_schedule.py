@@ -92,7 +92,8 @@ def on_tpu(chip: str) -> None:
             continue
         seconds, kernels = result["schedule"]["seconds"], result["schedule"]["kernels"]
         flops = (3.5 if gradients else 1) * 4 * size * batch * heads * pairs(kind, length)
-        busy = sum(k["calls"] * k["mxu_cycles"] for k in kernels) / sum(k["calls"] * k["cycles"] for k in kernels)
+        ours = [k for k in kernels if k["pallas"]]
+        busy = sum(k["mxu_cycles"] for k in ours) / sum(k["cycles"] for k in ours)
         if kind == "causal":
             causal[length, gradients] = busy
         table.add_row(

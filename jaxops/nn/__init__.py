@@ -8,3 +8,5 @@ from jaxops.nn.moe import MoE as MoE
 from jaxops.nn.norms import GroupNorm as GroupNorm
 from jaxops.nn.norms import LayerNorm as LayerNorm
 from jaxops.nn.norms import RMSNorm as RMSNorm
+from jaxops.nn.quantized import QuantizedLinear as QuantizedLinear
+from jaxops.nn.quantized import QuantizedWeight as QuantizedWeight

@@ -119,6 +119,11 @@ CASES = (
         " out_weights=777:float32",
         "out_size=1000",
     ),
+    *_two(
+        "quantized_matmul",
+        "x=16x4096 w=4096x11008:int8 scales=1x11008:float32",
+        "x=3x37x1024:int8 x_scales=3x37x1 w=1024x257:int4 scales=8x257 bias=257",
+    ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
 )
 

@@ -79,6 +79,7 @@ USUAL = {
         (),
         *_PAGES,
     ),
+    "quantized_matmul": Usual(("x=MxK", "w=KxN:int8", "scales=1xN:float32"), (), *_PRODUCT),
     "ragged_dot": Usual(("lhs=MxK", "rhs=GxKxN", "group_sizes=G:int32"), (), *_GROUPS),
     "relu": Usual(("x=RxD",), (), *_ROWS),
     "rms_norm": Usual(("x=RxD", "scale=D"), (), *_ROWS),

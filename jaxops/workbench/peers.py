@@ -179,6 +179,16 @@ def jax_matmul(x, w, *, bias=None, activation=None, residual=None, precision=Non
     return y if residual is None else y + residual
 
 
+def jax_quantized_matmul(x, w, scales, zeros=None, *, x_scales=None, bias=None, dtype=None):
+    """(x_scales · x) · (scales · (w - zeros)) + bias, of jax.numpy: the weights are widened, then multiplied."""
+    dtype = dtype or (x.dtype if x_scales is None else x_scales.dtype)
+    spread = lambda a: jnp.repeat(a.astype(jnp.float32), w.shape[0] // a.shape[0], 0)
+    weights = w.astype(jnp.float32) if zeros is None else w.astype(jnp.float32) - spread(zeros)
+    x = x if x_scales is None else x.astype(jnp.float32) * x_scales
+    y = jnp.matmul(x.astype(dtype), (weights * spread(scales)).astype(dtype))
+    return y if bias is None else (y + bias).astype(dtype)
+
+
 def jax_ragged_dot(lhs, rhs, group_sizes, precision=None, preferred_element_type=None):
     """y_i = lhs_i · rhs[group of i], of jax.lax."""
     return jax.lax.ragged_dot(lhs, rhs, group_sizes, precision, preferred_element_type)
@@ -463,6 +473,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "linear_distillation": jax_linear_distillation,
         "matmul": jax_matmul,
         "paged_attention": jax_paged_attention,
+        "quantized_matmul": jax_quantized_matmul,
         "ragged_dot": jax_ragged_dot,
         "relu": jax_relu,
         "rms_norm": jax_rms_norm,

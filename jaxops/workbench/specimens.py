@@ -39,6 +39,7 @@ USUAL: dict[str, tuple[str, str]] = {
         " query_starts=4:int32<10",
         "",
     ),
+    "quantized_matmul": ("x=30x256 w=256x129:int8 scales=2x129 bias=129", ""),
     "ragged_dot": ("lhs=70x65 rhs=3x65x129 group_sizes=3:int32<50", ""),
     "relu": ("x=30x129", ""),
     "rms_norm": ("x=40x129 scale=129", ""),
@@ -410,6 +411,25 @@ def _matmul(c: _Chance) -> tuple[dict, dict]:
     return operands, {**activation, "precision": c.of(None, "highest")}
 
 
+def _quantized(c: _Chance) -> tuple[dict, dict]:
+    dtype, group, groups, columns = c.of(*DTYPES, "float16"), c.of(128, 32, 64, 7), c.of(1, 2, 4), c.size()
+    kind, quantised = c.of("int8", "int4"), c.of(False, True)
+    inner = group * groups
+    shape, most = c.shape(inner), 127 if kind == "int8" else 7
+    operands = {
+        "x": Operand(shape, "int8", f"random.integers(-127, 128, {shape})") if quantised else normal(shape, dtype),
+        "w": Operand((inner, columns), kind, f"random.integers(-{most}, {most} + 1, {(inner, columns)})"),
+        "scales": Operand((groups, columns), dtype, f"random.uniform(0.5, 1.5, {(groups, columns)}) / {most}"),
+        "bias": normal((columns,), c.of(dtype, "float32")) if c.of(False, True) else None,
+    }
+    if c.of(False, True):
+        operands["zeros"] = Operand((groups, columns), "float32", f"random.integers(-5, 6, {(groups, columns)})")
+    if quantised:
+        rows = (*shape[:-1], 1)
+        operands["x_scales"] = Operand(rows, dtype, f"random.uniform(0.5, 1.5, {rows}) / 127")
+    return operands, {}
+
+
 def _gated(c: _Chance) -> tuple[dict, dict]:
     dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
     weights = {name: normal((inner, columns), dtype) for name in ("w_gate", "w_up")}
@@ -469,6 +489,7 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "linear_distillation": _distillation,
     "matmul": _matmul,
     "paged_attention": _paged,
+    "quantized_matmul": _quantized,
     "ragged_dot": _ragged,
     "relu": _elementwise,
     "rms_norm": functools.partial(_norm, with_bias=False),

@@ -20,6 +20,7 @@ LAYERS = ("pallas_kernels", "jaxops", "sharding", "examples")  # each may import
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 WITHOUT_BACKWARD = (  # XLA's serves
     pallas_kernels.tpu.decode_attention,
+    pallas_kernels.tpu.quantized_matmul,
     pallas_kernels.gpu.decode_attention,
     pallas_kernels.gpu.gated_linear_unit,
     pallas_kernels.gpu.matmul,

@@ -132,6 +132,7 @@ def test_an_unbroken_run_leaves_everything(unbroken):
     assert printed.rstrip().endswith("nats per byte.")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_unbroken(book, unbroken, compiled_once, tmp_path, capsys):
     out = tmp_path / "run"
     environment = os.environ | compiled_once
@@ -332,6 +333,7 @@ def same_losses(out, expected_out):
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pipeline_gives_the_same_losses_and_goes_on_on_another_mesh(book, unbroken, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
     out = tmp_path / "run"

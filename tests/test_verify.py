@@ -64,6 +64,7 @@ def test_the_program_of_a_fault_fails_in_the_same_way(fault, capsys):
         exec(compile(found["program"], "program.py", "exec"), {})
 
 
+@pytest.mark.slow
 def test_a_failure_by_chance_is_shrunk_and_its_program_fails(capsys, tmp_path):
     code, found = asked(capsys, "tests.faults.remainder:wrong", "x=64x1", "--fuzz", "30")
     assert code == 1 and found["by_chance"] > 1
@@ -78,6 +79,7 @@ def test_a_failure_by_chance_is_shrunk_and_its_program_fails(capsys, tmp_path):
     assert code == 0 and found["by_chance"] >= 2
 
 
+@pytest.mark.slow
 def test_the_users_own_operator_of_the_tutorial(capsys):
     code, found = asked(
         capsys,

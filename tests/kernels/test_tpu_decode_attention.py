@@ -37,7 +37,16 @@ def run(operands, options, tiles, chip="v5e"):
         return jax.block_until_ready(decode_attention.forward(**operands, **options, tiles=tiles)[0])
 
 
-@pytest.mark.parametrize("name", CASES)
+IN_EVERY_RUN = (
+    "blocks, an empty sequence between",
+    "quantised",
+    "head size 64, tokens, window, sinks",
+    "head size 80, pages",
+    "pages, mixed",
+)
+
+
+@pytest.mark.parametrize("name", [n if n in IN_EVERY_RUN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_interpreted(name):
     operands, options = build(CASES[name])
     assert decode_attention.unsupported(**operands, **options) is None

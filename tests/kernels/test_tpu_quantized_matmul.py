@@ -67,7 +67,10 @@ def run(operands, dtype, tiles):
         return np.asarray(forward(operands))
 
 
-@pytest.mark.parametrize("name", CASES)
+IN_EVERY_RUN = ("groups", "small groups", "integers in groups", "strips")
+
+
+@pytest.mark.parametrize("name", [n if n in IN_EVERY_RUN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_interpreted(name):
     c = CASES[name]
     operands, dtype = build(c), c["dtype"]

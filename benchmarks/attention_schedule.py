@@ -33,15 +33,19 @@ def _options(query: jax.Array, kind: str) -> dict[str, Any]:
     return options
 
 
+def _turned(**operands: jax.Array) -> dict[str, jax.Array]:
+    return {name: x.transpose(0, 3, 1, 2) for name, x in operands.items()}
+
+
 def forward(query: jax.Array, key: jax.Array, value: jax.Array, *, kind: str = "causal") -> jax.Array:
     """Of and to [B, N, H, T], by the TPU kernel."""
-    turned = {name: x.transpose(0, 3, 1, 2) for name, x in dict(query=query, key=key, value=value).items()}
+    turned = _turned(query=query, key=key, value=value)
     return attention.forward(**turned, **_options(query, kind))[0][0].transpose(0, 2, 3, 1)
 
 
 def both(query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array, *, kind: str = "causal") -> dict:
     """The output and the gradients, of and to [B, N, H, T]."""
-    turned = {name: x.transpose(0, 3, 1, 2) for name, x in dict(query=query, key=key, value=value).items()}
+    turned = _turned(query=query, key=key, value=value)
     options = _options(query, kind)
     outputs, residuals = attention.forward(**turned, **options)
     cotangents = dout.transpose(0, 3, 1, 2), None
@@ -129,16 +133,13 @@ def on_gpu(chip: str) -> None:
             continue
         for kernel in result["schedule"]["kernels"]:
             loops = [loop for loop in kernel["loops"] if loop["tensor_clocks"] > 0]
-            found = [loop["total"] / (special // 32 * 32) for loop in loops if (special := _exponentials(loop)) >= 32]
+            elements = [loop["instructions"].get("special", 0) // 32 * 32 for loop in loops]
+            found = [loop["total"] / count for loop, count in zip(loops, elements, strict=True) if count]
             if found:
                 spilled = kernel["spill_store_bytes"] + kernel["spill_load_bytes"]
                 row = f"{min(found):.2f}", str(kernel["registers"]), str(spilled)
                 table.add_row(title, kernel["name"], *row)
     output.show(table)
-
-
-def _exponentials(loop: dict) -> int:
-    return loop["instructions"].get("special", 0)
 
 
 def main() -> None:

@@ -62,7 +62,16 @@ class QuantizedLinear(nnx.Module):
         activations: str | None = None,
         implementation: Implementation = None,
     ) -> Self:
-        """`linear` (an `nnx.Linear`) with its kernel quantised to `dtype`, `group_size` rows sharing a scale."""
+        """The layer with values, scales, zeros = quantize(linear.kernel, dtype, axis=0, …), and the bias of `linear`.
+
+        Args:
+          linear: an `nnx.Linear`, whose kernel is [in, out].
+          dtype, group_size, symmetric: as in `jaxops.quantize`. activations, implementation: as in the constructor.
+
+        Raises:
+          TypeError: `linear` is no `nnx.Linear`, or `jaxops.quantize` refuses a dtype.
+          ValueError: `group_size` does not divide the rows of the kernel, or `activations` is unknown.
+        """
         if not isinstance(linear, nnx.Linear):
             raise TypeError(f"QuantizedLinear.of: linear must be an nnx.Linear, got {type(linear).__name__}")
         weights = quantize(linear.kernel[...], dtype, axis=0, group_size=group_size, symmetric=symmetric)

@@ -67,7 +67,7 @@ def captured(program: core.ClosedJaxpr) -> list[Any]:
 
 
 def no_kernel(score_mod: Callable | None, mask_mod: Callable | None, bias=None) -> str | None:
-    """Why no kernel takes these modifiers, whatever the chip, or None."""
+    """Why no kernel takes these modifiers, beside this bias [B, N, T, S], whatever the chip, or None."""
     # The terms of its gradient cancel, but for what slopes and sinks make of them: row sums of both would be needed.
     if score_mod is not None and bias is not None and bias.shape[3] == 1:
         return f"a bias that all keys share, {bias.shape}, beside a score_mod has its gradient in XLA only"

@@ -281,6 +281,10 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         fresh = (block - page * per_page) * t.keys
         return page, jnp.minimum(fresh, p.page_size - t.keys), fresh
 
+    def part(ref, which, columns):
+        """Some columns of the scores' keys, or values, of a page or a slot."""
+        return ref.at[(which, slice(None), columns) if p.turned else (which, columns)]
+
     def copies(slot, sequence=None, block=None):
         """The copies of one block to a slot; without a block, descriptors to wait by."""
         for n in range(pieces):
@@ -294,14 +298,9 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
                     page = jnp.clip(page, 0, p.pages - 1)
             there, here = pl.ds(first, piece), pl.ds(n * piece, piece)
             for k, name in enumerate(("key", "value")):
-                cut = lambda ref, outer, columns: ref.at[
-                    (outer, slice(None), columns) if p.turned else (outer, columns)
-                ]
-                yield pltpu.make_async_copy(
-                    cut(r[name], page, there), cut(r[name + "s"], slot, here), r["arrived"].at[k, slot]
-                )
-            if p.quantised:
-                for k, name in enumerate(("key", "value")):
+                source, target = part(r[name], page, there), part(r[name + "s"], slot, here)
+                yield pltpu.make_async_copy(source, target, r["arrived"].at[k, slot])
+                if p.quantised:
                     yield pltpu.make_async_copy(
                         r[f"{name}_scales"].at[page, :, there],
                         r[f"{name}_factors"].at[slot, :, here],

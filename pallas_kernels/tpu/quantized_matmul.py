@@ -107,7 +107,7 @@ class Sizes:
 
 def unsupported(x, w, scales, zeros=None, x_scales=None, bias=None, *, dtype: str) -> str | None:
     """Why the kernel cannot take these operands (arrays or ShapeDtypeStructs), or None."""
-    del bias
+    del x_scales, bias
     s = Sizes.of(x, w, scales, dtype)
     if s.x not in (jnp.float32, jnp.bfloat16, jnp.int8):
         return f"x must be bfloat16, float32 or int8 on a TPU, got {s.x}"
@@ -125,7 +125,6 @@ def unsupported(x, w, scales, zeros=None, x_scales=None, bias=None, *, dtype: st
         return "an int8 x is served with groups of a multiple of 128 rows, without zeros"
     if zeros is not None and s.group % LANES:
         return f"zeros are served with groups of a multiple of 128 rows, got {s.group}"
-    del x_scales
     return None
 
 

@@ -41,7 +41,7 @@ from pallas_kernels import chips, modifiers, random
 from pallas_kernels.padding import pad_to, round_up
 from pallas_kernels.tpu import attention_tiles, elementwise
 from pallas_kernels.tpu.attention_operands import Operands, sequence_third
-from pallas_kernels.tpu.attention_tiles import HEADER, Problem
+from pallas_kernels.tpu.attention_tiles import HEADER, Problem, computed_in
 from pallas_kernels.tpu.attention_tiles import Tiles as Tiles
 
 f32 = jnp.float32
@@ -542,8 +542,8 @@ def unsupported(
 ) -> str | None:
     """Why the kernels cannot serve this call on the chip being compiled for, or None. Operands may be abstract."""
     problem = Problem.of(**locals())
-    if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"query must be float32 or bfloat16 (the TPU's matrix unit takes no other), got {query.dtype}"
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"query must be float32, bfloat16 or float16, got {query.dtype}"
     if not query.dtype == key.dtype == value.dtype:
         return f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
     if max(query.shape[3], value.shape[3]) > MAX_HEAD:
@@ -590,13 +590,17 @@ def forward(
     """out = dropout(softmax(mask(score_mod(cap·tanh(scale·q·kᵀ/cap) + bias - slope·|i - j|))))·v,  lse = log Σ_j
     exp(logit_j) (+ exp(sink)).
 
-    query [B,T,N,H], key [B,S,K,H] and value [B,S,K,V] of one dtype, float32 or bfloat16, N a multiple of K; bias and
-    mask 4-D, broadcastable to [B,N,T,S]; lengths and prefix_lengths [B], segment ids [B,T] and [B,S], sinks and
-    alibi_slopes [N], dropout_rows uint32 [B,N,2,T] (`random.row_words`). A key before the prefix length is seen
-    whatever causality or window say. Returns ((out [B,T,N,V] in query's dtype, lse [B,N,T] float32), ()). A row that
-    sees nothing, or that lies past its query length, has out = 0 and lse = +inf, or its sink if there is one.
+    query [B,T,N,H], key [B,S,K,H] and value [B,S,K,V] of one dtype, float32, bfloat16 or float16 (computed in float32),
+    N a multiple of K; bias and mask 4-D, broadcastable to [B,N,T,S]; lengths and prefix_lengths [B], segment ids [B,T]
+    and [B,S], sinks and alibi_slopes [N], dropout_rows uint32 [B,N,2,T] (`random.row_words`). A key before the prefix
+    length is seen whatever causality or window say. Returns ((out [B,T,N,V] in query's dtype, lse [B,N,T] float32),
+    ()). A row that sees nothing, or that lies past its query length, has out = 0 and lse = +inf, or its sink if there is
+    one.
     """
     call = {name: x for name, x in locals().items() if name != "tiles"}
+    if query.dtype != computed_in(query.dtype):
+        (out, lse), residuals = forward(**_widened(call, "query", "key", "value"), tiles=tiles)
+        return (out.astype(query.dtype), lse), residuals
     p = Problem.of(**call)
     t = tiles or attention_tiles.chosen(p, backward=False)
     batch, _, heads, _ = query.shape
@@ -634,6 +638,11 @@ def forward(
     if sinks is not None and query_seq_lengths is not None:
         lse = jnp.where(_inside(query_seq_lengths, p), lse, sinks.astype(f32)[:, None])
     return (out, lse), ()
+
+
+def _widened(call: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The call with the operands `names` in the dtype that they are computed in."""
+    return call | {name: call[name].astype(computed_in(call[name].dtype)) for name in names}
 
 
 def _inside(lengths, p: Problem):
@@ -689,8 +698,12 @@ def backward(
     that all keys share is seen by sinks alone: Σ_j dS = exp(sink - lse)·rowsum(O∘dO).
     """
     call = {name: x for name, x in locals().items() if name != "tiles"}
-    del residuals
     out, lse = outputs
+    if query.dtype != computed_in(query.dtype):
+        wide = _widened(call, "query", "key", "value") | {"outputs": (out.astype(f32), lse)}
+        grads = backward(**wide, tiles=tiles)
+        return grads | {name: grads[name].astype(query.dtype) for name in ("query", "key", "value")}
+    del residuals
     dout = cotangents[0].astype(query.dtype)
     p = Problem.of(**call)
     if query_seq_lengths is not None:

@@ -44,6 +44,7 @@ CASES = {
     "full-one-key": case(127, 1, batch=2),
     "full-float32": case(129, 1000, dtype="float32", dim=80),
     "causal-127": case(127, 127, causal=True, heads=(4, 2), dim=64),
+    "float16": case(130, 200, dtype="float16", dim=24, bias=(1, 1, 1, 200), cap=4.0),
     "causal-129": case(129, 129, causal=True, dtype="float32"),
     "causal-1000": case(1000, 1000, causal=True, dim=32, heads=(1, 1)),
     "causal-strips": case(1000, 1000, causal=True, tiles=STRIPS, heads=(1, 1), cap=2.0),
@@ -307,7 +308,6 @@ def test_a_missing_guard_is_noticed(monkeypatch):
 @pytest.mark.parametrize(
     "reason, change",
     {
-        "float32 or bfloat16": {"query": ((1, 8, 2, 16), "float16")},
         "one dtype": {"key": ((1, 8, 2, 16), "float32")},
         "head sizes up to": dict.fromkeys(("query", "key", "value"), ((1, 8, 2, 512), "bfloat16")),
         "scale must be positive": {"scale": -1.0},

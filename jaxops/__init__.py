@@ -26,6 +26,7 @@ from jaxops.ops.rope import rope as rope
 from jaxops.ops.softmax import softmax as softmax
 from jaxops.quantization import Quantized as Quantized
 from jaxops.quantization import dequantize as dequantize
+from jaxops.quantization import fake_quantize as fake_quantize
 from jaxops.quantization import quantize as quantize
 from jaxops.routing import Routing as Routing
 from jaxops.routing import top_k_routing as top_k_routing

@@ -86,19 +86,62 @@ def quantize(
         scale = _never_zero(jnp.max(jnp.abs(grouped), along, keepdims=True, initial=0) / float(jnp.finfo(kind).max))
         values, zero = (grouped / scale).astype(kind), None
     else:
-        info = jnp.iinfo(kind)
+        low, high = integer_range(kind, symmetric)
         if symmetric:
-            scale = _never_zero(jnp.max(jnp.abs(grouped), along, keepdims=True, initial=0) / info.max)
-            zero, low = None, -info.max
+            scale, zero = _never_zero(jnp.max(jnp.abs(grouped), along, keepdims=True, initial=0) / high), None
         else:
             top = jnp.max(grouped, along, keepdims=True, initial=0)
             bottom = jnp.min(grouped, along, keepdims=True, initial=0)
-            scale = _never_zero((top - bottom) / (info.max - info.min))
-            zero, low = jnp.clip(info.min - jnp.round(bottom / scale), info.min, info.max), info.min
+            scale = _never_zero((top - bottom) / (high - low))
+            zero = jnp.clip(low - jnp.round(bottom / scale), low, high)
         values = jnp.round(grouped / scale) + (0 if zero is None else zero)
-        values = jnp.clip(values, low, info.max).astype(kind)
+        values = jnp.clip(values, low, high).astype(kind)
     scales = scale.squeeze(along).astype(jnp.float32)
     return Quantized(values.reshape(x.shape), scales, None if zero is None else zero.squeeze(along).astype(jnp.float32))
+
+
+def fake_quantize(
+    x: ArrayLike, scales: ArrayLike, dtype: Any = jnp.int8, *, zeros: ArrayLike | None = None
+) -> jax.Array:
+    """y = scales · (clip(round(x / scales) + zeros) - zeros): x as quantisation leaves it, with gradients to train by.
+
+    The gradient of round is taken as 1 (straight through), that of clip is its own:
+    dx = dy inside the range, 0 outside;
+    dscales = Σ dy · (round(x / scales) - x / scales) inside, Σ dy · (bound - zeros) outside (the learned step, LSQ).
+
+    Args:
+      x: floating.
+      scales: floating; each axis divides that of x, and a scale is for as many consecutive elements. Positive.
+      dtype: int8 or int4; symmetric (-127 … 127) without zeros, else the whole range.
+      zeros: as scales, whole numbers; constant to derivatives.
+
+    Returns:
+      y in the shape and dtype of x.
+
+    Raises:
+      TypeError: x or scales are not floating, or dtype is neither int8 nor int4.
+      ValueError: scales or zeros do not fit x, or scales are known and not positive.
+
+    Sources: Bengio et al., arXiv:1308.3432 (straight through); Esser et al., LSQ, arXiv:1902.08153.
+    """
+    name = "fake_quantize"
+    x, scales = checks.floating(name, "x", x), checks.floating(name, "scales", scales)
+    kind = _kind(name, dtype)
+    if kind not in _INTEGERS:
+        raise TypeError(f"{name}: dtype must be one of {', '.join(_INTEGERS)}, got {kind}")
+    if not isinstance(scales, jax.core.Tracer) and not bool(jnp.all(scales > 0)):
+        raise ValueError(f"{name}: scales must be positive, got {scales.min()}")
+    low, high = integer_range(kind, zeros is None)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    step = _spread(name, "scales", scales, x.shape).astype(wide)
+    zero: jax.Array | float = 0.0
+    if zeros is not None:
+        zero = jax.lax.stop_gradient(_spread(name, "zeros", checks.array(name, "zeros", zeros), x.shape).astype(wide))
+    value = x.astype(wide) / step
+    inside = (value >= low - zero) & (value <= high - zero)
+    # Not clip's own gradient, which is a half at the ends, where the largest weights are.
+    value = jnp.where(inside, value, jax.lax.stop_gradient(jnp.clip(value, low - zero, high - zero)))
+    return ((value + jax.lax.stop_gradient(jnp.round(value) - value)) * step).astype(x.dtype)
 
 
 def dequantize(quantized: Quantized, dtype: Any = jnp.float32) -> jax.Array:
@@ -123,6 +166,12 @@ def dequantize(quantized: Quantized, dtype: Any = jnp.float32) -> jax.Array:
     if zeros is not None:
         x = x - _spread(name, "zeros", checks.array(name, "zeros", zeros), values.shape).astype(wide)
     return (x * _spread(name, "scales", scales, values.shape).astype(wide)).astype(dtype)
+
+
+def integer_range(dtype: Any, symmetric: bool) -> tuple[int, int]:
+    """The least and the largest integer that are used: all of the dtype, or as many below 0 as above."""
+    info = jnp.iinfo(dtype)
+    return -int(info.max) if symmetric else int(info.min), int(info.max)
 
 
 def _kind(name: str, dtype: Any) -> str:

@@ -190,7 +190,9 @@ def test_what_is_shipped_is_well_formed(chip):
         platform, name, phase = entry["kernel"].split(".")
         assert platform == chips.named(chip).platform and phase in tune.PHASES
         fields = {field.name for field in dataclasses.fields(getattr({"tpu": tpu, "gpu": gpu}[platform], name).Tiles)}
-        assert (set(entry["tiles"]) == fields and entry["gain"] >= tune.GAIN) or (not entry["tiles"] and entry["gain"] == 1)
+        assert (set(entry["tiles"]) == fields and entry["gain"] >= tune.GAIN) or (
+            not entry["tiles"] and entry["gain"] == 1
+        )
         assert entry["compiler"] is not None
 
 

@@ -72,11 +72,12 @@ class Scheme:
         return self.observer is not None or self.balance is not None or self.rounding == "outputs"
 
     def __str__(self) -> str:
-        groups = f"/{self.group_size}" if self.group_size else ""
-        rest = [f"W{self.weights}{groups}", f"A{self.activations}" if self.activations else "", self.observer or ""]
-        rest += [f"balance {self.balance}" if self.balance is not None else "", "" if self.symmetric else "asymmetric"]
-        rest += ["" if self.rounding == "nearest" else "rounded for outputs"]
-        return " ".join(part for part in rest if part)
+        parts = [f"{self.weights}/{self.group_size}" if self.group_size else self.weights]
+        parts += [] if self.symmetric else ["zero points"]
+        parts += [] if self.balance is None else [f"balance {self.balance:g}"]
+        parts += [] if self.rounding == "nearest" else ["rounded for outputs"]
+        parts += [] if self.activations is None else [f"{self.activations} activations, {self.observer or 'by rows'}"]
+        return ", ".join(parts)
 
 
 Rules = Sequence[tuple[str, Scheme | None]]

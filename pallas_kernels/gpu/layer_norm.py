@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from jax import Array
 
 from pallas_kernels.gpu import row_norm
-from pallas_kernels.gpu.row_norm import Tiles
+from pallas_kernels.gpu.row_norm import PHASES, Load, Tiles
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
 
@@ -16,22 +16,22 @@ __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "uns
 def unsupported(x, scale, bias, *, eps: float, scale_offset: float) -> str | None:
     """Why these kernels do not take x[..., features], scale[features], bias[features]; None if they do."""
     del eps, scale_offset
-    return row_norm.unsupported(x, {"scale": scale, "bias": bias})
+    return row_norm.unsupported(*(Load.of(phase, x, scale, bias) for phase in PHASES), x=x, scale=scale, bias=bias)
 
 
 def tiles(phase: str, x, scale, bias, *, eps: float, scale_offset: float) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return row_norm.tiles("layer_norm", phase, x, {"scale": scale, "bias": bias})
+    return row_norm.tiles("layer_norm", phase, x, Load.of(phase, x, scale, bias))
 
 
 def candidates(phase: str, x, scale, bias, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
     """Tiles worth trying that registers and shared memory allow, the default first."""
-    return row_norm.candidates(phase, x, {"scale": scale, "bias": bias})
+    return row_norm.candidates(Load.of(phase, x, scale, bias))
 
 
 def memory(phase: str, tiles: Tiles, x, scale, bias, *, eps: float, scale_offset: float) -> int:
     """Bytes of shared memory that a block of `phase` is estimated to take."""
-    return row_norm.memory(phase, tiles, x, {"scale": scale, "bias": bias})
+    return tiles.smem_bytes(Load.of(phase, x, scale, bias))
 
 
 def forward(

@@ -10,29 +10,29 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import row_norm
-from pallas_kernels.tpu.row_norm import Tiles
+from pallas_kernels.tpu.row_norm import Load, Tiles
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
 
 
 def unsupported(x, residual, scale, bias, *, eps: float, scale_offset: float) -> str | None:
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
-    return row_norm.unsupported(x, residual, parameters=2)
+    return row_norm.unsupported(Load.of("backward", x, residual, parameters=2), x=x, residual=residual)
 
 
 def tiles(phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return row_norm.tiles("add_layer_norm", phase, x, residual, parameters=2)
+    return row_norm.tiles("add_layer_norm", phase, Load.of(phase, x, residual, parameters=2))
 
 
 def candidates(phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
     """Tiles worth trying that the operands and the chip's VMEM allow: the default first, then blocks of 128."""
-    return row_norm.candidates(phase, x, residual, parameters=2)
+    return row_norm.candidates(Load.of(phase, x, residual, parameters=2))
 
 
 def memory(phase: str, tiles: Tiles, x, residual, scale, bias, *, eps: float, scale_offset: float) -> int:
     """Bytes of VMEM that the kernel of `phase` is estimated to take."""
-    return row_norm.memory(phase, tiles, x, residual, parameters=2)
+    return row_norm.memory(tiles, Load.of(phase, x, residual, parameters=2))
 
 
 def forward(
@@ -47,7 +47,7 @@ def forward(
 ):
     """((y[..., features], total[..., features]), ()), both in the common dtype of x and residual."""
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("add_layer_norm", "forward", x, residual, parameters=2)
+    t = tiles or row_norm.tiles("add_layer_norm", "forward", Load.of("forward", x, residual, parameters=2))
     return row_norm.forward(x, w, bias, residual, eps=eps, tiles=t, name="add_layer_norm"), ()
 
 
@@ -66,7 +66,7 @@ def backward(
 ) -> dict[str, jax.Array]:
     """Gradients of x, residual (the same), scale and bias from the cotangents of y and of total (None: zero)."""
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("add_layer_norm", "backward", x, residual, parameters=2)
+    t = tiles or row_norm.tiles("add_layer_norm", "backward", Load.of("backward", x, residual, parameters=2))
     dx, dw, db = row_norm.backward(
         outputs[1], w, *cotangents, eps=eps, center=True, tiles=t, name="add_layer_norm_backward"
     )

@@ -10,29 +10,29 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import row_norm
-from pallas_kernels.tpu.row_norm import Tiles
+from pallas_kernels.tpu.row_norm import Load, Tiles
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
 
 
 def unsupported(x, residual, scale, *, eps: float, scale_offset: float) -> str | None:
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
-    return row_norm.unsupported(x, residual, parameters=1)
+    return row_norm.unsupported(Load.of("backward", x, residual, parameters=1), x=x, residual=residual)
 
 
 def tiles(phase: str, x, residual, scale, *, eps: float, scale_offset: float) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return row_norm.tiles("add_rms_norm", phase, x, residual, parameters=1)
+    return row_norm.tiles("add_rms_norm", phase, Load.of(phase, x, residual, parameters=1))
 
 
 def candidates(phase: str, x, residual, scale, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
     """Tiles worth trying that the operands and the chip's VMEM allow: the default first, then blocks of 128."""
-    return row_norm.candidates(phase, x, residual, parameters=1)
+    return row_norm.candidates(Load.of(phase, x, residual, parameters=1))
 
 
 def memory(phase: str, tiles: Tiles, x, residual, scale, *, eps: float, scale_offset: float) -> int:
     """Bytes of VMEM that the kernel of `phase` is estimated to take."""
-    return row_norm.memory(phase, tiles, x, residual, parameters=1)
+    return row_norm.memory(tiles, Load.of(phase, x, residual, parameters=1))
 
 
 def forward(
@@ -46,7 +46,7 @@ def forward(
 ):
     """((y[..., features], total[..., features]), ()), both in the common dtype of x and residual."""
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("add_rms_norm", "forward", x, residual, parameters=1)
+    t = tiles or row_norm.tiles("add_rms_norm", "forward", Load.of("forward", x, residual, parameters=1))
     return row_norm.forward(x, w, None, residual, eps=eps, tiles=t, name="add_rms_norm"), ()
 
 
@@ -64,6 +64,6 @@ def backward(
 ) -> dict[str, jax.Array]:
     """Gradients of x, residual (the same) and scale from the cotangents of y and of total (None: zero)."""
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("add_rms_norm", "backward", x, residual, parameters=1)
+    t = tiles or row_norm.tiles("add_rms_norm", "backward", Load.of("backward", x, residual, parameters=1))
     dx, dw = row_norm.backward(outputs[1], w, *cotangents, eps=eps, center=False, tiles=t, name="add_rms_norm_backward")
     return {"x": dx, "residual": dx, "scale": dw.astype(scale.dtype)}

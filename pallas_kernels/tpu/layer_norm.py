@@ -10,29 +10,29 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import row_norm
-from pallas_kernels.tpu.row_norm import Tiles
+from pallas_kernels.tpu.row_norm import Load, Tiles
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
 
 
 def unsupported(x, scale, bias, *, eps: float, scale_offset: float) -> str | None:
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
-    return row_norm.unsupported(x, parameters=2)
+    return row_norm.unsupported(Load.of("backward", x, parameters=2), x=x)
 
 
 def tiles(phase: str, x, scale, bias, *, eps: float, scale_offset: float) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return row_norm.tiles("layer_norm", phase, x, parameters=2)
+    return row_norm.tiles("layer_norm", phase, Load.of(phase, x, parameters=2))
 
 
 def candidates(phase: str, x, scale, bias, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
     """Tiles worth trying that the operands and the chip's VMEM allow: the default first, then blocks of 128."""
-    return row_norm.candidates(phase, x, parameters=2)
+    return row_norm.candidates(Load.of(phase, x, parameters=2))
 
 
 def memory(phase: str, tiles: Tiles, x, scale, bias, *, eps: float, scale_offset: float) -> int:
     """Bytes of VMEM that the kernel of `phase` is estimated to take."""
-    return row_norm.memory(phase, tiles, x, parameters=2)
+    return row_norm.memory(tiles, Load.of(phase, x, parameters=2))
 
 
 def forward(
@@ -40,7 +40,7 @@ def forward(
 ):
     """((y[..., features] in x's dtype,), ())."""
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("layer_norm", "forward", x, parameters=2)
+    t = tiles or row_norm.tiles("layer_norm", "forward", Load.of("forward", x, parameters=2))
     return row_norm.forward(x, w, bias, eps=eps, tiles=t, name="layer_norm"), ()
 
 
@@ -58,6 +58,6 @@ def backward(
 ) -> dict[str, jax.Array]:
     """Gradients of x, scale and bias from the cotangent of y."""
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("layer_norm", "backward", x, parameters=2)
+    t = tiles or row_norm.tiles("layer_norm", "backward", Load.of("backward", x, parameters=2))
     dx, dw, db = row_norm.backward(x, w, cotangents[0], eps=eps, center=True, tiles=t, name="layer_norm_backward")
     return {"x": dx, "scale": dw.astype(scale.dtype), "bias": db.astype(bias.dtype)}

@@ -35,6 +35,36 @@ SLACK = 4 << 20  # VMEM left to the compiler for spilled registers
 
 
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """What a kernel holds of an array of `rows` × `features`: `dtype` is that of the rows, `width` the bytes that one
+    feature of a row takes in all arrays that are read and written row by row, `vectors` the float32 arrays
+    [8, features] that all rows share, `least` the rows of the smallest slice."""
+
+    rows: int
+    features: int
+    dtype: jnp.dtype
+    width: int
+    vectors: int = 0
+    least: int = ROWS
+
+    @staticmethod
+    def of(phase: str, x, residual=None, *, parameters: int) -> "Load":
+        """Of a norm. Backward, x is the sum if there is a residual, and the parameters' gradients are held, too."""
+        dtype = sum_dtype(x, residual)
+        size, backward = dtype.itemsize, phase == "backward"
+        if residual is None:
+            width = (3 if backward else 2) * size
+        else:
+            width = 4 * size if backward else x.dtype.itemsize + residual.dtype.itemsize + 2 * size
+        return Load(x.size // x.shape[-1], x.shape[-1], dtype, width, parameters * (2 if backward else 1))
+
+    def vmem_bytes(self, tiles: "Tiles") -> int:
+        """VMEM of a kernel: every operand is there twice, the next block arriving while this one is worked on."""
+        columns = round_up(self.features, LANES)
+        return 2 * columns * (tiles.rows * self.width + self.vectors * SUBLANES * 4)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tiles:
     """`rows` of a grid step, a multiple of `group`, the rows of a turn (multiple of 16), and its `columns` (of 128)."""
 
@@ -43,100 +73,80 @@ class Tiles:
     columns: int
 
     @staticmethod
-    def default(rows: int, features: int, itemsize: int) -> "Tiles":
+    def default(load: Load) -> "Tiles":
         """64 registers of values a turn: fewer leave the vector units waiting, more are spilled. 2 MiB a block, so that
         a step's fixed cost hides behind its copy; less on a chip with little VMEM (v4): six blocks live at once."""
-        width = round_up(features, LANES)
-        columns = min(width, 2048)
-        block = min(2 << 20, chips.current("tpu").vmem_bytes // 16) // (width * itemsize)
+        columns = min(round_up(load.features, LANES), 2048)
+        return Tiles._of(load, min(2 << 20, chips.current("tpu").vmem_bytes // 16), 64, columns)
+
+    @staticmethod
+    def _of(load: Load, block_bytes: int, registers: int, columns: int) -> "Tiles":
+        """Blocks of about `block_bytes`, turns of about so many registers."""
+        block = block_bytes // (round_up(load.features, LANES) * load.dtype.itemsize)
         # Never past the end: the last block may be partial but not the only one.
-        most = max(min(block, rows) // ROWS, 1) * ROWS
-        group = min(64 * 1024 // columns // ROWS * ROWS, most)
+        most = max(min(block, load.rows) // load.least, 1) * load.least
+        group = min(max(registers * 1024 // columns // load.least, 1) * load.least, most)
         return Tiles(most // group * group, group, columns)
 
-    def allowed(self, x, residual, parameters: int, backward: bool) -> bool:
+    def allowed(self, load: Load) -> bool:
         """Whether the sizes divide as they have to, no block lies past the end, and everything fits VMEM."""
-        rows, least = x.size // x.shape[-1], min(self.rows, self.group, self.columns)
-        if least <= 0 or self.rows % self.group or self.group % ROWS or self.columns % LANES:
+        if min(self.rows, self.group, self.columns) <= 0:
             return False
-        if self.rows > max(rows // ROWS * ROWS, ROWS):
+        if self.rows % self.group or self.group % load.least or self.columns % LANES:
             return False
-        need = _vmem_bytes(self, x.shape[-1], _width(x, residual, backward), parameters, backward)
-        return need + SLACK <= chips.current("tpu").vmem_bytes
+        if self.rows > max(load.rows // load.least, 1) * load.least:
+            return False
+        return load.vmem_bytes(self) + SLACK <= chips.current("tpu").vmem_bytes
 
 
 def sum_dtype(x, residual):
     """The dtype of what is normalised: that of x, or the common one of x and its residual."""
-    return x.dtype if residual is None else jnp.promote_types(x.dtype, residual.dtype)
+    return jnp.dtype(x.dtype if residual is None else jnp.promote_types(x.dtype, residual.dtype))
 
 
-def _width(x, residual, backward: bool) -> int:
-    """Bytes that one feature of a row takes in all arrays that are read and written row by row."""
-    size = sum_dtype(x, residual).itemsize
-    if residual is None:
-        return (3 if backward else 2) * size
-    return 4 * size if backward else x.dtype.itemsize + residual.dtype.itemsize + 2 * size
-
-
-def _vmem_bytes(tiles: Tiles, features: int, width: int, parameters: int, backward: bool) -> int:
-    """VMEM of a kernel: every operand is there twice, the next block arriving while this one is worked on."""
-    columns = round_up(features, LANES)
-    vectors = parameters * SUBLANES * columns * 4 * (2 if backward else 1)
-    return 2 * (tiles.rows * columns * width + vectors)
-
-
-def tiles(name: str, phase: str, x, residual=None, *, parameters: int) -> Tiles:
+def tiles(name: str, phase: str, load: Load) -> Tiles:
     """The tuned tiles of the nearest x[..., features] that this one allows, else the default."""
-    rows, features, dtype = x.size // x.shape[-1], x.shape[-1], sum_dtype(x, residual)
     return tuned.choose(
         f"tpu.{name}.{phase}",
         chips.current("tpu"),
-        {"rows": rows, "features": features},
-        jnp.dtype(dtype).name,
+        {"rows": load.rows, "features": load.features},
+        load.dtype.name,
         Tiles,
-        lambda tiles: tiles.allowed(x, residual, parameters, phase == "backward"),
-        Tiles.default(rows, features, dtype.itemsize),
+        lambda tiles: tiles.allowed(load),
+        Tiles.default(load),
     )
 
 
-def candidates(phase: str, x, residual=None, *, parameters: int) -> Iterator[Tiles]:
+def candidates(load: Load) -> Iterator[Tiles]:
     """The default, blocks of 128 rows in slices of 128 features, then larger and smaller blocks and turns."""
-    rows, features, itemsize = x.size // x.shape[-1], x.shape[-1], sum_dtype(x, residual).itemsize
-    width = round_up(features, LANES)
-    default = Tiles.default(rows, features, itemsize)
-    found = [default, Tiles(min(128, max(rows // ROWS, 1) * ROWS), ROWS, LANES)]
+    width, least = round_up(load.features, LANES), load.least
+    found = [Tiles.default(load), Tiles(min(128, max(load.rows // least, 1) * least), least, LANES)]
     widths = sorted({min(width, columns) for columns in (512, 1024, 2048, 4096)}, reverse=True)
-    for block, values, columns in itertools.product((2 << 20, 1 << 20, 4 << 20, 1 << 19), (64, 32, 128), widths):
-        group = values * 1024 // columns // ROWS * ROWS
-        if group:
-            most = max(min(block // (width * itemsize), rows) // ROWS, 1) * ROWS
-            group = min(group, most)
-            found.append(Tiles(most // group * group, group, columns))
-    yield from (tiles for tiles in dict.fromkeys(found) if tiles.allowed(x, residual, parameters, phase == "backward"))
+    for block, registers, columns in itertools.product((2 << 20, 1 << 20, 4 << 20, 1 << 19), (64, 32, 128), widths):
+        found.append(Tiles._of(load, block, registers, columns))
+    yield from (tiles for tiles in dict.fromkeys(found) if tiles.allowed(load))
 
 
-def memory(phase: str, tiles: Tiles, x, residual=None, *, parameters: int) -> int:
-    """Bytes of VMEM that the kernel of `phase` is estimated to take."""
-    backward = phase == "backward"
-    return _vmem_bytes(tiles, x.shape[-1], _width(x, residual, backward), parameters, backward) + SLACK
+def memory(tiles: Tiles, load: Load) -> int:
+    """Bytes of VMEM that a kernel is estimated to take."""
+    return load.vmem_bytes(tiles) + SLACK
 
 
-def unsupported(x, residual=None, *, parameters: int) -> str | None:
-    """Why x[..., features] cannot be normalised here, or None."""
-    for name, operand in {"x": x, **({} if residual is None else {"residual": residual})}.items():
-        if operand.dtype not in (jnp.float32, jnp.bfloat16):
+def unsupported(load: Load, **operands) -> str | None:
+    """Why a kernel cannot hold these rows, given the named operands that are rows, or None."""
+    for name, operand in operands.items():
+        if operand is not None and operand.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} must be float32 or bfloat16 on a TPU, got {operand.dtype}"
-    features, width, vmem = x.shape[-1], _width(x, residual, True), chips.current("tpu").vmem_bytes
-    least = Tiles(ROWS, ROWS, LANES)
-    if _vmem_bytes(least, features, width, parameters, True) + SLACK > vmem:
-        per_feature = _vmem_bytes(least, LANES, width, parameters, True) // LANES
+    vmem, least = chips.current("tpu").vmem_bytes, Tiles(load.least, load.least, LANES)
+    if load.vmem_bytes(least) + SLACK > vmem:
+        per_feature = dataclasses.replace(load, features=LANES).vmem_bytes(least) // LANES
         most = (vmem - SLACK) // per_feature // LANES * LANES
-        limit = f"{ROWS} rows must fit the {vmem >> 20} MiB of VMEM"
-        return f"{limit}, that is at most {most} features of {sum_dtype(x, residual)}, got {features}"
+        limit = f"{load.least} rows must fit the {vmem >> 20} MiB of VMEM"
+        return f"{limit}, that is at most {most} features of {load.dtype}, got {load.features}"
     return None
 
 
-def _over_columns(features, width, body, carry):
+def over_columns(features, width, body, carry):
     """carry = body(columns, carry) for each slice of at most `width` features."""
     whole = features // width
     if whole == 1:
@@ -146,7 +156,7 @@ def _over_columns(features, width, body, carry):
     return body(slice(whole * width, features), carry) if features % width else carry
 
 
-def _over_groups(block, rows, tiles, body):
+def over_groups(block, rows, tiles, body):
     """body(rows of the block, first row of the array) for each group of this block that holds a row of the array."""
     first = block * tiles.rows
     groups = jnp.minimum(pl.cdiv(rows - first, tiles.group), tiles.rows // tiles.group)
@@ -165,7 +175,7 @@ def _means(features, tiles, terms, count):
     def add(c, sums):
         return tuple(s + jnp.sum(t, -1, keepdims=True) for s, t in zip(sums, terms(c), strict=True))
 
-    sums = _over_columns(features, tiles.columns, add, (jnp.zeros((tiles.group, 1), f32),) * count)
+    sums = over_columns(features, tiles.columns, add, (jnp.zeros((tiles.group, 1), f32),) * count)
     return [s / features for s in sums]
 
 
@@ -206,9 +216,9 @@ def _forward_kernel(x_ref, w_ref, *refs, rows, tiles, eps, center, added):
             y_ref[here, c] = (y + bias_ref[0][:, c] if center else y).astype(y_ref.dtype)
             return 0
 
-        _over_columns(features, tiles.columns, write, 0)
+        over_columns(features, tiles.columns, write, 0)
 
-    _over_groups(pl.program_id(0), rows, tiles, group)
+    over_groups(pl.program_id(0), rows, tiles, group)
 
 
 def _backward_kernel(x_ref, w_ref, dy_ref, *refs, rows, blocks, tiles, eps, center, added):
@@ -251,33 +261,29 @@ def _backward_kernel(x_ref, w_ref, dy_ref, *refs, rows, blocks, tiles, eps, cent
                 fold(dbias_ref[0], c, dy)
             return 0
 
-        _over_columns(features, tiles.columns, write, 0)
+        over_columns(features, tiles.columns, write, 0)
 
     @pl.when(block < blocks)
     def _():
-        _over_groups(block, rows, tiles, group)
+        over_groups(block, rows, tiles, group)
 
 
-def _prepare(x, *parameters):
-    """x as [rows ≥ 16, features], the parameters as float32 [1, features], the number of rows."""
-    rows = x.size // x.shape[-1]
-    return _flat(x), [p.astype(f32)[None] for p in parameters], rows
+def flat(x, least=ROWS):
+    """`x` as [rows ≥ least, features]."""
+    rows = x.reshape(-1, x.shape[-1])
+    return pad_to(rows, 0, max(rows.shape[0], least))
 
 
-def _flat(x):
-    flat = x.reshape(-1, x.shape[-1])
-    return pad_to(flat, 0, max(flat.shape[0], ROWS))
-
-
-def _call(kernel, semantics, vmem_bytes, operands, outputs, *, backward, **kwargs):
-    """`pl.pallas_call(kernel, out_shape=outputs, …)(*operands)`, with the VMEM and the cost told to XLA."""
+def call(kernel, semantics, vmem_bytes, operands, outputs, *, flops, **kwargs):
+    """`pl.pallas_call(kernel, out_shape=outputs, …)(*operands)`, with the VMEM and the cost told to XLA: `flops` for
+    each element of the first operand."""
     x, *_ = operands
     return pl.pallas_call(
         kernel,
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes + SLACK),
         cost_estimate=pl.CostEstimate(
-            flops=(16 if backward else 8) * x.size,
+            flops=flops * x.size,
             transcendentals=x.shape[0],
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*operands, *outputs)),
         ),
@@ -291,18 +297,19 @@ def forward(x, w, bias=None, residual=None, *, eps, tiles, name):
     With a residual (y, x + residual), both in the common dtype.
     """
     center, added = bias is not None, residual is not None
-    flat, parameters, rows = _prepare(x, *((w, bias) if center else (w,)))
+    rows, x_rows = x.size // x.shape[-1], flat(x)
+    parameters = [p.astype(f32)[None] for p in ((w, bias) if center else (w,))]
     block = pl.BlockSpec((tiles.rows, x.shape[-1]), lambda i: (i, 0))
     vector = pl.BlockSpec((1, x.shape[-1]), lambda i: (0, 0))
-    outputs = (jax.ShapeDtypeStruct(flat.shape, sum_dtype(x, residual)),) * (2 if added else 1)
-    found = _call(
+    outputs = (jax.ShapeDtypeStruct(x_rows.shape, sum_dtype(x, residual)),) * (2 if added else 1)
+    found = call(
         functools.partial(_forward_kernel, rows=rows, tiles=tiles, eps=eps, center=center, added=added),
         ("parallel",),
-        _vmem_bytes(tiles, x.shape[-1], _width(x, residual, False), len(parameters), False),
-        (flat, *parameters, *([_flat(residual)] if added else [])),
+        Load.of("forward", x, residual, parameters=len(parameters)).vmem_bytes(tiles),
+        (x_rows, *parameters, *([flat(residual)] if added else [])),
         outputs,
-        backward=False,
-        grid=(pl.cdiv(flat.shape[0], tiles.rows),),
+        flops=8,
+        grid=(pl.cdiv(x_rows.shape[0], tiles.rows),),
         in_specs=[block] + [vector] * len(parameters) + [block] * added,
         out_specs=(block,) * len(outputs),
         name=name,
@@ -315,16 +322,16 @@ def backward(x, w, dy, added=None, *, eps, center, tiles, name):
 
     added: what dx gains, as x, or None.
     """
-    flat, (w,), rows = _prepare(x, w)
-    others = [_flat(a) for a in (dy, added) if a is not None]
+    rows, x_rows, w = x.size // x.shape[-1], flat(x), w.astype(f32)[None]
+    others = [flat(a) for a in (dy, added) if a is not None]
     features, sums = x.shape[-1], 2 if center else 1
-    blocks = pl.cdiv(flat.shape[0], tiles.rows)
+    blocks = pl.cdiv(x_rows.shape[0], tiles.rows)
     shares = min(CORES, blocks)
     steps = pl.cdiv(blocks, shares)
     # The last share may be a step short: that step stays on the block before it and does nothing.
     block = pl.BlockSpec((tiles.rows, features), lambda i, j: (jnp.minimum(i * steps + j, blocks - 1), 0))
     partial = pl.BlockSpec((None, SUBLANES, features), lambda i, j: (i, 0, 0))
-    dx, *partials = _call(
+    dx, *partials = call(
         functools.partial(
             _backward_kernel,
             rows=rows,
@@ -335,11 +342,11 @@ def backward(x, w, dy, added=None, *, eps, center, tiles, name):
             added=added is not None,
         ),
         ("parallel", "arbitrary"),
-        _vmem_bytes(tiles, features, (2 + len(others)) * x.dtype.itemsize, sums, True),
-        (flat, w, *others),
-        (jax.ShapeDtypeStruct(flat.shape, x.dtype),)
+        Load.of("backward", x, added, parameters=sums).vmem_bytes(tiles),
+        (x_rows, w, *others),
+        (jax.ShapeDtypeStruct(x_rows.shape, x.dtype),)
         + (jax.ShapeDtypeStruct((shares, SUBLANES, features), f32),) * sums,
-        backward=True,
+        flops=16,
         grid=(shares, steps),
         in_specs=[block, pl.BlockSpec((1, features), lambda i, j: (0, 0)), *[block] * len(others)],
         out_specs=(block,) + (partial,) * sums,

@@ -4,7 +4,8 @@
     g = dy · w,   dx = r · (g - mean(g) - x̂ · mean(g · x̂)),   dscale = Σ_rows dy · x̂,   dbias = Σ_rows dy
 
 Layer norm: m = mean(x). RMS norm: m = 0, no bias, and the mean(g) term is absent. With a residual, x is the sum of two
-arrays, rounded and written beside y; then dx gains the cotangent of that sum.
+arrays, rounded and written beside y; then dx gains the cotangent of that sum. y has a dtype of its own; in int8 it is
+divided by the largest of its row / 127, which is written beside it.
 
 A team of `split` warpgroups owns one row at a time, each a piece of it: the piece lies across its 128 threads, a mean
 is one reduction, and one exchange through shared memory where there are several pieces. Rows stream through shared
@@ -99,13 +100,17 @@ class Load:
     least: int = 8
 
     @staticmethod
-    def of(phase: str, x, scale, bias=None, residual=None) -> "Load":
-        """Of a norm; backward, x is the sum if there is a residual, and of the parameters only the scale is read."""
+    def of(phase: str, x, scale, bias=None, residual=None, *, dtype=None) -> "Load":
+        """Of a norm whose y has a dtype; backward, x is the sum if there is a residual, and of the parameters only the
+        scale is read."""
         rows = [x.dtype] if residual is None else [x.dtype, residual.dtype]
         size, widths = jnp.result_type(*rows).itemsize, [p.dtype.itemsize for p in (scale, bias) if p is not None]
+        result = size if dtype is None else jnp.dtype(dtype).itemsize  # y, or its cotangent
+        least = 16 // min(size, result)
         if phase == "backward":
-            return Load(x.shape[-1], (1 + len(rows)) * size, size, widths[0], len(widths))
-        return Load(x.shape[-1], sum(dtype.itemsize for dtype in rows), len(rows) * size, sum(widths), 0)
+            return Load(x.shape[-1], len(rows) * size + result, size, widths[0], len(widths), least)
+        leaving = (len(rows) - 1) * size + result
+        return Load(x.shape[-1], sum(dtype.itemsize for dtype in rows), leaving, sum(widths), 0, least)
 
     def row(self, split: int) -> Row:
         return Row(self.features, split, self.least)
@@ -188,15 +193,19 @@ def candidates(load: Load) -> Iterator[Tiles]:
     yield from (t for t in dict.fromkeys([Tiles.default(load), *found]) if t is not None and t.allowed(load))
 
 
-def unsupported(*loads: Load, x, **operands) -> str | None:
-    """Why these kernels do not take `x`, whose rows are what `loads` say, and the other named operands, or None."""
+def unsupported(*loads: Load, x, dtype: str | None = None, **operands) -> str | None:
+    """Why these kernels do not take `x`, whose rows are what `loads` say, the dtype of y and the other named operands,
+    or None."""
     chip = chips.current("gpu")
     if chip.capability < (9, 0):
         capability = ".".join(map(str, chip.capability))
         return f"the rows are streamed by TMA, which needs compute capability 9.0, got {capability}"
-    for name, operand in {"x": x, **operands}.items():
-        if operand is not None and operand.dtype not in DTYPES:
-            return f"{name} must be float32, bfloat16 or float16, got {operand.dtype}"
+    dtypes = {name: operand.dtype for name, operand in {"x": x, **operands}.items() if operand is not None}
+    if dtype not in (None, "int8"):
+        dtypes["dtype"] = jnp.dtype(dtype)
+    for name, found in dtypes.items():
+        if found not in DTYPES:
+            return f"{name} must be float32, bfloat16 or float16, got {found}"
     if any(Tiles.default(load) is None for load in loads):
         return (
             f"a row, its results and its parameters must fit {chip.smem_bytes} bytes of shared memory and the "
@@ -360,23 +369,29 @@ def from_rows(row: Row, array, shape):
     return array.reshape(-1, row.split * row.piece)[:, : row.features].reshape(shape)
 
 
-def forward(x, scale, bias, residual=None, *, eps: float, scale_offset: float, tiles: Tiles | None, name: str):
-    """(y[..., features],) like x; with a bias it is layer norm, with None RMS norm.
+def forward(
+    x, scale, bias, residual=None, *, eps: float, scale_offset: float, dtype: str | None, tiles: Tiles | None, name: str
+):
+    """(y[..., features],) in `dtype` or x's; with a bias it is layer norm, with None RMS norm.
 
-    With a residual (y, x + residual), both in the common dtype.
+    With a residual (y, x + residual), the sum in the common dtype. In int8 y is (values, scales), the sum before them.
     """
     centered, added = bias is not None, residual is not None
     parameters = [scale, bias] if centered else [scale]
-    load = Load.of("forward", x, scale, bias, residual)
+    load = Load.of("forward", x, scale, bias, residual, dtype=dtype)
     t = tiles or _tiles(name, "forward", x, load)
     row = load.row(t.split)
     sources = [to_rows(row, a) for a in (x, residual) if a is not None]
     rows, count = len(sources[0]), len(sources)
-    results = [jax.ShapeDtypeStruct(sources[0].shape, jnp.result_type(*(a.dtype for a in sources)))] * count
+    common = jnp.result_type(*(a.dtype for a in sources))
+    results = [jax.ShapeDtypeStruct(sources[0].shape, kind) for kind in [dtype or common] + [common] * added]
+    scales = [jax.ShapeDtypeStruct((rows,), jnp.float32)] if dtype == "int8" else []
 
     def body(*refs):
         left = iter(refs)
-        source_refs, parameter_refs, result_refs = ([next(left) for _ in a] for a in (sources, parameters, results))
+        source_refs, parameter_refs, result_refs, scales_ref = (
+            [next(left) for _ in a] for a in (sources, parameters, results, scales)
+        )
         arrived, leaving, ready, exchange, met, parameter_smem, parameters_ready = left
         piece = Piece(row, t, rows, exchange, met)
         group, used = piece.group, piece.used
@@ -400,6 +415,11 @@ def forward(x, scale, bias, residual=None, *, eps: float, scale_offset: float, t
             y = piece.normal(x_slot, mean, inverse, centered) * weight
             if centered:
                 y += piece.load(parameter_smem[1].at[piece.index])
+            if scales:
+                (largest,) = piece.combined(i, 2, jnp.max(jnp.abs(y)), by=jnp.maximum)
+                unit = jnp.where(largest > 0, largest * (1 / 127), 1.0)
+                pl.when(piece.index == 0)(functools.partial(scales_ref[0].__setitem__, piece.first + i, unit))
+                y = jnp.round(y * (1 / unit))
             if not added:
                 wait()
             store(0, y)
@@ -414,10 +434,16 @@ def forward(x, scale, bias, residual=None, *, eps: float, scale_offset: float, t
         )  # fmt: skip
         plgpu.wait_smem_to_gmem(0)
 
-    found = call(body, f"{name}_forward", results, scratch(row, t, sources, results, parameters), share(rows, t)[1], t)(
-        *sources, *(to_rows(row, p)[0] for p in parameters)
-    )
-    return tuple(from_rows(row, y, x.shape) for y in found)
+    found = call(
+        body,
+        f"{name}_forward",
+        [*results, *scales],
+        scratch(row, t, sources, results, parameters),
+        share(rows, t)[1],
+        t,
+    )(*sources, *(to_rows(row, p)[0] for p in parameters))
+    whole = tuple(from_rows(row, y, x.shape) for y in found[:count])
+    return (*whole[::-1], found[-1].reshape(*x.shape[:-1], 1)) if scales else whole
 
 
 def backward(x, scale, bias, dy, added=None, *, eps: float, scale_offset: float, tiles: Tiles | None, name: str):
@@ -426,10 +452,10 @@ def backward(x, scale, bias, dy, added=None, *, eps: float, scale_offset: float,
     added: what dx gains, as x, or None.
     """
     centered = bias is not None
-    load = Load.of("backward", x, scale, bias, added)
+    load = Load.of("backward", x, scale, bias, added, dtype=dy.dtype)
     t = tiles or _tiles(name, "backward", x, load)
     row = load.row(t.split)
-    sources = [to_rows(row, a.astype(x.dtype)) for a in (x, dy, added) if a is not None]
+    sources = [to_rows(row, a) for a in (x, dy, added) if a is not None]
     rows, sums = len(sources[0]), 2 if centered else 1
 
     def body(*refs):

@@ -5,6 +5,7 @@
     dw = Σ_rows dy · x̂,   dbias = Σ_rows dy
 
 With a residual, x is the sum of two arrays, rounded and written beside y. Then dx gains the cotangent of that sum.
+y has a dtype of its own; in int8 it is divided by the largest of its row / 127, which is written beside it.
 
 Rows are the second-minor axis, features the minor one. A grid step owns `Tiles.rows` whole rows in VMEM; inside, a loop
 takes `Tiles.group` rows by `Tiles.columns` features a turn, so that the program stays short and its values stay in
@@ -30,6 +31,7 @@ f32 = jnp.float32
 LANES = 128
 SUBLANES = 8
 ROWS = 16  # the least rows of a slice: those of one bfloat16 register, or of two float32 ones
+INT8_ROWS = 32  # the least rows of a slice of 8-bit integers
 CORES = 2  # the most cores behind one device; one core simply takes both shares of the rows
 SLACK = 4 << 20  # VMEM left to the compiler for spilled registers
 
@@ -48,15 +50,18 @@ class Load:
     least: int = ROWS
 
     @staticmethod
-    def of(phase: str, x, residual=None, *, parameters: int) -> "Load":
-        """Of a norm. Backward, x is the sum if there is a residual, and the parameters' gradients are held, too."""
-        dtype = sum_dtype(x, residual)
-        size, backward = dtype.itemsize, phase == "backward"
-        if residual is None:
-            width = (3 if backward else 2) * size
+    def of(phase: str, x, residual=None, *, parameters: int, dtype=None) -> "Load":
+        """Of a norm whose y has a dtype. Backward, x is the sum if there is a residual, and the parameters' gradients
+        are held, too."""
+        common, backward = sum_dtype(x, residual), phase == "backward"
+        size = common.itemsize
+        width = jnp.dtype(dtype or common).itemsize  # of y, or of its cotangent
+        if backward:
+            width += (2 if residual is None else 3) * size
         else:
-            width = 4 * size if backward else x.dtype.itemsize + residual.dtype.itemsize + 2 * size
-        return Load(x.size // x.shape[-1], x.shape[-1], dtype, width, parameters * (2 if backward else 1))
+            width += size if residual is None else x.dtype.itemsize + residual.dtype.itemsize + size
+        vectors, least = parameters * (2 if backward else 1), INT8_ROWS if dtype == "int8" else ROWS
+        return Load(x.size // x.shape[-1], x.shape[-1], common, width, vectors, least)
 
     def vmem_bytes(self, tiles: "Tiles") -> int:
         """VMEM of a kernel: every operand is there twice, the next block arriving while this one is worked on."""
@@ -132,11 +137,14 @@ def memory(tiles: Tiles, load: Load) -> int:
     return load.vmem_bytes(tiles) + SLACK
 
 
-def unsupported(load: Load, **operands) -> str | None:
-    """Why a kernel cannot hold these rows, given the named operands that are rows, or None."""
-    for name, operand in operands.items():
-        if operand is not None and operand.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"{name} must be float32 or bfloat16 on a TPU, got {operand.dtype}"
+def unsupported(load: Load, dtype: str | None = None, **operands) -> str | None:
+    """Why a kernel cannot hold these rows, given the dtype of y and the named operands that are rows, or None."""
+    dtypes = {name: operand.dtype for name, operand in operands.items() if operand is not None}
+    if dtype not in (None, "int8"):
+        dtypes["dtype"] = jnp.dtype(dtype)
+    for name, found in dtypes.items():
+        if found not in (jnp.float32, jnp.bfloat16):
+            return f"{name} must be float32 or bfloat16 on a TPU, got {found}"
     vmem, least = chips.current("tpu").vmem_bytes, Tiles(load.least, load.least, LANES)
     if load.vmem_bytes(least) + SLACK > vmem:
         per_feature = dataclasses.replace(load, features=LANES).vmem_bytes(least) // LANES
@@ -169,6 +177,31 @@ def over_groups(block, rows, tiles, body):
     lax.fori_loop(0, groups, turn, 0)
 
 
+def fold(features, tiles, combine, start, terms):
+    """`combine` of terms(columns)[group, columns] over each row, [group, 1], beginning with `start`."""
+    return over_columns(
+        features,
+        tiles.columns,
+        lambda c, carry: combine(carry, terms(c)),
+        jnp.full((tiles.group, 1), start, f32),
+    )
+
+
+def largest(carry, values):
+    return jnp.maximum(carry, jnp.max(values, -1, keepdims=True))
+
+
+def _put_lanes(ref, start, column):
+    """ref[0, start:][:group] = column[group, 1]: rows become lanes, 32 at a time, so that none crosses a register."""
+    for k in range(0, column.shape[0], INT8_ROWS):
+        part, first = column[k : k + INT8_ROWS], start + k
+        window = pl.ds(pl.multiple_of(first // LANES * LANES, LANES), LANES)
+        row = lax.broadcasted_iota(jnp.int32, (INT8_ROWS, LANES), 1) - lax.rem(first, LANES)
+        spread = jnp.where(row == lax.broadcasted_iota(jnp.int32, row.shape, 0), part, 0.0)
+        here = (row[:1] >= 0) & (row[:1] < INT8_ROWS)
+        ref[:, window] = jnp.where(here, jnp.sum(spread, 0, keepdims=True), ref[:, window])
+
+
 def _means(features, tiles, terms, count):
     """The mean over each row, [group, 1], of each of the `count` arrays that terms(columns) returns."""
 
@@ -193,12 +226,13 @@ def _centred(features, tiles, center, read, first=None):
 
 
 def _forward_kernel(x_ref, w_ref, *refs, rows, tiles, eps, center, added):
-    """refs: [bias], [residual], y, [x + residual]."""
+    """refs: [bias], [residual], y, [x + residual], [scales]."""
     bias_ref, residual_ref = refs[:center], refs[center : center + added]
     y_ref, *total_ref = refs[center + added :]
+    scales_ref = total_ref.pop() if y_ref.dtype == jnp.int8 else None
     source_ref, features = total_ref[0] if added else x_ref, x_ref.shape[1]
 
-    def group(here, _):
+    def group(here, first_row):
         def read(c):
             return source_ref[here, c].astype(f32)
 
@@ -208,12 +242,35 @@ def _forward_kernel(x_ref, w_ref, *refs, rows, tiles, eps, center, added):
             return total.astype(f32)
 
         first, centred = _centred(features, tiles, center, read, add if added else None)
-        (variance,) = _means(features, tiles, lambda c: (jnp.square(first(c)),), 1)
-        r = lax.rsqrt(variance + eps)
+        if scales_ref is None or center:
+            (variance,) = _means(features, tiles, lambda c: (jnp.square(first(c)),), 1)
+            r = lax.rsqrt(variance + eps)
+        else:  # the largest of x · r · w in the sweep of the variance
+
+            def both(c, carry):
+                z = first(c)
+                return carry[0] + jnp.sum(jnp.square(z), -1, keepdims=True), largest(carry[1], jnp.abs(z * w_ref[:, c]))
+
+            total, top = over_columns(features, tiles.columns, both, (jnp.zeros((tiles.group, 1), f32),) * 2)
+            r = lax.rsqrt(total / features + eps)
+            top = top * r
+
+        def result(c):
+            y = centred(c) * r * w_ref[:, c]
+            return y + bias_ref[0][:, c] if center else y
+
+        if scales_ref is not None:
+            if center:
+                top = fold(features, tiles, largest, 0.0, lambda c: jnp.abs(result(c)))
+            scale = jnp.where(top > 0, top * (1 / 127), 1.0)
+            _put_lanes(scales_ref, lax.rem(first_row, tiles.rows), scale)
+            inverse = 1 / scale
 
         def write(c, _):
-            y = centred(c) * r * w_ref[:, c]
-            y_ref[here, c] = (y + bias_ref[0][:, c] if center else y).astype(y_ref.dtype)
+            y = result(c)
+            if scales_ref is not None:
+                y = jnp.round(y * inverse).astype(jnp.int32)
+            y_ref[here, c] = y.astype(y_ref.dtype)
             return 0
 
         over_columns(features, tiles.columns, write, 0)
@@ -291,30 +348,41 @@ def call(kernel, semantics, vmem_bytes, operands, outputs, *, flops, **kwargs):
     )(*operands)
 
 
-def forward(x, w, bias=None, residual=None, *, eps, tiles, name):
-    """(y[..., features],) in x's dtype; w is the scale with its offset added. Layer norm if there is a bias.
+def forward(x, w, bias=None, residual=None, *, eps, tiles, name, dtype=None):
+    """(y[..., features],) in `dtype` or x's; w is the scale with its offset added. Layer norm if there is a bias.
 
-    With a residual (y, x + residual), both in the common dtype.
+    With a residual (y, x + residual), the sum in the common dtype. In int8 y is (values, scales), the sum before them.
     """
     center, added = bias is not None, residual is not None
-    rows, x_rows = x.size // x.shape[-1], flat(x)
+    load = Load.of("forward", x, residual, parameters=1 + center, dtype=dtype)
+    rows, x_rows = load.rows, flat(x, load.least)
     parameters = [p.astype(f32)[None] for p in ((w, bias) if center else (w,))]
     block = pl.BlockSpec((tiles.rows, x.shape[-1]), lambda i: (i, 0))
     vector = pl.BlockSpec((1, x.shape[-1]), lambda i: (0, 0))
-    outputs = (jax.ShapeDtypeStruct(x_rows.shape, sum_dtype(x, residual)),) * (2 if added else 1)
+    steps, kinds = pl.cdiv(x_rows.shape[0], tiles.rows), [dtype or load.dtype] + [load.dtype] * added
+    outputs = [jax.ShapeDtypeStruct(x_rows.shape, kind) for kind in kinds]
+    out_specs = [block] * len(outputs)
+    if dtype == "int8":
+        lanes = round_up(tiles.rows, LANES)
+        outputs.append(jax.ShapeDtypeStruct((steps, 1, lanes), f32))
+        out_specs.append(pl.BlockSpec((None, 1, lanes), lambda i: (i, 0, 0)))
     found = call(
         functools.partial(_forward_kernel, rows=rows, tiles=tiles, eps=eps, center=center, added=added),
         ("parallel",),
-        Load.of("forward", x, residual, parameters=len(parameters)).vmem_bytes(tiles),
-        (x_rows, *parameters, *([flat(residual)] if added else [])),
+        load.vmem_bytes(tiles),
+        (x_rows, *parameters, *([flat(residual, load.least)] if added else [])),
         outputs,
         flops=8,
-        grid=(pl.cdiv(x_rows.shape[0], tiles.rows),),
+        grid=(steps,),
         in_specs=[block] + [vector] * len(parameters) + [block] * added,
-        out_specs=(block,) * len(outputs),
+        out_specs=out_specs,
         name=name,
     )
-    return tuple(y[:rows].reshape(x.shape) for y in found)
+    whole = tuple(y[:rows].reshape(x.shape) for y in found[: len(kinds)])
+    if dtype != "int8":
+        return whole
+    scales = found[-1][:, 0, : tiles.rows].reshape(-1)[:rows].reshape(*x.shape[:-1], 1)
+    return (*whole[::-1], scales)
 
 
 def backward(x, w, dy, added=None, *, eps, center, tiles, name):
@@ -342,7 +410,7 @@ def backward(x, w, dy, added=None, *, eps, center, tiles, name):
             added=added is not None,
         ),
         ("parallel", "arbitrary"),
-        Load.of("backward", x, added, parameters=sums).vmem_bytes(tiles),
+        Load.of("backward", x, added, parameters=sums, dtype=dy.dtype.name).vmem_bytes(tiles),
         (x_rows, w, *others),
         (jax.ShapeDtypeStruct(x_rows.shape, x.dtype),)
         + (jax.ShapeDtypeStruct((shares, SUBLANES, features), f32),) * sums,

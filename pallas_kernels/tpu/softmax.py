@@ -22,14 +22,13 @@ from pallas_kernels.tpu import row_norm
 from pallas_kernels.tpu.row_norm import Load, Tiles, f32
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
-MASK_ROWS = 32  # of one register of 8-bit integers
 
 
 def _load(phase: str, x, where, axis) -> Load:
     features = math.prod(x.shape[a] for a in axis)
     masked = phase == "forward" and where is not None
     width = (2 if phase == "forward" else 3) * x.dtype.itemsize + masked
-    least = MASK_ROWS if masked else row_norm.ROWS
+    least = row_norm.INT8_ROWS if masked else row_norm.ROWS
     return Load(x.size // features, features, jnp.dtype(x.dtype), width, least=least)
 
 
@@ -56,19 +55,6 @@ def memory(phase: str, tiles: Tiles, x, where=None, *, axis: tuple[int, ...], te
     return row_norm.memory(tiles, _load(phase, x, where, axis))
 
 
-def _fold(features, tiles, combine, start, *terms):
-    """`combine` of each of the `terms` over each row, [group, 1]; a term maps columns to [group, columns]."""
-
-    def add(c, carry):
-        return tuple(combine(a, term(c)) for a, term in zip(carry, terms, strict=True))
-
-    return row_norm.over_columns(features, tiles.columns, add, (jnp.full((tiles.group, 1), start, f32),) * len(terms))
-
-
-def _largest(carry, values):
-    return jnp.maximum(carry, jnp.max(values, -1, keepdims=True))
-
-
 def _total(carry, values):
     return carry + jnp.sum(values, -1, keepdims=True)
 
@@ -87,14 +73,14 @@ def _forward_kernel(x_ref, *refs, rows, tiles, temperature):
             seen = ref[0:1, c] if ref.shape[0] == 1 else ref[here, c]
             return jnp.where(seen.astype(jnp.int32) != 0, x, hidden)
 
-        (top,) = _fold(features, tiles, _largest, -jnp.inf, lambda c: read(c, -jnp.inf))
+        top = row_norm.fold(features, tiles, row_norm.largest, -jnp.inf, lambda c: read(c, -jnp.inf))
         if where_ref:
             top = jnp.where(jnp.abs(top) < jnp.inf, top, 0.0)  # a sum over nothing is 0, not NaN
 
         def part(c):
             return jnp.exp((read(c, -jnp.inf) - top) * (1 / temperature))
 
-        (total,) = _fold(features, tiles, _total, 0.0, part)
+        total = row_norm.fold(features, tiles, _total, 0.0, part)
         inverse = 1 / (jnp.where(total == 0, 1.0, total) if where_ref else total)
 
         def write(c, _):
@@ -113,7 +99,7 @@ def _backward_kernel(y_ref, dy_ref, dx_ref, *, rows, tiles, temperature):
         def wide(ref, c):
             return ref[here, c].astype(f32)
 
-        (mean,) = _fold(features, tiles, _total, 0.0, lambda c: wide(y_ref, c) * wide(dy_ref, c))
+        mean = row_norm.fold(features, tiles, _total, 0.0, lambda c: wide(y_ref, c) * wide(dy_ref, c))
 
         def write(c, _):
             dx = wide(y_ref, c) * (wide(dy_ref, c) - mean) * (1 / temperature)

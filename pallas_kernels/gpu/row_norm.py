@@ -417,7 +417,8 @@ def forward(
                 y += piece.load(parameter_smem[1].at[piece.index])
             if scales:
                 (largest,) = piece.combined(i, 2, jnp.max(jnp.abs(y)), by=jnp.maximum)
-                unit = jnp.where(largest > 0, largest * (1 / 127), 1.0)
+                unit = largest * (1 / 127)
+                unit = jnp.where(unit >= jnp.finfo(jnp.float32).tiny, unit, 1.0)  # a row of zeros
                 pl.when(piece.index == 0)(functools.partial(scales_ref[0].__setitem__, piece.first + i, unit))
                 y = jnp.round(y * (1 / unit))
             if not added:

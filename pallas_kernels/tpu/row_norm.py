@@ -262,7 +262,8 @@ def _forward_kernel(x_ref, w_ref, *refs, rows, tiles, eps, center, added):
         if scales_ref is not None:
             if center:
                 top = fold(features, tiles, largest, 0.0, lambda c: jnp.abs(result(c)))
-            scale = jnp.where(top > 0, top * (1 / 127), 1.0)
+            scale = top * (1 / 127)
+            scale = jnp.where(scale >= jnp.finfo(f32).tiny, scale, 1.0)  # nothing but zeros, or what is flushed to them
             _put_lanes(scales_ref, lax.rem(first_row, tiles.rows), scale)
             inverse = 1 / scale
 

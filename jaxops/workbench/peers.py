@@ -137,9 +137,9 @@ def jax_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def jax_softmax(x, axis=-1, where=None):
-    """exp(x) / Σ exp(x), of jax.nn and jax.numpy."""
-    return jax.nn.softmax(x, axis, where)
+def jax_softmax(x, axis=-1, where=None, *, temperature=1.0):
+    """exp(x / temperature) / Σ exp(x / temperature), of jax.nn and jax.numpy."""
+    return jax.nn.softmax(x / temperature, axis, where)
 
 
 def jax_gelu(x, approximate=True):
@@ -410,9 +410,9 @@ def torch_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     return group_norm(x.movedim(-1, 1), num_groups, scale, bias, eps).movedim(1, -1)
 
 
-def torch_softmax(x, axis=-1):
-    """exp(x) / Σ exp(x), of torch.nn.functional."""
-    return x.softmax(axis)
+def torch_softmax(x, axis=-1, *, temperature=1.0):
+    """exp(x / temperature) / Σ exp(x / temperature), of torch.nn.functional."""
+    return (x / temperature).softmax(axis)
 
 
 def torch_gelu(x, approximate=True):

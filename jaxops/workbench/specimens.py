@@ -439,9 +439,9 @@ def _gated(c: _Chance) -> tuple[dict, dict]:
 
 def _softmax(c: _Chance) -> tuple[dict, dict]:
     shape = c.shape(c.size())
-    axis = c.of(-1, 0, tuple(range(len(shape))))
+    axis = c.of(-1, 0, tuple(range(len(shape))), -1)
     where = booleans([c.of(size, 1) for size in shape]) if c.of(False, True) else None
-    return {"x": normal(shape, c.of(*DTYPES, "float16")), "where": where}, {"axis": axis}
+    return {"x": normal(shape, c.of(*DTYPES, "float16")), "where": where}, {"axis": axis, "temperature": c.of(1.0, 0.7)}
 
 
 def _rope(c: _Chance) -> tuple[dict, dict]:

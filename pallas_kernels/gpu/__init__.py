@@ -8,3 +8,4 @@ from pallas_kernels.gpu import gated_linear_unit as gated_linear_unit
 from pallas_kernels.gpu import layer_norm as layer_norm
 from pallas_kernels.gpu import matmul as matmul
 from pallas_kernels.gpu import rms_norm as rms_norm
+from pallas_kernels.gpu import softmax as softmax

@@ -62,7 +62,7 @@ PROGRAMS = {
         jaxops.ragged_dot,
         (_array(300, 128), _array(3, 128, 256), _array(3, dtype=jnp.int32)),
         2,
-        ("tpu",),
+        ("tpu", "cuda"),
     ),
 }
 MARKS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}

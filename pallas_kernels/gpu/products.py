@@ -44,7 +44,7 @@ class Tiles:
     def default(sizes: "Sizes") -> "Tiles":
         """All accumulators together 256 columns wide, half of the registers: the operands of a product are then read
         least often. As many stages as shared memory holds, up to four."""
-        columns = min(256 // sizes.weights, round_up(sizes.n, PIECE))
+        columns = min(256 // sizes.weights, 512 // sizes.itemsize, round_up(sizes.n, PIECE))
         stages = next((s for s in (4, 3, 2) if Tiles(columns, s).allowed(sizes)), 2)
         return Tiles(columns, stages)
 
@@ -57,19 +57,21 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """x[m, k], `weights` of [k, n]."""
+    """x[m, k], `weights` of [k, n]; results of `itemsize` bytes. `more` bytes of shared memory are taken for others."""
 
     m: int
     n: int
     k: int
     weights: int
+    itemsize: int = 2
+    more: int = 0
 
 
 def memory(tiles: Tiles, sizes: Sizes) -> int:
     """Bytes of shared memory of a block."""
     rows = CONSUMERS * ROWS
     step = 2 * DEPTH * (rows + sizes.weights * tiles.columns)
-    return tiles.stages * step + 2 * rows * tiles.columns + 4 * tiles.columns + _SPARE
+    return tiles.stages * step + sizes.itemsize * rows * tiles.columns + 4 * tiles.columns + sizes.more + _SPARE
 
 
 def tiles(name: str, sizes: Sizes, dtype) -> Tiles:
@@ -97,12 +99,19 @@ def computed(activation: Callable, x: jax.Array, dy: jax.Array) -> jax.Array:
     return lowered(activation)(x)
 
 
+def no_wgmma() -> str | None:
+    """Why the current chip cannot run these kernels, or None."""
+    chip = chips.current("gpu")
+    if chip.capability == (9, 0):
+        return None
+    capability = ".".join(map(str, chip.capability))
+    return f"the kernel needs wgmma, which only GPUs of compute capability 9.0 have, not {capability} ({chip.name})"
+
+
 def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str | None:
     """Why x[..., k] and weights [k, n] cannot be multiplied here, or None."""
-    chip = chips.current("gpu")
-    if chip.capability != (9, 0):
-        capability = ".".join(map(str, chip.capability))
-        return f"the kernel needs wgmma, which only GPUs of compute capability 9.0 have, not {capability} ({chip.name})"
+    if reason := no_wgmma():
+        return reason
     for what, array in (("x", x), *(("a weight", w) for w in arrays), ("residual", residual)):
         if array is not None and array.dtype != jnp.bfloat16:
             return f"{what} must be bfloat16, got {array.dtype}"
@@ -113,6 +122,52 @@ def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str |
     if max(pl.cdiv(rows, CONSUMERS * ROWS), pl.cdiv(n, PIECE)) > 65535:
         return f"the grid is limited to 65535 blocks of 128 rows and of 64 columns, got {rows} rows and {n} columns"
     return activations.unsupported(activation, refusal, computed)
+
+
+def specialised(consumer: Callable, producer: Callable) -> None:
+    """consumer(g) in the warpgroups g that multiply, producer() in the one that copies, which needs few registers."""
+    group = lax.axis_index("group")
+
+    @pl.when(group < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        consumer(group)
+
+    @pl.when(group == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        producer()
+
+
+def stream(load: Callable, steps, free, stages: int) -> None:
+    """load(i, slot), which starts the copies of step i, for every step, as soon as the slot is free."""
+
+    def one(i, _):
+        slot = lax.rem(i, stages)
+        pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+        load(i, slot)
+
+    lax.fori_loop(0, steps, one, None)
+
+
+def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: int, *, started: int | None = None):
+    """`count` sums of `shape`, of multiply(i, slot, accumulators) over the steps, which starts `started` products of
+    what is in the slot (by default one for each sum). In registers."""
+    started = count if started is None else started
+
+    def accumulate(*accs):
+        def step(i, _):
+            slot = lax.rem(i, stages)
+            plgpu.barrier_wait(ready.at[slot])
+            multiply(i, slot, accs)
+            plgpu.wgmma_wait(started)  # those of the step before are through: its tiles are free
+            pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i - 1, stages)]))
+
+        lax.fori_loop(0, steps, step, None)
+        plgpu.wgmma_wait(0)
+        return tuple(acc[...] for acc in accs)
+
+    return pl.run_scoped(accumulate, *[plgpu.ACC(shape, jnp.float32)] * count)
 
 
 def forward(
@@ -137,11 +192,10 @@ def forward(
         w_refs = [refs.pop(0) for _ in ws]
         bias_ref = refs.pop(0) if bias is not None else None
         residual_ref = refs.pop(0) if residual is not None else None
-        group = lax.axis_index("group")
         first_row, first_column = lax.axis_index("row") * (CONSUMERS * ROWS), lax.axis_index("column") * columns
         over_columns = pl.ds(first_column, columns)
 
-        def consumer():
+        def consumer(group):
             rows, out = pl.ds(first_row + group * ROWS, ROWS), out_tile.at[group]
             arrived = extras_ready.at[group]
             if bias_ref is not None:
@@ -149,20 +203,12 @@ def forward(
             if residual_ref is not None:  # where the result will be
                 plgpu.copy_gmem_to_smem(residual_ref.at[rows, over_columns], out, arrived)
 
-            def accumulate(*accs):
-                def step(i, _):
-                    slot = lax.rem(i, stages)
-                    plgpu.barrier_wait(ready.at[slot])
-                    for acc, tile in zip(accs, w_tiles, strict=True):
-                        plgpu.wgmma(acc, x_tiles.at[slot, group], tile.at[slot])
-                    plgpu.wgmma_wait(count)  # those of the step before are through: its tiles are free
-                    pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i - 1, stages)]))
+            def multiply(i, slot, accs):
+                del i
+                for acc, tile in zip(accs, w_tiles, strict=True):
+                    plgpu.wgmma(acc, x_tiles.at[slot, group], tile.at[slot])
 
-                lax.fori_loop(0, steps, step, None)
-                plgpu.wgmma_wait(0)
-                return tuple(acc[...] for acc in accs)
-
-            sums = pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, columns), jnp.float32)] * count)
+            sums = summed(multiply, (ROWS, columns), count, steps, ready, free, stages)
             if operands[1 + count :]:
                 plgpu.barrier_wait(arrived)
 
@@ -184,26 +230,17 @@ def forward(
                 plgpu.wait_smem_to_gmem(0)
 
         def producer():
-            def load(i, _):
-                slot, depth = lax.rem(i, stages), pl.ds(i * DEPTH, DEPTH)
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            def load(i, slot):
+                depth = pl.ds(i * DEPTH, DEPTH)
                 for g in range(CONSUMERS):
                     rows = pl.ds(first_row + g * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(x_ref.at[rows, depth], x_tiles.at[slot, g], ready.at[slot])
                 for w_ref, tile in zip(w_refs, w_tiles, strict=True):
                     plgpu.copy_gmem_to_smem(w_ref.at[depth, over_columns], tile.at[slot], ready.at[slot])
 
-            lax.fori_loop(0, steps, load, None)
+            stream(load, steps, free, stages)
 
-        @pl.when(group < CONSUMERS)
-        def _():
-            plgpu.set_max_registers(240, action="increase")
-            consumer()
-
-        @pl.when(group == CONSUMERS)
-        def _():
-            plgpu.set_max_registers(24, action="decrease")
-            producer()
+        specialised(consumer, producer)
 
     found = plgpu.kernel(
         body,

@@ -115,6 +115,21 @@ def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str |
     return activations.unsupported(activation, refusal, computed)
 
 
+def specialised(consumer: Callable, producer: Callable, registers: tuple[int, int] = (240, 24)) -> None:
+    """Runs what a consumer warpgroup does and what the producer, the last one, does, each with its `registers`."""
+    group = lax.axis_index("group")
+
+    @pl.when(group < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(registers[0], action="increase")
+        consumer()
+
+    @pl.when(group == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(registers[1], action="decrease")
+        producer()
+
+
 def forward(
     name: str, x, ws: Sequence, bias, residual, finish: Callable, *, saved: int, tiles: Tiles
 ) -> list[jax.Array]:
@@ -195,15 +210,7 @@ def forward(
 
             lax.fori_loop(0, steps, load, None)
 
-        @pl.when(group < CONSUMERS)
-        def _():
-            plgpu.set_max_registers(240, action="increase")
-            consumer()
-
-        @pl.when(group == CONSUMERS)
-        def _():
-            plgpu.set_max_registers(24, action="decrease")
-            producer()
+        specialised(consumer, producer)
 
     found = plgpu.kernel(
         body,

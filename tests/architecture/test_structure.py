@@ -109,7 +109,7 @@ def test_every_kernel_module_keeps_the_same_names(platform):
 
 def test_the_kernels_of_both_platforms_take_the_same_operands():
     norms = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
-    for name in (*norms, "attention", "decode_attention", "matmul", "gated_linear_unit"):
+    for name in (*norms, "attention", "decode_attention", "matmul", "gated_linear_unit", "linear_cross_entropy"):
         tpu, gpu = getattr(pallas_kernels.tpu, name), getattr(pallas_kernels.gpu, name)
         for function in ("unsupported", "forward", *(("backward",) if gpu not in WITHOUT_BACKWARD else ())):
             operands = set(inspect.signature(getattr(tpu, function)).parameters)

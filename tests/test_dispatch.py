@@ -56,7 +56,7 @@ PROGRAMS = {
         _cross_entropy,
         (_array(256, 128), _array(128, 1024), _array(256, dtype=jnp.int32)),
         2,
-        ("tpu",),
+        ("tpu", "cuda"),
     ),
     "ragged_dot": (
         jaxops.ragged_dot,

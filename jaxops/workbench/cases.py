@@ -93,7 +93,6 @@ CASES = (
         "x=8192x1024 weight=1024x65536 teacher_x=8192x2048 teacher_weight=2048x65536",
         "x=1000x256 weight=256x50257 bias=50257 teacher_x=1000x512 teacher_weight=512x50257 teacher_bias=50257",
         "temperature=2.0",
-        kernel=False,
     ),
     *_two("softmax", "x=8192x4096", "x=3x37x1000 where=3x37x1000:bool", "temperature=0.5"),
     *_two("gelu", "x=8192x4096", "x=3x37x1000", "approximate=False", kernel=False),

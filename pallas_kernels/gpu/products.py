@@ -124,18 +124,18 @@ def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str |
     return activations.unsupported(activation, refusal, computed)
 
 
-def specialised(consumer: Callable, producer: Callable) -> None:
-    """consumer(g) in the warpgroups g that multiply, producer() in the one that copies, which needs few registers."""
+def specialised(consumer: Callable, producer: Callable, registers: tuple[int, int] = (240, 24)) -> None:
+    """consumer(g) in the warpgroups g that multiply, producer() in the one that copies, each with its `registers`."""
     group = lax.axis_index("group")
 
     @pl.when(group < CONSUMERS)
     def _():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(registers[0], action="increase")
         consumer(group)
 
     @pl.when(group == CONSUMERS)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(registers[1], action="decrease")
         producer()
 
 

@@ -109,7 +109,7 @@ def test_every_kernel_module_keeps_the_same_names(platform):
 
 def test_the_kernels_of_both_platforms_take_the_same_operands():
     norms = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
-    products = ("matmul", "gated_linear_unit", "ragged_dot")
+    products = ("matmul", "gated_linear_unit", "ragged_dot", "linear_cross_entropy")
     for name in (*norms, "softmax", "attention", "decode_attention", *products):
         tpu, gpu = getattr(pallas_kernels.tpu, name), getattr(pallas_kernels.gpu, name)
         for function in ("unsupported", "forward", *(("backward",) if gpu not in WITHOUT_BACKWARD else ())):

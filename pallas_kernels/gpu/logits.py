@@ -145,7 +145,8 @@ class Tile:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.logits[0].shape
+        height, width = self.logits[0].shape
+        return height, width
 
     def piece(self, start: int) -> "Tile":
         """The columns start … start + FINISHED."""

@@ -594,8 +594,7 @@ def forward(
     N a multiple of K; bias and mask 4-D, broadcastable to [B,N,T,S]; lengths and prefix_lengths [B], segment ids [B,T]
     and [B,S], sinks and alibi_slopes [N], dropout_rows uint32 [B,N,2,T] (`random.row_words`). A key before the prefix
     length is seen whatever causality or window say. Returns ((out [B,T,N,V] in query's dtype, lse [B,N,T] float32),
-    ()). A row that sees nothing, or that lies past its query length, has out = 0 and lse = +inf, or its sink if there is
-    one.
+    ()). A row that sees nothing, or that lies past its query length, has out = 0 and lse = +inf, or its sink, if any.
     """
     call = {name: x for name, x in locals().items() if name != "tiles"}
     if query.dtype != computed_in(query.dtype):

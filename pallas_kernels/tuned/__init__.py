@@ -71,8 +71,7 @@ _asked: contextvars.ContextVar[list[Question] | None] = contextvars.ContextVar("
 
 
 def lookup(kernel: str, chip: Chip, shape: Shape, dtype: str) -> dict[str, int] | None:
-    """The tuned tiles, by field, of the nearest shape class, without fields where the default was the best; None if none
-    is near.
+    """The tuned tiles, by field, of the nearest shape class; no fields: the default was best; None: none is near.
 
     kernel: name and phase, "tpu.rms_norm.forward". shape: what the best tiles depend on; a property that has to be the
     same is a string ("kind": "causal"), a size an int. dtype: as "bfloat16".

@@ -145,7 +145,7 @@ class Tile:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.logits[0].shape
+        return self.logits[0].shape[0], self.logits[0].shape[1]
 
     def piece(self, start: int) -> "Tile":
         """The columns start … start + FINISHED."""

@@ -23,6 +23,7 @@ from jaxops.ops.ragged_dot import ragged_dot as ragged_dot
 from jaxops.ops.rms_norm import rms_norm as rms_norm
 from jaxops.ops.rope import RopeScaling as RopeScaling
 from jaxops.ops.rope import rope as rope
+from jaxops.ops.rope import rope_projection as rope_projection
 from jaxops.ops.softmax import softmax as softmax
 from jaxops.quantization import Quantized as Quantized
 from jaxops.quantization import dequantize as dequantize

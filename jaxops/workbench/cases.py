@@ -107,9 +107,14 @@ CASES = (
     *_two(
         "rope",
         "x=4x4096x8x128 positions=4096:int32",
-        "x=3x37x5x66 positions=3x37",
+        "x=3x37x5x66 positions=3x37:int32<1000",
         "base=500000.0 scaling=2.0",
-        kernel=False,
+    ),
+    *_two(
+        "rope_projection",
+        "x=4x2048x4096 w=4096x32x128 positions=2048:int32",
+        "x=3x37x1000 w=1000x4x32 positions=3x37:int32<1000 bias=4x32",
+        "base=500000.0 scaling=2.0",
     ),
     *_two(
         "ragged_dot",

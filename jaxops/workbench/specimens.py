@@ -44,6 +44,7 @@ USUAL: dict[str, tuple[str, str]] = {
     "relu": ("x=30x129", ""),
     "rms_norm": ("x=40x129 scale=129", ""),
     "rope": ("x=2x40x3x32 positions=40:int32<1000", ""),
+    "rope_projection": ("x=2x40x65 w=65x2x64 positions=40:int32<1000 bias=2x64", ""),
     "silu": ("x=30x129", ""),
     "softmax": ("x=40x129", ""),
     "squared_relu": ("x=30x129", ""),
@@ -456,6 +457,19 @@ def _rope(c: _Chance) -> tuple[dict, dict]:
     return operands, {"base": c.of(10000.0, 500000.0), "scaling": scaling}
 
 
+def _rope_projection(c: _Chance) -> tuple[dict, dict]:
+    length, depth, heads, size = c.size(), c.size(), c.of(1, 2, 5), c.of(2, 16, 64, 128, 130)
+    leading, dtype = (c.size(5),) if c.of(False, True) else (), c.of(*DTYPES, "float16")
+    operands = {
+        "x": normal((*leading, length, depth), dtype),
+        "w": normal((depth, heads, size), dtype),
+        "positions": integers(1000, (*leading, length) if c.of(False, True) else (length,)),
+    }
+    if c.of(False, True):
+        operands["bias"] = normal((heads, size), dtype)
+    return operands, {"base": c.of(10000.0, 500000.0), "scaling": c.of("None", "2.0")}
+
+
 def _ragged(c: _Chance) -> tuple[dict, dict]:
     dtype, tokens, inner, columns, groups = c.of(*DTYPES, "float16"), c.size(), c.size(), c.size(130), c.of(3, 1, 8, 40)
     gathered, scattered = c.of(False, True), c.of(False, True)
@@ -494,6 +508,7 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "relu": _elementwise,
     "rms_norm": functools.partial(_norm, with_bias=False),
     "rope": _rope,
+    "rope_projection": _rope_projection,
     "silu": _elementwise,
     "softmax": _softmax,
     "squared_relu": _elementwise,

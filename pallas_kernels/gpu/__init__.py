@@ -11,4 +11,6 @@ from pallas_kernels.gpu import linear_distillation as linear_distillation
 from pallas_kernels.gpu import matmul as matmul
 from pallas_kernels.gpu import ragged_dot as ragged_dot
 from pallas_kernels.gpu import rms_norm as rms_norm
+from pallas_kernels.gpu import rope as rope
+from pallas_kernels.gpu import rope_projection as rope_projection
 from pallas_kernels.gpu import softmax as softmax

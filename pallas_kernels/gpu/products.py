@@ -171,27 +171,41 @@ def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: in
 
 
 def forward(
-    name: str, x, ws: Sequence, bias, residual, finish: Callable, *, saved: int, tiles: Tiles
+    name: str,
+    x,
+    ws: Sequence,
+    bias,
+    residual,
+    finish: Callable,
+    *,
+    saved: int,
+    tiles: Tiles,
+    piece: int = PIECE,
+    tables: Sequence = (),
 ) -> list[jax.Array]:
     """[y, saved …], each [m, n] in the dtype of x[m, k]: what `finish` makes of the products with every w[k, n].
 
-    finish(zs, bias, residual) -> (y, saved …), of float32 tiles, bias and residual perhaps None.
+    finish(zs, bias, residual, tables …) -> (y, saved …), of float32 tiles of `piece` columns, bias and residual perhaps
+    None. tables: float32 [r, columns], row i for the rows i, i + r … of x, r a multiple of 64 or no less than m.
     """
     rows, (k, n), count, dtype = len(x), ws[0].shape, len(ws), x.dtype
     m = round_up(rows, 8)
     columns, steps = tiles.columns, pl.cdiv(k, DEPTH)
     stages = min(tiles.stages, steps)
-    operands = [pad_to(x, 0, m), *ws]
+    operands, period = [pad_to(x, 0, m), *ws], len(tables[0]) if tables else 0
     if bias is not None:
         operands.append(pad_to(bias.astype(jnp.float32), 0, round_up(n, columns)))
     if residual is not None:
         operands.append(pad_to(residual, 0, m))
+    extras = len(operands) - 1 - count
+    operands += [pad_to(table, 0, round_up(period, CONSUMERS * ROWS)) for table in tables]
 
     def body(x_ref, *arrays, x_tiles, w_tiles, out_tile, bias_tile, ready, free, extras_ready):
         refs = list(arrays)
         w_refs = [refs.pop(0) for _ in ws]
         bias_ref = refs.pop(0) if bias is not None else None
         residual_ref = refs.pop(0) if residual is not None else None
+        table_refs = [refs.pop(0) for _ in tables]
         first_row, first_column = lax.axis_index("row") * (CONSUMERS * ROWS), lax.axis_index("column") * columns
         over_columns = pl.ds(first_column, columns)
 
@@ -209,22 +223,27 @@ def forward(
                     plgpu.wgmma(acc, x_tiles.at[slot, group], tile.at[slot])
 
             sums = summed(multiply, (ROWS, columns), count, steps, ready, free, stages)
-            if operands[1 + count :]:
+            if extras:
                 plgpu.barrier_wait(arrived)
 
+            found = []
+            if tables:
+                of_table = pl.ds(lax.rem(first_row + group * ROWS, period) if period < m else rows.start, ROWS)
+                found = [plgpu.load(ref.at[of_table], layout=WGMMA, optimized=False) for ref in table_refs]
+
             def finished(start):
-                piece, shape = pl.ds(start, PIECE), (ROWS, PIECE)
-                zs = [lax.slice(z, (0, start), (ROWS, start + PIECE)) for z in sums]
+                over, shape = pl.ds(start, piece), (ROWS, piece)
+                zs = [lax.slice(z, (0, start), (ROWS, start + piece)) for z in sums]
                 row = add = None
                 if bias_ref is not None:
-                    row = across(plgpu.load(bias_tile.at[group, piece], layout=WGMMA.reduce(0)), shape)
+                    row = across(plgpu.load(bias_tile.at[group, over], layout=WGMMA.reduce(0)), shape)
                 if residual_ref is not None:
-                    add = plgpu.load(out.at[:, piece], layout=WGMMA).astype(jnp.float32)
-                return finish(zs, row, add)
+                    add = plgpu.load(out.at[:, over], layout=WGMMA).astype(jnp.float32)
+                return finish(zs, row, add, *found)
 
             for which, ref in enumerate(refs):
-                for start in range(0, columns, PIECE):
-                    out[:, pl.ds(start, PIECE)] = finished(start)[which].astype(dtype)
+                for start in range(0, columns, piece):
+                    out[:, pl.ds(start, piece)] = finished(start)[which].astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out, ref.at[rows, over_columns])
                 plgpu.wait_smem_to_gmem(0)
@@ -253,7 +272,7 @@ def forward(
             bias_tile=plgpu.SMEM((CONSUMERS, columns), jnp.float32),
             ready=plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS + count),
             free=plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
-            extras_ready=plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=max(1, len(operands) - 1 - count)),
+            extras_ready=plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=max(1, extras)),
         ),
         grid=(pl.cdiv(m, CONSUMERS * ROWS), pl.cdiv(n, columns)),
         grid_names=("row", "column"),

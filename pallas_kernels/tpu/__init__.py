@@ -12,4 +12,6 @@ from pallas_kernels.tpu import matmul as matmul
 from pallas_kernels.tpu import quantized_matmul as quantized_matmul
 from pallas_kernels.tpu import ragged_dot as ragged_dot
 from pallas_kernels.tpu import rms_norm as rms_norm
+from pallas_kernels.tpu import rope as rope
+from pallas_kernels.tpu import rope_projection as rope_projection
 from pallas_kernels.tpu import softmax as softmax

@@ -206,7 +206,7 @@ def test_as_a_table(capsys):
         (["tests.faults.rules:right"], ["missing a required argument: 'x'"]),
         (["rms_norm", "x=4x4:int32<3", "scale=4"], ["x must be of a floating dtype"]),
         (["softmax", "x=4x4<3"], ["bound", "x=4x4<3"]),
-        (["softmax", "x=4x4", "axis=0", "--interpret", "tpu"], ["axis must be the last of the 2 axes"]),
+        (["softmax", "x=4x4", "--set", "axis=0", "--interpret", "tpu"], ["axis must be the last of the 2 axes"]),
         (["rms_norm", "--interpret", "tpu", "--target", "h100"], ["--target", "h100"]),
         (["rms_norm", "--interpret", "tpu", "--target", "v5"], ["--target", "did you mean v5"]),
         (["rms_norm", "--target", "v5e"], ["--interpret"]),

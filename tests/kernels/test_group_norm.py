@@ -1,4 +1,4 @@
-"""group_norm on the TPU and on Mosaic GPU: interpreted, races detected, against float64."""
+"""group_norm on the TPU: interpreted, races detected, against float64."""
 
 import os
 

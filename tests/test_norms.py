@@ -181,7 +181,7 @@ def test_in_int8_a_norm_is_quantised_and_constant(norm):
         assert not transformed(operands["x"]).any()
 
 
-@pytest.mark.parametrize("norm", ADDING)
+@pytest.mark.parametrize("norm", ["add_rms_norm", pytest.param("add_layer_norm", marks=pytest.mark.slow)])
 def test_in_int8_a_sum_is_differentiable_still(norm):
     operator, _, operands, _ = chosen(norm, (16, 24))
     own = {name: jnp.asarray(a, jnp.float32) for name, a in operands.items()}
@@ -202,6 +202,7 @@ def test_in_int8_a_sum_is_differentiable_still(norm):
     assert (total == x + residual).all() and y.scales.shape == (16, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_in_int8_over_devices(kind):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))

@@ -52,9 +52,9 @@ def projection(x, w, positions, bias=None, **options):
 # leading axes and T, D, N, H, shape of positions, bias, dtype, options.
 PROJECTIONS = [
     ((1,), 1, 1, 2, (1,), False, "float32", PLAIN),
-    ((2, 127), 65, 3, 64, (127,), True, "float32", PLAIN),
+    pytest.param(((2, 127), 65, 3, 64, (127,), True, "float32", PLAIN), marks=pytest.mark.slow),
     ((2, 33), 128, 2, 128, (2, 33), True, "bfloat16", dict(base=500000.0, scaling=LLAMA)),
-    ((20,), 30, 2, 6, (), False, "float16", dict(base=100.0, scaling=4.0)),
+    pytest.param(((20,), 30, 2, 6, (), False, "float16", dict(base=100.0, scaling=4.0)), marks=pytest.mark.slow),
     ((2, 0), 4, 3, 4, (0,), False, "float32", PLAIN),
 ]
 

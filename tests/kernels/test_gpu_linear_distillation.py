@@ -59,6 +59,7 @@ CASES = [  # tokens, hidden, teacher's hidden, vocab, has a bias, has the teache
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # a lost arrival is a deadlock
 @pytest.mark.parametrize("tokens, hidden, teacher_hidden, vocab, bias, teacher_bias, temperature, tiles", CASES)
 def test_against_float64(monkeypatch, tokens, hidden, teacher_hidden, vocab, bias, teacher_bias, temperature, tiles):

@@ -151,6 +151,7 @@ def test_addition_interpreted(name, case):
     assert np.array_equal(got["total"], plain["total"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_y_in_a_dtype_of_its_own():
     operands, (dy,) = _operands("rms_norm", (5,), 129, "bfloat16", "float32")
@@ -162,7 +163,7 @@ def test_y_in_a_dtype_of_its_own():
     "name, features, dtype, tiles",
     [
         ("rms_norm", 129, "bfloat16", FEW),
-        ("add_layer_norm", 1000, "float32", TEAM),
+        pytest.param("add_layer_norm", 1000, "float32", TEAM, marks=pytest.mark.slow),
         pytest.param("layer_norm", 40, "float16", None, marks=pytest.mark.slow),
     ],
 )

@@ -51,9 +51,7 @@ def everything(operands, dy, projecting):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "name", [n if n in ("gpu-projection", "gpu", "tpu") else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize("name", [n if n in ("gpu", "tpu") else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_interpreted(name):
     kernel, chip, *problem, fields = CASES[name]
     operands, dy = build(*problem)

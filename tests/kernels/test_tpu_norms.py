@@ -147,6 +147,7 @@ def test_addition_against_float64(shape, dtype, residual_dtype, parameter_dtype,
     assert np.array_equal(got["total"], plain["total"])
 
 
+@pytest.mark.slow
 def test_y_in_a_dtype_of_its_own():
     x, scale, _, dy = data((40, 129), bf16, f32)
     operands, cotangents = {"x": x, "scale": scale}, (dy.astype(f32) * 1.001,)
@@ -159,7 +160,9 @@ def test_y_in_a_dtype_of_its_own():
     "name, shape, dtype, tiles",
     [
         ("rms_norm", (37, 129), bf16, None),
-        ("add_layer_norm", (70, 300), f32, Tiles(32, 32, 128)),  # three blocks, the last partial
+        pytest.param(
+            "add_layer_norm", (70, 300), f32, Tiles(32, 32, 128), marks=pytest.mark.slow
+        ),  # three blocks, the last partial
         pytest.param("layer_norm", (300, 200), bf16, Tiles(128, 64, 128), marks=pytest.mark.slow),
         pytest.param("add_rms_norm", (2, 100, 257), bf16, Tiles(192, 96, 256), marks=pytest.mark.slow),
     ],

@@ -115,9 +115,11 @@ def test_statistics_of_divided_rows():
 # ---- rounding --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dtype", "group", "symmetric"), [("int4", None, True), ("int4", 32, False), ("int8", 96, True)]
-)
+MORE = (("int4", None, True), ("int8", 96, True))
+ROUNDED = [("int4", 32, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+
+
+@pytest.mark.parametrize(("dtype", "group", "symmetric"), ROUNDED)
 def test_rounding_for_outputs_errs_less_than_nearest(dtype, group, symmetric):
     k, n = 192, 20
     kernel, x = normal(k, n), normal(500, k, seed=1) @ normal(k, k, seed=2) / k**0.5
@@ -225,7 +227,7 @@ SCHEMES = {
 }
 
 
-FAST = ("W8A8, one scale", "W4A16")
+FAST = ("W8A8, one scale",)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SCHEMES])

@@ -20,8 +20,12 @@ slow = pytest.mark.slow
 # shape of x, axis, dtype, shape of `where`, temperature, tiles
 TPU = [
     ((5, 3, 3, 43), (2, 3), f32, (129,), 2.0, None),  # two axes are a row
-    ((70, 300), (1,), bf16, None, 1.0, tpu.softmax.Tiles(32, 16, 128)),  # the last block is partial
-    ((2, 64, 200), (2,), bf16, (64, 200), 1.0, tpu.softmax.Tiles(32, 32, 128)),  # the rows of the mask begin again
+    pytest.param(
+        ((70, 300), (1,), bf16, None, 1.0, tpu.softmax.Tiles(32, 16, 128)), marks=slow
+    ),  # the last block is partial
+    pytest.param(
+        ((2, 64, 200), (2,), bf16, (64, 200), 1.0, tpu.softmax.Tiles(32, 32, 128)), marks=slow
+    ),  # the rows of the mask begin again
     pytest.param(((1,), (0,), f32, None, 1.0, None), marks=slow),
     pytest.param(((127, 129), (1,), bf16, None, 0.7, None), marks=slow),
     pytest.param(((129, 1000), (1,), f32, None, 1.0, tpu.softmax.Tiles(64, 32, 128)), marks=slow),
@@ -33,8 +37,8 @@ FEW = gpu.softmax.Tiles(blocks=2, groups=2, split=1, stages=2, stores=1)  # ever
 TEAM = gpu.softmax.Tiles(blocks=2, groups=2, split=2, stages=2, stores=1)  # two warpgroups to a row
 GPU = [
     ((2, 3, 3, 43), (2, 3), f32, (129,), 2.0, TEAM),
-    ((7, 129), (1,), "float16", None, 0.7, FEW),
-    ((2, 3, 200), (2,), bf16, (3, 200), 1.0, FEW),
+    pytest.param(((7, 129), (1,), "float16", None, 0.7, FEW), marks=slow),
+    pytest.param(((2, 3, 200), (2,), bf16, (3, 200), 1.0, FEW), marks=slow),
     pytest.param(((1,), (0,), f32, None, 1.0, None), marks=slow),
     pytest.param(((5, 1000), (1,), f32, None, 1.0, TEAM), marks=slow),
     pytest.param(((3, 2, 300), (2,), bf16, (2, 1), 1.0, None), marks=slow),

@@ -52,7 +52,15 @@ def _public(module) -> dict:
     }
 
 
-LONG = ("nn.md", "pipeline.md", "sharding.md", "gradient_reduction.md", "tutorial.md", "workbench.md")
+LONG = (
+    "nn.md",
+    "pipeline.md",
+    "sharding.md",
+    "gradient_reduction.md",
+    "tutorial.md",
+    "workbench.md",
+    "quantization.md",
+)
 
 
 def _marked(pages: list[pathlib.Path]) -> list:

@@ -182,7 +182,7 @@ call = jaxops.quantized_matmul
             ValueError,
             "activations must be None or 'int8', got 'int4'",
         ),
-        (lambda: jaxops.nn.QuantizedLinear.of(X), TypeError, "linear must be an nnx.Linear, got"),
+        (lambda: jaxops.nn.QuantizedLinear.of(X), TypeError, "linear must be an nnx.Linear or nnx.LinearGeneral, got"),
     ],
 )
 def test_bad_input(wrong, kind, message):

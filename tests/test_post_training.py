@@ -321,4 +321,4 @@ def test_training_that_knows_of_rounding_errs_less_than_rounding_after_it():
     final = jaxops.nn.convert(aware)
     assert isinstance(final.layers[0], jaxops.nn.QuantizedLinear)
     assert np.allclose(final(x), aware(x), atol=1e-4)  # what is trained is what is kept
-    assert loss(final) < 0.5 * loss(after)
+    assert loss(final) < 0.75 * loss(after)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxops.ops import checks
 
-_INTEGERS = ("int8", "int4")
+INTEGERS = ("int8", "int4")
 _FLOATS = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -127,8 +127,8 @@ def fake_quantize(
     name = "fake_quantize"
     x, scales = checks.floating(name, "x", x), checks.floating(name, "scales", scales)
     kind = _kind(name, dtype)
-    if kind not in _INTEGERS:
-        raise TypeError(f"{name}: dtype must be one of {', '.join(_INTEGERS)}, got {kind}")
+    if kind not in INTEGERS:
+        raise TypeError(f"{name}: dtype must be one of {', '.join(INTEGERS)}, got {kind}")
     if not isinstance(scales, jax.core.Tracer) and not bool(jnp.all(scales > 0)):
         raise ValueError(f"{name}: scales must be positive, got {scales.min()}")
     low, high = integer_range(kind, zeros is None)
@@ -176,8 +176,8 @@ def integer_range(dtype: Any, symmetric: bool) -> tuple[int, int]:
 
 def _kind(name: str, dtype: Any) -> str:
     kind = jnp.dtype(dtype).name
-    if kind not in _INTEGERS + _FLOATS:
-        raise TypeError(f"{name}: dtype must be one of {', '.join(_INTEGERS + _FLOATS)}, got {kind}")
+    if kind not in INTEGERS + _FLOATS:
+        raise TypeError(f"{name}: dtype must be one of {', '.join(INTEGERS + _FLOATS)}, got {kind}")
     return kind
 
 

@@ -124,22 +124,19 @@ class QuantizationReport:
     def plot(self, path: str) -> None:
         """Draws a bar per layer, worst first, into a PNG or SVG: its cost if measured, else the error of its outputs,
         else of its weights. Needs matplotlib (extra `cli`); raises `ImportError` without."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
 
         kinds = {"cost": "cost of quantising this layer alone", "output_error": "relative error of the outputs"}
         kinds |= {"weight_error": "relative error of the weights"}
         kind = next(k for k in kinds if any(getattr(r, k) is not None for r in self.layers) or k == "weight_error")
         rows = sorted(self.layers, key=lambda r: getattr(r, kind) or 0.0)
-        figure, axes = pyplot.subplots(figsize=(8, 1 + 0.28 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(8, 1 + 0.28 * len(rows)), layout="constrained")
+        axes = figure.subplots()
         axes.barh([r.path for r in rows], [getattr(r, kind) or 0.0 for r in rows], color="#3b6ea5")
         axes.set_xlabel(kinds[kind])
         axes.margins(y=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
-        pyplot.close(figure)
 
 
 def calibrate(

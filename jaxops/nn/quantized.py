@@ -13,7 +13,7 @@ from flax import nnx
 from jaxops.dispatch import Implementation
 from jaxops.nn.implementation import static
 from jaxops.ops.quantized_matmul import quantized_matmul
-from jaxops.quantization import Quantized, dequantize, fake_quantize, quantize
+from jaxops.quantization import INTEGERS, Quantized, dequantize, fake_quantize, quantize
 
 Linear = nnx.Linear | nnx.LinearGeneral
 
@@ -227,12 +227,13 @@ class FakeQuantizedLinear(nnx.Module):
     ):
         self.shapes = Shapes.of("FakeQuantizedLinear", linear)
         kernel = linear.kernel[...].reshape(self.shapes.flat)
-        fake_quantize(jnp.zeros(1), jnp.ones(1), dtype)  # refuses a dtype before anything is made
+        self.dtype, self.weights = linear.dtype, jnp.dtype(dtype).name
+        if self.weights not in INTEGERS:
+            raise TypeError(f"FakeQuantizedLinear: dtype must be one of {', '.join(INTEGERS)}, got {self.weights}")
         self.kernel = linear.kernel
         self.bias = linear.bias
         self.scales = nnx.Param(quantize(kernel, dtype, axis=0, group_size=group_size).scales)
         self.input_scale = None if input_scale is None else nnx.Param(jnp.float32(input_scale))
-        self.dtype, self.weights = linear.dtype, jnp.dtype(dtype).name
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """`x[…, *inputs]` to `[…, *outputs]`; `out_sharding` must be None."""

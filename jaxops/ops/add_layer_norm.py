@@ -1,15 +1,14 @@
 """add_layer_norm: public function and XLA rules."""
 
-import dataclasses
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation
 from jaxops.ops import checks
+from jaxops.ops.add_rms_norm import in_int8
 from jaxops.ops.layer_norm import gradients
 from jaxops.quantization import Quantized
 from jaxops.reference.add_layer_norm import add_layer_norm as reference
@@ -38,42 +37,7 @@ _OPERATOR = Operator(
     differentiable_outputs=2,
 )
 
-# In int8 only total is differentiable, and total has gradients of x and the residual alone.
-_QUANTISED = dataclasses.replace(
-    _OPERATOR,
-    differentiable=("x", "residual"),
-    xla=Rules(_forward, None),
-    partition=lambda spec: (spec, spec, PartitionSpec(*spec[:-1], None)),
-    differentiable_outputs=1,
-)
-
-
-@overload
-def add_layer_norm(
-    x: jax.Array,
-    residual: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    *,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: None = None,
-    implementation: Implementation = None,
-) -> tuple[jax.Array, jax.Array]: ...
-
-
-@overload
-def add_layer_norm(
-    x: jax.Array,
-    residual: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    *,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: Any,
-    implementation: Implementation = None,
-) -> Any: ...
+_QUANTISED = in_int8(_OPERATOR)
 
 
 def add_layer_norm(

@@ -1,7 +1,7 @@
 """add_rms_norm: public function and XLA rules."""
 
 import dataclasses
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,40 +38,19 @@ _OPERATOR = Operator(
     differentiable_outputs=2,
 )
 
-# In int8 only total is differentiable, and total has gradients of x and the residual alone.
-_QUANTISED = dataclasses.replace(
-    _OPERATOR,
-    differentiable=("x", "residual"),
-    xla=Rules(_forward, None),
-    partition=lambda spec: (spec, spec, PartitionSpec(*spec[:-1], None)),
-    differentiable_outputs=1,
-)
+
+def in_int8(operator: Operator) -> Operator:
+    """A norm of a sum, of outputs (total, values, scales): total alone has gradients, of x and residual."""
+    return dataclasses.replace(
+        operator,
+        differentiable=("x", "residual"),
+        xla=Rules(operator.xla.forward, None),
+        partition=lambda spec: (spec, spec, PartitionSpec(*spec[:-1], None)),
+        differentiable_outputs=1,
+    )
 
 
-@overload
-def add_rms_norm(
-    x: jax.Array,
-    residual: jax.Array,
-    scale: jax.Array | None = None,
-    *,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: None = None,
-    implementation: Implementation = None,
-) -> tuple[jax.Array, jax.Array]: ...
-
-
-@overload
-def add_rms_norm(
-    x: jax.Array,
-    residual: jax.Array,
-    scale: jax.Array | None = None,
-    *,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: Any,
-    implementation: Implementation = None,
-) -> Any: ...
+_QUANTISED = in_int8(_OPERATOR)
 
 
 def add_rms_norm(

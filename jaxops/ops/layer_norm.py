@@ -1,16 +1,15 @@
 """layer_norm: public function and XLA rules."""
 
-import dataclasses
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation
 from jaxops.ops import checks
+from jaxops.ops.rms_norm import in_int8
 from jaxops.ops.row_tiles import reduce_rows, row_mean
 from jaxops.quantization import Quantized
 from jaxops.reference.layer_norm import layer_norm as reference
@@ -57,38 +56,7 @@ _OPERATOR = Operator(
     gpu=gpu.layer_norm,
 )
 
-# Of int8 nothing is differentiable.
-_QUANTISED = dataclasses.replace(
-    _OPERATOR,
-    differentiable=(),
-    partition=lambda spec: (spec, PartitionSpec(*spec[:-1], None)),
-)
-
-
-@overload
-def layer_norm(
-    x: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    *,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: None = None,
-    implementation: Implementation = None,
-) -> jax.Array: ...
-
-
-@overload
-def layer_norm(
-    x: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    *,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: Any,
-    implementation: Implementation = None,
-) -> Any: ...
+_QUANTISED = in_int8(_OPERATOR)
 
 
 def layer_norm(

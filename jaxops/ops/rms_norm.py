@@ -1,7 +1,7 @@
 """rms_norm: public function and XLA rules."""
 
 import dataclasses
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,36 +54,15 @@ _OPERATOR = Operator(
     gpu=gpu.rms_norm,
 )
 
-# Of int8 nothing is differentiable.
-_QUANTISED = dataclasses.replace(
-    _OPERATOR,
-    differentiable=(),
-    partition=lambda spec: (spec, PartitionSpec(*spec[:-1], None)),
-)
+
+def in_int8(operator: Operator) -> Operator:
+    """A norm whose y is (values, scales) of integers: nothing of it is differentiable."""
+    return dataclasses.replace(
+        operator, differentiable=(), partition=lambda spec: (spec, PartitionSpec(*spec[:-1], None))
+    )
 
 
-@overload
-def rms_norm(
-    x: jax.Array,
-    scale: jax.Array | None = None,
-    *,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: None = None,
-    implementation: Implementation = None,
-) -> jax.Array: ...
-
-
-@overload
-def rms_norm(
-    x: jax.Array,
-    scale: jax.Array | None = None,
-    *,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: Any,
-    implementation: Implementation = None,
-) -> Any: ...
+_QUANTISED = in_int8(_OPERATOR)
 
 
 def rms_norm(

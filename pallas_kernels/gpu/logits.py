@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import chips, tuned
 from pallas_kernels.gpu.attention_scores import LN2, across, down, smem
-from pallas_kernels.gpu.products import CONSUMERS, DEPTH, PIECE, ROWS, WGMMA, specialised
+from pallas_kernels.gpu.products import CONSUMERS, DEPTH, PIECE, ROWS, WGMMA, no_wgmma, specialised
 from pallas_kernels.padding import pad_to, round_up
 
 f32 = jnp.float32
@@ -115,10 +115,8 @@ def candidates(phase: str, layers: int, x, weight, *, biased: bool) -> Iterator[
 
 def unsupported(tokens: int, vocab: int, **operands) -> str | None:
     """Why these factors, x and weight of each layer by name, cannot be multiplied here, or None."""
-    chip = chips.current("gpu")
-    if chip.capability != (9, 0):
-        capability = ".".join(map(str, chip.capability))
-        return f"the kernel needs wgmma, which only GPUs of compute capability 9.0 have, not {capability} ({chip.name})"
+    if reason := no_wgmma():
+        return reason
     for name, array in operands.items():
         if array.dtype != jnp.bfloat16:
             return f"{name} must be bfloat16, got {array.dtype}"

@@ -150,17 +150,16 @@ def stream(load: Callable, steps, free, stages: int) -> None:
     lax.fori_loop(0, steps, one, None)
 
 
-def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: int, *, started: int | None = None):
-    """`count` sums of `shape`, of multiply(i, slot, accumulators) over the steps, which starts `started` products of
-    what is in the slot (by default one for each sum). In registers."""
-    started = count if started is None else started
+def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: int):
+    """`count` sums of `shape`, of multiply(i, slot, accumulators) over the steps, which starts a product of what is in
+    the slot for each. In registers."""
 
     def accumulate(*accs):
         def step(i, _):
             slot = lax.rem(i, stages)
             plgpu.barrier_wait(ready.at[slot])
             multiply(i, slot, accs)
-            plgpu.wgmma_wait(started)  # those of the step before are through: its tiles are free
+            plgpu.wgmma_wait(count)  # those of the step before are through: its tiles are free
             pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i - 1, stages)]))
 
         lax.fori_loop(0, steps, step, None)

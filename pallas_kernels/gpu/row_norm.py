@@ -339,6 +339,7 @@ def scratch(row: Row, tiles: Tiles, arriving, leaving, parameters=()):
 
 
 def call(body, name, out_type, scratch, blocks, tiles):
+    """The kernel `body`, by name, in a row of `blocks`, each of `tiles.groups` warpgroups."""
     body.__name__ = name
     return plgpu.kernel(
         body,

@@ -188,6 +188,7 @@ def fold(features, tiles, combine, start, terms):
 
 
 def largest(carry, values):
+    """The larger of each row's `carry` and its values: what `fold` combines by."""
     return jnp.maximum(carry, jnp.max(values, -1, keepdims=True))
 
 

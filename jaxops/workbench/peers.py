@@ -207,6 +207,12 @@ def jax_rope(x, positions, *, base=10000.0):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
+def jax_rope_projection(x, w, positions, *, bias=None, base=10000.0):
+    """The heads of x · w + bias, rotated by their positions, of jax.numpy."""
+    y = jnp.einsum("...td,dnh->...tnh", x, w)
+    return jax_rope(y if bias is None else y + bias, positions, base=base)
+
+
 def jax_linear_cross_entropy(
     x, weight, labels, *, bias=None, label_smoothing=0.0, z_loss=0.0, logits_soft_cap=None, reduction="mean"
 ):
@@ -478,6 +484,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "relu": jax_relu,
         "rms_norm": jax_rms_norm,
         "rope": jax_rope,
+        "rope_projection": jax_rope_projection,
         "silu": jax_silu,
         "softmax": jax_softmax,
         "squared_relu": jax_squared_relu,

@@ -94,21 +94,25 @@ def whole(parameters: dict, specs: dict) -> dict:
     return gathered
 
 
-@jax.checkpoint
-def layer(parameters: dict, x: jax.Array) -> jax.Array:
-    p = whole(parameters, LAYER)
-    stream = dict(sequence=True)
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Causal attention with rotary positions, of [B, T, heads, dim]."""
+    positions = jnp.arange(query.shape[-3])
+    rotated = (jaxops.rope(y, positions, base=500000.0) for y in (query, key))
+    return jaxops.dot_product_attention(*rotated, value, is_causal=True)
 
-    def attend(query, key, value):
-        positions = jnp.arange(query.shape[-3])
-        rotated = (jaxops.rope(y, positions, base=500000.0) for y in (query, key))
-        return jaxops.dot_product_attention(*rotated, value, is_causal=True)
 
+def block(p: dict, x: jax.Array, overlap: bool = False) -> jax.Array:
+    """x ↦ x + attention, x + MLP of the norms of x, with parameters that are whole along fsdp."""
+    stream = dict(sequence=True, overlap=overlap)
     normed = jaxops.rms_norm(x, p["attention_norm"])
     matrices = (p[name] for name in ("query", "key", "value", "out"))
     x = x + sharding.heads_parallel_attention(normed, *matrices, attend=attend, **stream)
-    normed = jaxops.rms_norm(x, p["mlp_norm"])
-    return x + sharding.gated_mlp(normed, p["gate"], p["up"], p["down"], **stream)
+    return x + sharding.gated_mlp(jaxops.rms_norm(x, p["mlp_norm"]), p["gate"], p["up"], p["down"], **stream)
+
+
+@jax.checkpoint
+def layer(parameters: dict, x: jax.Array) -> jax.Array:
+    return block(whole(parameters, LAYER), x)
 
 
 def embed(shared: dict, tokens: jax.Array) -> jax.Array:

@@ -241,9 +241,8 @@ def drawn(logits: jax.Array, keys: jax.Array, *, temperature: float, top_p: floa
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
 
 
-def load(args: argparse.Namespace) -> tuple[GPT, Path]:
-    """The newest whole checkpoint's model on one device. Raises `Stop` where there is none."""
-    directory = args.directory
+def load(directory: Path | None, dtype: str) -> tuple[GPT, Path]:
+    """The newest whole checkpoint's model on one device; without a directory, of the last runs/gpt-N. Raises `Stop`."""
     if directory is None:
         numbered = {int(path.name[4:]): path for path in Path("runs").glob("gpt-*") if path.name[4:].isdigit()}
         directory = numbered[max(numbered)] if numbered else Path("runs") / "gpt-1"
@@ -253,7 +252,7 @@ def load(args: argparse.Namespace) -> tuple[GPT, Path]:
             f"there is no checkpoint in {directory}: train one by python examples/train_gpt.py --out {directory}"
         )
     config = Config(**checkpoints.contents(path)["facts"]["model"])
-    graph, like = nnx.split(nnx.eval_shape(lambda: GPT(config, jnp.dtype(args.dtype), rngs=nnx.Rngs(0))))
+    graph, like = nnx.split(nnx.eval_shape(lambda: GPT(config, jnp.dtype(dtype), rngs=nnx.Rngs(0))))
     parameters = checkpoints.restore_part(path, {"parameters": like})["parameters"]
     return nnx.merge(graph, parameters), path
 
@@ -304,7 +303,7 @@ def differences(model: GPT, requests: list[Request]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Loads, serves, checks, reports; returns the exit code. Raises `Stop`."""
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    model, path = load(args)
+    model, path = load(args.directory, args.dtype)
     prompts = passages(args, model.config.length - args.count)
     requests = [Request(number, prompt, args.count) for number, prompt in enumerate(prompts)]
     server = Server(model, args, max(request.longest for request in requests))

@@ -18,10 +18,16 @@ from jaxops.ops.linear_cross_entropy import linear_cross_entropy as linear_cross
 from jaxops.ops.linear_distillation import linear_distillation as linear_distillation
 from jaxops.ops.matmul import matmul as matmul
 from jaxops.ops.paged_attention import paged_attention as paged_attention
+from jaxops.ops.quantized_matmul import quantized_matmul as quantized_matmul
 from jaxops.ops.ragged_dot import ragged_dot as ragged_dot
 from jaxops.ops.rms_norm import rms_norm as rms_norm
 from jaxops.ops.rope import RopeScaling as RopeScaling
 from jaxops.ops.rope import rope as rope
+from jaxops.ops.rope import rope_projection as rope_projection
 from jaxops.ops.softmax import softmax as softmax
+from jaxops.quantization import Quantized as Quantized
+from jaxops.quantization import dequantize as dequantize
+from jaxops.quantization import fake_quantize as fake_quantize
+from jaxops.quantization import quantize as quantize
 from jaxops.routing import Routing as Routing
 from jaxops.routing import top_k_routing as top_k_routing

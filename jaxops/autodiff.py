@@ -49,10 +49,11 @@ class Rules:
     forward(**operands, **static) -> (outputs, residuals), two tuples;
     backward(**operands, outputs=, residuals=, cotangents=, **static) -> {name: gradient} for the differentiable
     operands that are there. There is a cotangent for each output, None where it is known to be zero; never the first.
+    None in the place of backward: JAX's own, of the reference.
     """
 
     forward: Callable[..., tuple[tuple, tuple]]
-    backward: Callable[..., Arrays]
+    backward: Callable[..., Arrays] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -223,6 +224,9 @@ def _jitted(call: _Call, implementation: str, platform: str | None):
 
     def backward(*args):
         operands, saved, moving = call.split(args)
+        if rules.backward is None:
+            f, primals = call._reference(operands)
+            return jax.vjp(f, *primals)[1](tuple(moving))
         named = dict(zip(call.names, operands, strict=True))
         cotangents = dict(zip(call.moving, moving, strict=True))
         gradients = rules.backward(

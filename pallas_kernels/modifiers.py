@@ -66,8 +66,11 @@ def captured(program: core.ClosedJaxpr) -> list[Any]:
     return [x for x in found if np.ndim(x) or isinstance(x, jax.Array)]
 
 
-def no_kernel(score_mod: Callable | None, mask_mod: Callable | None) -> str | None:
-    """Why no kernel takes these modifiers, whatever the chip, or None."""
+def no_kernel(score_mod: Callable | None, mask_mod: Callable | None, bias=None) -> str | None:
+    """Why no kernel takes these modifiers, beside this bias [B, N, T, S], whatever the chip, or None."""
+    # The terms of its gradient cancel, but for what slopes and sinks make of them: row sums of both would be needed.
+    if score_mod is not None and bias is not None and bias.shape[3] == 1:
+        return f"a bias that all keys share, {bias.shape}, beside a score_mod has its gradient in XLA only"
     for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if function is not None:
             arrays = captured(traced(function, scored=name == "score_mod"))

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -103,3 +104,44 @@ class Cut:
         b = self._last(lambda b: start(b) <= token, token)
         tile = self._first_tile(start, b) + self._div(token) - self._div(start(b))
         return tile, token - jnp.maximum(start(b), self._div(token) * self.rows)
+
+
+# ---- products of groups of rows, around their kernels ---------------------------------------------------------------
+
+
+def forward(product: Callable, lhs, lhs_rows, out_rows, out_weights, out_size: int, dtype) -> jax.Array:
+    """out of `ragged_dot` by product(x, dtype), the rows x_i · rhs_g. XLA gathers before and scatters after."""
+    dtype, x = jnp.dtype(dtype), _gathered(lhs, lhs_rows)
+    if out_rows is None and out_weights is None:
+        return product(x, dtype)
+    return _scattered(product(x, jnp.dtype(jnp.float32)), out_rows, out_weights, out_size).astype(dtype)
+
+
+def backward(
+    product: Callable, sums: Callable, lhs, lhs_rows, out_rows, out_weights, cotangent
+) -> dict[str, jax.Array]:
+    """Gradients of lhs, rhs and out_weights (if present) by product(dy, dtype), the rows dy_i · rhs_gᵀ, and
+    sums(x, dy), Σ x_iᵀ · dy_i over each group."""
+    f32 = jnp.float32
+    x, dy = _gathered(lhs, lhs_rows), _gathered(cotangent, out_rows)
+    plain = lhs_rows is None and out_weights is None
+    # A gradient that is still to be weighted and added up stays float32.
+    dx = product(dy.astype(lhs.dtype), jnp.dtype(lhs.dtype if plain else f32))
+    gradients = {}
+    if out_weights is not None:
+        gradients["out_weights"] = jnp.sum(dx * x.astype(f32), axis=1).astype(out_weights.dtype)
+        dy = dy.astype(f32) * out_weights.astype(f32)[:, None]
+    gradients["lhs"] = _scattered(dx, lhs_rows, out_weights, lhs.shape[0]).astype(lhs.dtype)
+    gradients["rhs"] = sums(x, dy.astype(x.dtype))
+    return gradients
+
+
+def _gathered(x, indices):
+    return x if indices is None else x.at[indices].get(mode="fill", fill_value=0)
+
+
+def _scattered(y, indices, weights, size):
+    """[size, n], float32 if anything is added or weighted."""
+    if weights is not None:
+        y = y.astype(jnp.float32) * weights.astype(jnp.float32)[:, None]
+    return y if indices is None else jnp.zeros((size, y.shape[1]), jnp.float32).at[indices].add(y, mode="drop")

@@ -57,6 +57,8 @@ _PIECES = (
     "broadcast_in_dim",
     "slice",
     "dynamic_slice",
+    "dynamic_update_slice",
+    "concatenate",
     "squeeze",
     "split",
 )
@@ -163,7 +165,7 @@ class GradientReduction(optax.GradientTransformationExtraArgs):
         The rest is kept: products, norms, attention. Without a checkpoint JAX keeps the gathered parameters of all
         layers.
         """
-        if primitive.name == "all_gather":
+        if primitive.name in ("all_gather", "ppermute"):
             names = parameters["axis_name"]
             return not set(self.how.axes) & set(names if isinstance(names, tuple) else (names,))
         return primitive.name not in _PIECES
@@ -230,11 +232,11 @@ def gradient_reduction(
         float64.
       loss_scale: `value_and_grad` multiplies the loss by it, and a step with a gradient that is not finite, on any
         device, changes nothing but the scale. Gradients of your own are those of `state.loss_scale.scale` · loss.
-      implementation: of the reduce-scatters of leaves alone: "xla" one collective, or "ring", transfers from neighbour
-        to neighbour in both directions, which the compiler can put beside the products of the backward. "pallas": on
-        TPU one kernel sums, updates and gathers a leaf that is split along its first dimension, or a bucket, with
-        `zero` 1, or 2 without micro-batches; XLA the others, and all elsewhere. Not with compression, a loss scale or
-        `max_norm`, for which every sum has to be known before the first update.
+      implementation: of the reduce-scatters of leaves alone, and of `gather`: "xla" one collective, or "ring",
+        transfers from neighbour to neighbour in both directions, which the compiler can put beside the products of
+        other leaves. "pallas": on TPU one kernel sums, updates and gathers a leaf that is split along its first
+        dimension, or a bucket, with `zero` 1, or 2 without micro-batches; XLA the others, and all elsewhere. Not with
+        compression, a loss scale or `max_norm`, for which every sum has to be known before the first update.
 
     Raises `TypeError` or `ValueError` for an option that is not as said.
 
@@ -898,27 +900,53 @@ def _gather(how: _How, params: Any, specs: Any) -> Any:
                 for axis in axes:
                     collectives.axis_size(_NAME, axis)
                 dtype, back = travel or (x.dtype, jnp.promote_types(x.dtype, jnp.float32))
-                x = _gathered(x, axes, dimension, dtype, back)
+                x = _gathered(x, axes, dimension, dtype, back, how.implementation)
         return x
 
     return jax.tree.map_with_path(whole, params, specs)
 
 
-def _gathered(x: jax.Array, axes: tuple[str, ...], dimension: int, dtype: Any, back: Any) -> jax.Array:
+def _gathered(
+    x: jax.Array, axes: tuple[str, ...], dimension: int, dtype: Any, back: Any, implementation: str
+) -> jax.Array:
     """All-gather of x as `dtype`; its gradient is summed as `back`."""
-    if dtype == back:
-        return lax.all_gather(x.astype(dtype), axes, axis=dimension, tiled=True)
+    ring = implementation == "ring"
 
-    @jax.custom_vjp
     def gathered(x):
+        if ring:
+            return _ring_gather(x.astype(dtype), axes, dimension)
         return lax.all_gather(x.astype(dtype), axes, axis=dimension, tiled=True)
 
     def backward(_, ct):
-        total = lax.psum_scatter(ct.astype(back), axes, scatter_dimension=dimension, tiled=True)
+        ct = ct.astype(back)
+        if ring:
+            parts = math.prod(lax.axis_size(axis) for axis in axes)
+            total = _ring(ct, _Group((), axes, parts, dimension, ct.shape[dimension]))
+        else:
+            total = lax.psum_scatter(ct, axes, scatter_dimension=dimension, tiled=True)
         return (total.astype(x.dtype),)
 
-    gathered.defvjp(lambda x: (gathered(x), None), backward)
-    return gathered(x)
+    if dtype == back and not ring:
+        return gathered(x)
+    differentiable = jax.custom_vjp(gathered)
+    # Not the function itself, which would be one operation to `policy`, and what it gathered be kept.
+    differentiable.defvjp(lambda x: (gathered(x), None), backward)
+    return differentiable(x)
+
+
+def _ring_gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
+    """The all-gather of x along `axis`: half of every part goes round in either direction."""
+    n, me = math.prod(lax.axis_size(name) for name in axes), lax.axis_index(axes)
+    size = x.shape[axis]
+    cut = (size + 1) // 2
+    whole = jnp.concatenate([x] * n, axis)
+    for way, first, count in ((1, 0, cut), (-1, cut, size - cut)):
+        part = lax.slice_in_dim(x, first, first + count, axis=axis)
+        for passed in range(1, n if count else 1):
+            part = lax.ppermute(part, axes, [(i, (i + way) % n) for i in range(n)])
+            start = (me - way * passed) % n * size + first
+            whole = lax.dynamic_update_slice_in_dim(whole, part, start, axis)
+    return whole
 
 
 def _mesh_sizes(how: _How, mesh: Any) -> dict[str, int]:

@@ -56,13 +56,13 @@ PROGRAMS = {
         _cross_entropy,
         (_array(256, 128), _array(128, 1024), _array(256, dtype=jnp.int32)),
         2,
-        ("tpu",),
+        ("tpu", "cuda"),
     ),
     "ragged_dot": (
         jaxops.ragged_dot,
         (_array(300, 128), _array(3, 128, 256), _array(3, dtype=jnp.int32)),
         2,
-        ("tpu",),
+        ("tpu", "cuda"),
     ),
 }
 MARKS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}

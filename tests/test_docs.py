@@ -52,12 +52,24 @@ def _public(module) -> dict:
     }
 
 
-LONG = ("nn.md", "pipeline.md", "sharding.md", "gradient_reduction.md")  # and those of single operators
-RUN = [
-    pytest.param(p, marks=pytest.mark.slow) if p.parent.name == "operators" or p.name in LONG else p
-    for p in PAGES
-    if any(block[0] == "python" for block in _blocks(p))
-]
+LONG = (
+    "nn.md",
+    "pipeline.md",
+    "sharding.md",
+    "gradient_reduction.md",
+    "tutorial.md",
+    "workbench.md",
+    "quantization.md",
+)
+
+
+def _marked(pages: list[pathlib.Path]) -> list:
+    """Those that take long, and those of single operators, are slow cases."""
+    slow = lambda page: page.parent.name == "operators" or page.name in LONG
+    return [pytest.param(page, marks=pytest.mark.slow) if slow(page) else page for page in pages]
+
+
+RUN = _marked([page for page in PAGES if any(block[0] == "python" for block in _blocks(page))])
 
 
 @pytest.mark.parametrize("path", RUN, ids=_name)
@@ -137,7 +149,7 @@ def test_the_words_of_a_command_are_known(path, capsys):
             assert not unknown, f"{_name(path)}:{line}"
 
 
-@pytest.mark.parametrize("path", _pages(""), ids=_name)
+@pytest.mark.parametrize("path", _marked(_pages("")), ids=_name)
 def test_the_command_runs_and_prints_what_follows_it(path, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "110")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -65,7 +65,7 @@ def test_drawn_bytes_do_not_depend_on_the_batch(trained):
     args = ["--temperature", "0.9", "--top-p", "0.8", "--requests", "4", "--count", "8", "--text", str(book)]
 
     options = generate.parse([str(out), *args])
-    model, _ = generate.load(options)
+    model, _ = generate.load(options.directory, options.dtype)
     prompts = generate.passages(options, 40)
 
     def written(server):

@@ -457,8 +457,8 @@ BAD = {
     "implementation must be None": lambda: jaxops.nn.RMSNorm(WIDTH, implementation="triton", rngs=nnx.Rngs(0))(
         data(2, WIDTH)
     ),
-    "no Mosaic TPU kernel for group_norm": lambda: jaxops.nn.GroupNorm(
-        WIDTH, 6, implementation="pallas", rngs=nnx.Rngs(0)
+    "x must be float32 or bfloat16 on a TPU, got float16": lambda: jaxops.nn.GroupNorm(
+        WIDTH, 6, implementation="pallas", dtype=jnp.float16, rngs=nnx.Rngs(0)
     )(data(2, WIDTH)),
     "a divisor of the 24 channels of x, and the other None, got None and 5": lambda: linen.GroupNorm(None, 5).init(
         jax.random.key(0), data(2, WIDTH)

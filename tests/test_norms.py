@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import jaxops
 from jaxops.inspection import operator_calls
 from jaxops.ops.add_layer_norm import add_layer_norm
 from jaxops.ops.add_rms_norm import add_rms_norm
@@ -144,6 +145,80 @@ def test_what_the_next_layer_does_not_use_of_a_sum_costs_nothing():
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("norm", "dtype"), [("layer_norm", "float32"), ("add_rms_norm", "float16")])
+def test_y_in_a_dtype_of_its_own(norm, dtype):
+    """y is rounded once, from float32, and so is the gradient of a cotangent in that dtype."""
+    operator, _, operands, _ = chosen(norm, (40, 129))
+    operands = {name: jnp.asarray(x, jnp.bfloat16) for name, x in operands.items()}
+    rows = against_float64(lambda **operands: operator(**operands, dtype=dtype), operands)
+    assert all(row.holds for row in rows), list(map(str, rows))
+    y = jax.tree.leaves(operator(**operands, dtype=dtype))[0]
+    assert y.dtype == dtype
+    if norm in NORMS:
+        want = operator(**{name: x.astype(jnp.float32) for name, x in operands.items()})
+        assert error(y, want) < 1e-6
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_in_int8_a_norm_is_quantised_and_constant(norm):
+    operator, _, operands, _ = chosen(norm, (16, 24))
+    operands = {name: jnp.asarray(x, jnp.float32) for name, x in operands.items()}
+    got, want = operator(**operands, dtype="int8"), jaxops.quantize(operator(**operands))
+    assert isinstance(got, jaxops.Quantized) and got.zeros is None
+    assert error(got.scales, want.scales) < 1e-6 and (jnp.abs(got.values - want.values) <= 1).all()
+    w = jaxops.quantize(jnp.eye(24), axis=0)
+    product = jaxops.quantized_matmul(got.values, w.values, w.scales, x_scales=got.scales)
+    assert error(product, operator(**operands)) < 0.01
+    in_rows = jax.vmap(lambda x: operator(**operands | {"x": x}, dtype=jnp.int8))(operands["x"].reshape(4, 4, 24))
+    assert (in_rows.values.reshape(16, 24) == got.values).all()
+    loss = lambda x: jnp.sum(jaxops.dequantize(operator(**operands | {"x": x}, dtype="int8")))
+    for transformed in (
+        jax.grad(loss),
+        jax.jit(jax.grad(loss)),
+        lambda x: jax.jvp(loss, (x,), (x,))[1],
+        jax.hessian(loss),
+    ):
+        assert not transformed(operands["x"]).any()
+
+
+@pytest.mark.parametrize("norm", ["add_rms_norm", pytest.param("add_layer_norm", marks=pytest.mark.slow)])
+def test_in_int8_a_sum_is_differentiable_still(norm):
+    operator, _, operands, _ = chosen(norm, (16, 24))
+    own = {name: jnp.asarray(a, jnp.float32) for name, a in operands.items()}
+
+    def loss(x, residual, dtype):
+        y, total = operator(**own | {"x": x, "residual": residual}, dtype=dtype)
+        y = jaxops.dequantize(y) if dtype == "int8" else jax.lax.stop_gradient(y)
+        return jnp.sum(jnp.sin(total) * y)
+
+    x, residual = own["x"], own["residual"]
+    got, want = (jax.value_and_grad(loss, (0, 1))(x, residual, dtype) for dtype in ("int8", "float32"))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert error(a, b) < 0.02
+    assert (got[1][0] == got[1][1]).all()
+    moved = jax.jvp(lambda x: loss(x, residual, "int8"), (x,), (x,))[1]
+    assert error(moved, jnp.sum(got[1][0] * x)) < 1e-5
+    y, total = operator(**own, dtype=jnp.int8)
+    assert (total == x + residual).all() and y.scales.shape == (16, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_in_int8_over_devices(kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    x = jnp.asarray(operands_of((16, 24))["x"], jnp.float32)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d", None)))
+        y, total = jax.jit(lambda x: add_rms_norm(x, x, dtype="int8"))(placed)
+        local = jax.shard_map(
+            lambda x: tuple(rms_norm(x, dtype="int8")[:2]), in_specs=PartitionSpec("d"), out_specs=PartitionSpec("d")
+        )
+        values, scales = jax.jit(local)(placed)
+    want, whole = add_rms_norm(x, x, dtype="int8"), rms_norm(x, dtype="int8")
+    assert (y.values == want[0].values).all() and error(total, 2 * x) == 0
+    assert (values == whole.values).all() and (scales == whole.scales).all()
+
+
 @pytest.mark.parametrize(("shape", "num_groups", "dtype"), GROUPED, ids=str)
 def test_groups(shape, num_groups, dtype):
     _, _, operands, names = chosen("layer_norm", shape)
@@ -271,6 +346,10 @@ def test_temporary_memory_of_groups():
         (lambda: rms_norm(jnp.ones((2, 3)), eps=-1.0), ValueError, "eps must be at least 0, got -1.0"),
         (lambda: rms_norm(jnp.ones((2, 3)), eps=jnp.ones(())), TypeError, "eps must be a Python number"),
         (lambda: rms_norm(jnp.ones((2, 3)), scale_offset=float("nan")), ValueError, "scale_offset must be finite"),
+        (lambda: rms_norm(jnp.ones((2, 3)), dtype=jnp.int32), TypeError, "dtype must be floating.*got int32"),
+        (lambda: rms_norm(jnp.ones((2, 3)), dtype="float8_e5m2"), TypeError, "at least 16 bits, or int8, got float8"),
+        (lambda: add_layer_norm(jnp.ones(3), jnp.ones(3), dtype="int"), TypeError, "dtype must be floating.*got int64"),
+        (lambda: layer_norm(jnp.ones(3), dtype="a"), TypeError, "dtype must be floating or int8, got 'a'"),
         (lambda: rms_norm("x"), TypeError, "x must be an array, got str"),
         (lambda: add_rms_norm(jnp.ones((2, 3)), jnp.ones(3)), ValueError, r"residual must have shape \(2, 3\).*\(3,\)"),
         (lambda: add_rms_norm(jnp.ones(3), jnp.ones(3, int)), TypeError, "residual must be of a floating dtype"),
@@ -284,9 +363,9 @@ def test_temporary_memory_of_groups():
         (lambda: group_norm(jnp.ones((2, 6)), num_groups=0), ValueError, "a divisor of the 6 channels of x, got 0"),
         (lambda: group_norm(jnp.ones((2, 6)), num_groups=2.0), TypeError, "num_groups must be an int, got float"),
         (
-            lambda: group_norm(jnp.ones((2, 6)), num_groups=2, implementation="pallas"),
+            lambda: group_norm(jnp.ones((2, 6), jnp.float16), num_groups=2, implementation="pallas"),
             ValueError,
-            "no Mosaic TPU kernel",
+            "float32 or bfloat16 on a TPU.*no Mosaic GPU kernel",
         ),
         (lambda: rms_norm(jnp.ones((2, 3)), implementation="triton"), ValueError, "implementation must be"),
     ],

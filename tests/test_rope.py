@@ -2,11 +2,12 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxops.ops.rope import RopeScaling, rope
+from jaxops.ops.rope import RopeScaling, rope, rope_projection
 from jaxops.reference.rope import frequencies
 from jaxops.reference.rope import rope as reference
 from tests.compare import check, error, some_and_all
@@ -43,6 +44,59 @@ def test_transforms(transforms):
     check(rope, reference, operands, **options, **PLAIN)
 
 
+def projection(x, w, positions, bias=None, **options):
+    z = jnp.tensordot(x, w, 1, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return reference(z if bias is None else z + bias.astype(z.dtype), positions, **options).astype(x.dtype)
+
+
+# leading axes and T, D, N, H, shape of positions, bias, dtype, options.
+PROJECTIONS = [
+    ((1,), 1, 1, 2, (1,), False, "float32", PLAIN),
+    pytest.param(((2, 127), 65, 3, 64, (127,), True, "float32", PLAIN), marks=pytest.mark.slow),
+    ((2, 33), 128, 2, 128, (2, 33), True, "bfloat16", dict(base=500000.0, scaling=LLAMA)),
+    pytest.param(((20,), 30, 2, 6, (), False, "float16", dict(base=100.0, scaling=4.0)), marks=pytest.mark.slow),
+    ((2, 0), 4, 3, 4, (0,), False, "float32", PLAIN),
+]
+
+
+def projected(leading, depth, heads, dim, positions, bias):
+    random = np.random.default_rng(0)
+    operands = dict(x=random.standard_normal((*leading, depth)), w=random.standard_normal((depth, heads, dim)))
+    operands["w"] /= depth**0.5
+    operands["positions"] = random.integers(0, 1000, positions, dtype=np.int32)
+    return operands | ({"bias": random.standard_normal((heads, dim))} if bias else {})
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("case", PROJECTIONS, ids=str)
+def test_projections_and_gradients(case):
+    *sizes, dtype, static = case
+    operands = projected(*sizes)
+    differentiable = tuple(name for name in operands if name != "positions")
+    check(rope_projection, projection, operands, differentiable=differentiable, dtype=dtype, transforms=(), **static)
+
+
+@some_and_all
+def test_transforms_of_a_projection(transforms):
+    operands = projected((16, 3), 5, 2, 4, (16, 3), True)
+    options = dict(differentiable=("x", "w", "bias"), sharded={"x": 0, "positions": 0}, transforms=transforms)
+    check(rope_projection, projection, operands, **options, **PLAIN)
+
+
+def test_kernels_are_used_where_they_are_asked_for():
+    operands = {name: jnp.asarray(x, jnp.bfloat16) for name, x in operands_of((2, 8, 3, 128), ()).items()}
+    turn = lambda x, how: rope(x, jnp.arange(8), implementation=how).astype(jnp.float32).sum()
+    assert (
+        "mosaic_gpu"
+        not in jax.jit(turn, static_argnums=1).trace(operands["x"], None).lower(lowering_platforms=("cuda",)).as_text()
+    )
+    for f in (turn, jax.grad(turn)):
+        program = jax.jit(f, static_argnums=1).trace(operands["x"], ("pallas", "xla"))
+        assert "mosaic_gpu" in program.lower(lowering_platforms=("cuda",)).as_text()
+        assert "tpu_custom_call" in program.lower(lowering_platforms=("tpu",)).as_text()
+    np.testing.assert_array_equal(turn(operands["x"], ("pallas", "xla")), turn(operands["x"], None))
+
+
 def test_rotates_the_halves_as_complex_numbers():
     operands = operands_of((5, 3, 8), (5,))
     x = operands["x"]
@@ -71,7 +125,7 @@ def test_llama_3_frequencies():
         assert got == pytest.approx(want, rel=1e-12)
 
 
-X = jnp.ones((5, 2, 4))
+X, W = jnp.ones((5, 2, 4)), jnp.ones((3, 1, 6))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +141,23 @@ X = jnp.ones((5, 2, 4))
         (lambda: rope(X, jnp.arange(5), scaling="yarn"), TypeError, "scaling must be a Python number, got str"),
         (lambda: rope(X, jnp.arange(5), scaling=RopeScaling(8, 4, 4, 99)), ValueError, "high_frequency_factor must"),
         (lambda: rope(X, jnp.arange(5), scaling=RopeScaling(0, 1, 4, 99)), ValueError, "scaling.factor must be"),
-        (lambda: rope(X, jnp.arange(5), implementation="pallas"), ValueError, "rope has no Pallas kernel yet"),
+        (
+            lambda: rope(X, jnp.arange(5.0), implementation="pallas"),
+            ValueError,
+            "floating positions have a gradient, in XLA",
+        ),
+        (lambda: rope_projection(X[0], W, jnp.arange(2)), ValueError, r"w must have shape \(4, N, H\) for x \(2, 4\)"),
+        (lambda: rope_projection(jnp.ones(3), W, 0), ValueError, r"x must have shape \[..., T, D\], got \(3,\)"),
+        (
+            lambda: rope_projection(jnp.ones((2, 3)), W, jnp.arange(4)),
+            ValueError,
+            r"positions must broadcast to \(2,\)",
+        ),
+        (
+            lambda: rope_projection(jnp.ones((2, 3)), W, 0, bias=jnp.ones(6)),
+            ValueError,
+            r"bias must have shape \(1, 6\) \(the heads of w\)",
+        ),
     ],
 )
 def test_bad_input(call, kind, message):

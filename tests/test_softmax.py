@@ -9,16 +9,16 @@ from jaxops.ops.softmax import softmax
 from jaxops.reference.softmax import softmax as reference
 from tests.compare import check, error, some_and_all
 
-# shape of x, axes, dtype, shape of `where`.
+# shape of x, axes, dtype, shape of `where`, temperature.
 CASES = [
-    ((1,), (0,), "float32", None),
-    ((127, 1000), (1,), "float32", None),
-    ((128, 129), (0,), "bfloat16", None),
-    ((129, 3, 127), (0, 2), "float32", (127,)),
-    ((1000, 1), (0,), "float16", (1000, 1)),
-    ((5, 128), (1,), "bfloat16", (5, 1)),
-    ((0, 3), (1,), "float32", None),
-    ((3, 0), (1,), "float32", None),
+    ((1,), (0,), "float32", None, 1.0),
+    ((127, 1000), (1,), "float32", None, 0.5),
+    ((128, 129), (0,), "bfloat16", None, 1.0),
+    ((129, 3, 127), (0, 2), "float32", (127,), 3.0),
+    ((1000, 1), (0,), "float16", (1000, 1), 1.0),
+    ((5, 128), (1,), "bfloat16", (5, 1), 2.0),
+    ((0, 3), (1,), "float32", None, 1.0),
+    ((3, 0), (1,), "float32", None, 1.0),
 ]
 
 
@@ -29,16 +29,17 @@ def operands_of(shape, where):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize(("shape", "axis", "dtype", "where"), CASES, ids=str)
-def test_values_and_gradients(shape, axis, dtype, where):
-    check(softmax, reference, operands_of(shape, where), differentiable=("x",), dtype=dtype, transforms=(), axis=axis)
+@pytest.mark.parametrize(("shape", "axis", "dtype", "where", "temperature"), CASES, ids=str)
+def test_values_and_gradients(shape, axis, dtype, where, temperature):
+    options = dict(differentiable=("x",), dtype=dtype, transforms=(), axis=axis, temperature=temperature)
+    check(softmax, reference, operands_of(shape, where), **options)
 
 
 @some_and_all
 def test_transforms(transforms):
     operands = operands_of((16, 12), (16, 12))
     options = dict(differentiable=("x",), sharded={"x": 0, "where": 0}, transforms=transforms)
-    check(softmax, reference, operands, **options, axis=(1,))
+    check(softmax, reference, operands, **options, axis=(1,), temperature=0.8)
 
 
 @pytest.mark.parametrize("axis", [-1, 0, (0, -1), [1]])
@@ -47,6 +48,7 @@ def test_against_jax(axis):
     ours, theirs = softmax(o["x"], axis, o["where"]), jax.nn.softmax(o["x"], axis, where=o["where"])
     assert error(ours, theirs) < 1e-6
     assert error(softmax(o["x"], axis), jax.nn.softmax(o["x"], axis)) < 1e-6
+    assert error(softmax(o["x"], axis, temperature=0.5), jax.nn.softmax(2 * o["x"], axis)) < 1e-6
 
 
 def test_a_sum_over_nothing_is_zero_and_so_is_its_gradient():
@@ -74,7 +76,13 @@ def test_only_the_output_is_kept():
         (lambda: softmax(jnp.ones(3), 0.5), TypeError, "axis must be an int or a sequence of ints"),
         (lambda: softmax(jnp.ones(3), where=jnp.ones(3)), TypeError, "where must be boolean, got float32"),
         (lambda: softmax(jnp.ones(3), where=jnp.ones(2, bool)), ValueError, r"where must broadcast to \(3,\)"),
-        (lambda: softmax(jnp.ones(3), implementation="pallas"), ValueError, "softmax has no Pallas kernel yet"),
+        (lambda: softmax(jnp.ones(3), temperature=0), ValueError, "temperature must be above 0, got 0"),
+        (lambda: softmax(jnp.ones(3), temperature=jnp.ones(())), TypeError, "temperature must be a Python number"),
+        (
+            lambda: softmax(jnp.ones((3, 3)), 0, implementation="pallas"),
+            ValueError,
+            "axis must be the last of the 2 axes",
+        ),
     ],
 )
 def test_bad_input(call, kind, message):

@@ -132,6 +132,7 @@ def test_an_unbroken_run_leaves_everything(unbroken):
     assert printed.rstrip().endswith("nats per byte.")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_unbroken(book, unbroken, compiled_once, tmp_path, capsys):
     out = tmp_path / "run"
     environment = os.environ | compiled_once
@@ -184,6 +185,10 @@ def ended(job):
     return [(process.returncode, *one) for process, one in zip(job, told, strict=True)]
 
 
+# What the transport itself prints, whose threads put the pieces of their lines between one another's.
+GLOO = re.compile(r"\[Gloo\] Rank | is connected to | peer ranks\. Expected number of connected peer ranks is : |\d|\s")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count, mesh", [(2, "data=2"), (4, "data=2,tensor=2,pipeline=2")])
 def test_several_processes_are_one(book, unbroken, compiled_once, tmp_path, count, mesh):
@@ -192,7 +197,7 @@ def test_several_processes_are_one(book, unbroken, compiled_once, tmp_path, coun
     printed = " ".join(results[0][1].split())  # lines are broken where the terminal ends
     assert f"in {count} processes as {mesh}" in printed and "bigram model" in printed
     for _, printed, _ in results[1:]:
-        assert not [line for line in printed.splitlines() if not line.startswith("[Gloo]")]
+        assert not GLOO.sub("", printed)
     same_losses(tmp_path / "run", unbroken[0])
     assert checkpoints.damage(tmp_path / "run" / "checkpoint-000012") is None
 
@@ -293,7 +298,8 @@ def test_wrong_arguments_on_ray(capsys):
     assert not ray.is_initialized()
 
 
-@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 8])
 def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypatch, capsys, step):
     def write(lines, line, show):
         if line["step"] == step:
@@ -309,10 +315,10 @@ def test_interrupted_and_resumed_is_unbroken(book, unbroken, tmp_path, monkeypat
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == (unbroken[0] / "log.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    ["--mesh data=2,tensor=2 --zero 2 --micro-batches 2"]
-    + [pytest.param(f"--devices {n} --zero {zero}", marks=pytest.mark.slow) for n, zero in ((1, 1), (4, 0), (8, 1))],
+    ["--mesh data=2,tensor=2 --zero 2 --micro-batches 2", "--devices 1", "--devices 4 --zero 0", "--devices 8"],
 )
 def test_any_number_of_devices_gives_the_same_losses(book, unbroken, tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
@@ -327,6 +333,7 @@ def same_losses(out, expected_out):
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pipeline_gives_the_same_losses_and_goes_on_on_another_mesh(book, unbroken, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt, "finish", lambda *_: None)
     out = tmp_path / "run"
@@ -515,8 +522,8 @@ BAD = {
         "--mesh pipeline=4 --schedule zero_bubble --micro-batches 2"
     ),
     "--micro-batches must divide the 4 windows": "--mesh data=2,pipeline=2 --layers 2 --micro-batches 3",
-    "--experts go with one micro-batch, got 4": "--mesh pipeline=2 --layers 2 --experts 4",
-    "--experts go with one micro-batch, got 2": "--micro-batches 2 --devices 2 --experts 4",
+    "--experts go with pipeline=1 and one micro-batch, got 2 and 4": "--mesh pipeline=2 --layers 2 --experts 4",
+    "--experts go with pipeline=1 and one micro-batch, got 1 and 2": "--micro-batches 2 --devices 2 --experts 4",
     "--micro-batches must divide the 4 windows of --batch": "--devices 2 --micro-batches 3",
     "--schedule goes with a pipeline": "--mesh data=2 --schedule gpipe",
     "--zero: invalid choice": "--zero 4",

@@ -296,15 +296,8 @@ class Plain:
         devices, tensor = model.mesh.devices.flatten(), model.mesh.shape["tensor"]
         return cls(model.config, model.dtype, sharding.make_mesh(data=-1, tensor=tensor, devices=devices))
 
-    def layered(self, tree: Tree) -> Tree:
-        return tree
-
-    stacked = layered
-
     def specs(self, tree: Tree) -> Tree:
         return jax.tree.map_with_path(lambda path, leaf: partition_spec(path, leaf.shape, self.mesh), tree)
-
-    layered_specs = specs
 
     def value_and_grad(self, parameters: Tree, windows: jax.Array) -> tuple[jax.Array, Tree]:
         def trained(parameters: Tree) -> tuple[jax.Array, jax.Array]:
@@ -356,8 +349,11 @@ def misfit(
     copies = sizes["data"] * sizes["fsdp"]
     if batch % copies:
         return f"--batch must be a multiple of the {copies} devices along data and fsdp, got {batch}"
-    if config.experts and micro_batches > 1:
-        return f"--experts go with one micro-batch, got {micro_batches}: the routers' losses are of a whole batch"
+    if config.experts and (stages > 1 or micro_batches > 1):
+        return (
+            f"--experts go with pipeline=1 and one micro-batch, got {stages} and {micro_batches}: the routers' losses "
+            "are of a whole batch"
+        )
     if batch // copies % micro_batches:
         return (
             f"--micro-batches must divide the {batch // copies} windows of --batch on each device along data and fsdp, "

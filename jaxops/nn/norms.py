@@ -128,7 +128,7 @@ class GroupNorm(nnx.GroupNorm):
     Args:
       num_features: channels, the size of the last axis.
       num_groups, group_size: how many groups, or the channels of one; the other is None.
-      implementation: None | "xla"; there is no kernel.
+      implementation: None | "pallas" | "xla" | a sequence of them.
       **flax_arguments: those of `nnx.GroupNorm`.
 
     Raises `ValueError` for a strict `implementation` of kernels. Source: https://arxiv.org/abs/1803.08494

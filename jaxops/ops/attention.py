@@ -446,6 +446,8 @@ def _backward(
     delta = jnp.sum(dout.astype(wide) * out.astype(wide), axis=-1)
 
     whole = call.keys <= call.columns  # a row is in one tile
+    # The terms of such a gradient cancel, but for what sinks take: the rounding of out, by way of delta, would be seen.
+    same_for_keys = call.bias is not None and call.bias.shape[4] == 1 < call.keys and not whole
     by_rows = [call.by_rows(x) for x in (query, dout, delta[..., None])] + [call.by_rows(lse[..., None], jnp.inf)]
 
     def attend(i, carry):
@@ -454,7 +456,7 @@ def _backward(
         query_rows, dout_rows = (x.transpose(0, 1, 3, 4, 2) for x in (query, dout))
 
         def step(j, carry, masked):
-            dquery, (dkey, dvalue, dbias) = carry
+            dquery, sums, (dkey, dvalue, dbias) = carry
             key, value = call.key_tile(keys, j), call.key_tile(values, j)
             s, factor, (slope, cap_slope) = call.logits(_dot("bksh,bkhgt->bksgt", key, query), i, j, masked)
             p = jnp.exp(s * factor - lse)
@@ -467,17 +469,26 @@ def _backward(
             dp = call.kept(_dot("bksh,bkhgt->bksgt", value, dout), i, j) * weight
             # A row of one large weight has dp ≈ delta: nor need the rounding of out be seen.
             ds = p * (dp - (jnp.sum(p * dp, axis=2, keepdims=True) if whole else delta))
+            if same_for_keys:  # of p and ds, and of both times the slope
+                of_row = (p, ds, p, ds) if slope is None else (p, ds, p * slope, ds * slope)
+                sums = [x + jnp.sum(term, axis=2, keepdims=True) for x, term in zip(sums, of_row, strict=True)]
             if slope is not None:
                 ds = ds * slope
-            if dbias is not None:
+            if dbias is not None and not same_for_keys:
                 dbias = call.add_tile(dbias, ds, i, j)
             if cap_slope is not None:
                 ds = ds * cap_slope
             ds = (ds * scale).astype(key.dtype)
             dkey = _add_at(dkey, j, _dot("bksgt,bkgth->bksh", ds, query_rows))
-            return dquery + _dot("bkhs,bksgt->bkhgt", key.mT, ds), (dkey, dvalue, dbias)
+            return dquery + _dot("bkhs,bksgt->bkhgt", key.mT, ds), sums, (dkey, dvalue, dbias)
 
-        dquery, carry = call.over_key_tiles(i, step, (jnp.zeros(query.shape, wide), carry))
+        sums = [jnp.zeros(delta.shape, wide)] * 4 if same_for_keys else []
+        dquery, sums, carry = call.over_key_tiles(i, step, (jnp.zeros(query.shape, wide), sums, carry))
+        if same_for_keys:  # Σ p dp, the exact delta, is Σ ds + Σ p · delta
+            weights, error, slopes, total = sums
+            dkey, dvalue, dbias = carry
+            error = error + (weights - 1) * delta
+            carry = dkey, dvalue, call.add_tile(dbias, total - slopes * error, i, 0)
         return call.put_query_tile(all_dquery, dquery, i), carry
 
     tiled = (-(-call.keys // call.columns), call.batch, call.groups, call.columns)

@@ -4,6 +4,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,3 +98,15 @@ def number(operator: str, name: str, value: float, *, positive: bool = False) ->
     if value < 0 or (positive and value == 0):
         raise ValueError(f"{operator}: {name} must be {'above 0' if positive else 'at least 0'}, got {value}")
     return value
+
+
+def rounded_to(operator: str, dtype: Any, default: Any) -> str:
+    """The name of `dtype`, floating or int8, or of the `default` where it is None."""
+    try:
+        chosen = jnp.dtype(default if dtype is None else dtype)
+    except TypeError as error:
+        raise TypeError(f"{operator}: dtype must be floating or int8, got {dtype!r}") from error
+    # 8 bits of floating point need a scale, which y in a floating dtype does not have.
+    if chosen != jnp.int8 and not (jnp.issubdtype(chosen, jnp.floating) and chosen.itemsize > 1):
+        raise TypeError(f"{operator}: dtype must be floating, of at least 16 bits, or int8, got {chosen}")
+    return chosen.name

@@ -11,6 +11,7 @@ from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation
 from jaxops.ops import checks
 from jaxops.reference.group_norm import group_norm as reference
+from pallas_kernels import tpu
 
 
 def _forward(x, scale, bias, *, num_groups, eps):
@@ -74,7 +75,7 @@ _OPERATOR = Operator(
     differentiable=("x", "scale", "bias"),
     reference=reference,
     xla=Rules(_forward, _backward),
-    tpu="no Mosaic TPU kernel for group_norm yet",
+    tpu=tpu.group_norm,
     gpu="no Mosaic GPU kernel for group_norm yet",
 )
 
@@ -100,7 +101,7 @@ def group_norm(
       bias: floating [channels]; None: no bias.
       num_groups: a divisor of `channels`; consecutive channels are a group.
       eps: added to the variance, at least 0.
-      implementation: None or "xla"; there is no Pallas kernel.
+      implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
 
     Returns:
       y[batch, ..., channels] in the dtype of x.
@@ -108,7 +109,7 @@ def group_norm(
     Raises:
       TypeError: x, scale or bias is not floating, num_groups is no integer, or eps no Python number.
       ValueError: x has one axis, a shape does not fit, num_groups does not divide the channels, eps is negative, or
-        `implementation` is unknown or "pallas".
+        `implementation` is unknown or, alone, cannot run.
 
     Source: Wu and He, "Group Normalization", arXiv:1803.08494.
     """

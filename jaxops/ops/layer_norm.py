@@ -9,17 +9,19 @@ from jax import lax
 from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation
 from jaxops.ops import checks
+from jaxops.ops.rms_norm import in_int8
 from jaxops.ops.row_tiles import reduce_rows, row_mean
+from jaxops.quantization import Quantized
 from jaxops.reference.layer_norm import layer_norm as reference
 from pallas_kernels import gpu, tpu
 
 
-def _forward(x, scale, bias, *, eps, scale_offset):
-    return reference(x, scale, bias, eps=eps, scale_offset=scale_offset), ()
+def _forward(x, scale, bias, *, eps, scale_offset, dtype):
+    return reference(x, scale, bias, eps=eps, scale_offset=scale_offset, dtype=dtype), ()
 
 
-def _backward(x, scale, bias, *, outputs, residuals, cotangents, eps, scale_offset):
-    del outputs, residuals
+def _backward(x, scale, bias, *, outputs, residuals, cotangents, eps, scale_offset, dtype):
+    del outputs, residuals, dtype
     dx, dscale, dbias = gradients(x, scale, bias, *cotangents, eps=eps, scale_offset=scale_offset)
     return {"x": dx, "scale": dscale, "bias": dbias}
 
@@ -54,6 +56,8 @@ _OPERATOR = Operator(
     gpu=gpu.layer_norm,
 )
 
+_QUANTISED = in_int8(_OPERATOR)
+
 
 def layer_norm(
     x: jax.Array,
@@ -62,8 +66,9 @@ def layer_norm(
     *,
     eps: float = 1e-6,
     scale_offset: float = 0.0,
+    dtype: Any = None,
     implementation: Implementation = None,
-) -> jax.Array:
+) -> Any:
     """y = (x - mean(x)) · rsqrt(var(x) + eps) · (scale + scale_offset) + bias, over the last axis.
 
     Args:
@@ -72,19 +77,23 @@ def layer_norm(
       bias: floating [features]; None: no bias.
       eps: added to the variance, at least 0.
       scale_offset: added to `scale` (1.0 where the parameter is stored as its difference from one).
+      dtype: of y: floating, or int8; None: the dtype of x. It is rounded once, from float32.
       implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
 
     Returns:
-      y[..., features] in the dtype of x.
+      y[..., features] in `dtype`. In int8 a `Quantized` as `jaxops.quantize` gives it, values[..., features] and
+      float32 scales[..., 1], which `jaxops.quantized_matmul` takes; it is constant to derivatives.
 
     Raises:
-      TypeError: x, scale or bias is not floating, or an option is not a Python number.
+      TypeError: x, scale or bias is not floating, dtype neither floating nor int8, or another
+        option is not a Python number.
       ValueError: a shape does not fit, eps is negative, or `implementation` is unknown or, alone, cannot run.
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450.
     """
     x = checks.floating("layer_norm", "x", x)
     expected: dict[str, Any] = dict(shape=x.shape[-1:], of="the last axis of x")
+    dtype = checks.rounded_to("layer_norm", dtype, x.dtype)
     eps = checks.number("layer_norm", "eps", eps)
     scale_offset = checks.finite("layer_norm", "scale_offset", scale_offset)
     if scale is None:
@@ -92,7 +101,9 @@ def layer_norm(
     else:
         scale = checks.floating("layer_norm", "scale", scale, **expected)
     bias = jnp.zeros(x.shape[-1:], x.dtype) if bias is None else checks.floating("layer_norm", "bias", bias, **expected)
-    (y,) = _OPERATOR(
-        dict(x=x, scale=scale, bias=bias), implementation=implementation, eps=eps, scale_offset=scale_offset
-    )
+    operands: dict[str, Any] = dict(x=x, scale=scale, bias=bias)
+    options: dict[str, Any] = dict(implementation=implementation, eps=eps, scale_offset=scale_offset, dtype=dtype)
+    if dtype == "int8":
+        return Quantized(*_QUANTISED(operands, **options))
+    (y,) = _OPERATOR(operands, **options)
     return y

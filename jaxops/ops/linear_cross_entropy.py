@@ -11,7 +11,7 @@ from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks, vocabulary
 from jaxops.reference.linear_cross_entropy import linear_cross_entropy as reference
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 
 def _width(elements: int, layer: vocabulary.Layer) -> int:
@@ -96,7 +96,7 @@ _OPERATOR = Operator(
     reference=reference,
     xla=Rules(_forward, _backward),
     tpu=tpu.linear_cross_entropy,
-    gpu="no Mosaic GPU kernel for linear_cross_entropy yet",
+    gpu=gpu.linear_cross_entropy,
     partition=lambda spec: (jax.sharding.PartitionSpec(*spec[:1]),) * 2,
     differentiable_outputs=2,
 )

@@ -10,6 +10,7 @@ from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks, vocabulary
 from jaxops.reference.linear_distillation import linear_distillation as reference
+from pallas_kernels import gpu
 
 
 def _width(elements: int, student: vocabulary.Layer, teacher: vocabulary.Layer) -> int:
@@ -83,7 +84,7 @@ _OPERATOR = Operator(
     reference=reference,
     xla=Rules(_forward, _backward),
     tpu="no Mosaic TPU kernel for linear_distillation yet",
-    gpu="no Mosaic GPU kernel for linear_distillation yet",
+    gpu=gpu.linear_distillation,
     partition=lambda spec: (jax.sharding.PartitionSpec(*spec[:1]),) * 3,
 )
 

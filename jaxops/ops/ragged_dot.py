@@ -13,7 +13,7 @@ from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
 from jaxops.reference.ragged_dot import ragged_dot as reference
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 # Rows of a tile. On a CPU it should stay in the cache with its product; an accelerator wants a product worth a launch.
 _CPU_ROWS = 128
@@ -179,7 +179,7 @@ _OPERATOR = Operator(
     reference=reference,
     xla=Rules(_forward, _backward),
     tpu=tpu.ragged_dot,
-    gpu="no Mosaic GPU kernel for ragged_dot yet",
+    gpu=gpu.ragged_dot,
     partition=lambda spec: (jax.sharding.PartitionSpec(None, None),),  # a group's rows may lie on any device
     cost=_cost,
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +37,37 @@ def frequencies(dim: int, base: float, scaling: float | RopeScaling | None) -> n
     return plain * (kept + (1 - kept) / scaling.factor)
 
 
+def turns(
+    positions: jax.Array, dim: int, *, base: float, scaling: float | RopeScaling | None, dtype
+) -> tuple[jax.Array, jax.Array]:
+    """(cos a, sin a), a_i = position · frequency_i, [..., T, dim / 2] in float32 or more, for positions[..., T]."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    angle = positions[..., None].astype(wide) * jnp.asarray(frequencies(dim, base, scaling), wide)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """[x₁ cos - x₂ sin, x₂ cos + x₁ sin] in float32 or more, x[..., T, N, H], cos and sin broadcastable to
+    [..., T, H / 2]."""
+    dim, cos, sin = x.shape[-1], cos[..., None, :], sin[..., None, :]
+    first, second = (half.astype(cos.dtype) for half in (x[..., : dim // 2], x[..., dim // 2 :]))
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
 def rope(x: jax.Array, positions: jax.Array, *, base: float, scaling: float | RopeScaling | None) -> jax.Array:
     """[y₁, y₂] = [x₁ cos a - x₂ sin a, x₂ cos a + x₁ sin a],  a_i = position · frequency_i.
 
     x[..., T, N, H], x₁ and x₂ the halves of its last axis; positions broadcastable to [..., T].
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    dim = x.shape[-1]
-    angle = positions[..., None, None].astype(wide) * jnp.asarray(frequencies(dim, base, scaling), wide)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = x[..., : dim // 2].astype(wide), x[..., dim // 2 :].astype(wide)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+    return turned(x, *turns(positions, x.shape[-1], base=base, scaling=scaling, dtype=x.dtype)).astype(x.dtype)
+
+
+def rope_projection(
+    x: jax.Array, w: jax.Array, cos: jax.Array, sin: jax.Array, bias: jax.Array | None = None, *, precision: Any
+) -> jax.Array:
+    """y = rope(x · w + bias) of every head, x[..., T, D], w[D, N, H], bias[N, H]; rounded once."""
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    z = jnp.tensordot(x, w, 1, precision=precision, preferred_element_type=jnp.promote_types(dtype, jnp.float32))
+    if bias is not None:
+        z = z + bias.astype(z.dtype)
+    return turned(z, cos, sin).astype(dtype)

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 
 
-def softmax(x: jax.Array, where: jax.Array | None = None, *, axis: tuple[int, ...]) -> tuple[jax.Array]:
-    """y = exp(x) / Σ exp(x) over `axis`, both over the elements `where` holds; y = 0 elsewhere."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def softmax(
+    x: jax.Array, where: jax.Array | None = None, *, axis: tuple[int, ...], temperature: float
+) -> tuple[jax.Array]:
+    """y = exp(x / temperature) / Σ exp(x / temperature) over `axis`, both over the elements `where` holds; y = 0
+    elsewhere."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)) / temperature
     if where is None:
         return (jax.nn.softmax(wide, axis).astype(x.dtype),)
     # -inf where nothing is held would make exp(x - top) NaN, and so would its gradient.

@@ -51,8 +51,8 @@ CASES = (
         "x=8192x4096 residual=8192x4096 scale=4096 bias=4096",
         "x=3x37x1000 residual=3x37x1000 scale=1000 bias=1000",
     ),
-    Case("group_norm", "main", ("x=16x64x64x512", "scale=512", "bias=512"), ("num_groups=32",), kernel=False),
-    Case("group_norm", "awkward", ("x=3x37x30", "scale=30", "bias=30"), ("num_groups=6",), kernel=False),
+    Case("group_norm", "main", ("x=16x64x64x512", "scale=512", "bias=512"), ("num_groups=32",)),
+    Case("group_norm", "awkward", ("x=3x37x30", "scale=30", "bias=30"), ("num_groups=6",)),
     Case(
         "dot_product_attention",
         "main",
@@ -93,9 +93,8 @@ CASES = (
         "x=8192x1024 weight=1024x65536 teacher_x=8192x2048 teacher_weight=2048x65536",
         "x=1000x256 weight=256x50257 bias=50257 teacher_x=1000x512 teacher_weight=512x50257 teacher_bias=50257",
         "temperature=2.0",
-        kernel=False,
     ),
-    *_two("softmax", "x=8192x4096", "x=3x37x1000 where=3x37x1000:bool", "axis=1", kernel=False),
+    *_two("softmax", "x=8192x4096", "x=3x37x1000 where=3x37x1000:bool", "temperature=0.5"),
     *_two("gelu", "x=8192x4096", "x=3x37x1000", "approximate=False", kernel=False),
     *_two("silu", "x=8192x4096", "x=3x37x1000", kernel=False),
     *_two("relu", "x=8192x4096", "x=3x37x1000", kernel=False),
@@ -108,9 +107,14 @@ CASES = (
     *_two(
         "rope",
         "x=4x4096x8x128 positions=4096:int32",
-        "x=3x37x5x66 positions=3x37",
+        "x=3x37x5x66 positions=3x37:int32<1000",
         "base=500000.0 scaling=2.0",
-        kernel=False,
+    ),
+    *_two(
+        "rope_projection",
+        "x=4x2048x4096 w=4096x32x128 positions=2048:int32",
+        "x=3x37x1000 w=1000x4x32 positions=3x37:int32<1000 bias=4x32",
+        "base=500000.0 scaling=2.0",
     ),
     *_two(
         "ragged_dot",
@@ -118,6 +122,11 @@ CASES = (
         "lhs=1000x1000 rhs=5x1000x257 group_sizes=5:int32<300 lhs_rows=777:int32<1000 out_rows=777:int32<1000"
         " out_weights=777:float32",
         "out_size=1000",
+    ),
+    *_two(
+        "quantized_matmul",
+        "x=16x4096 w=4096x11008:int8 scales=1x11008:float32",
+        "x=3x37x1024:int8 x_scales=3x37x1 w=1024x257:int4 scales=8x257 bias=257",
     ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
 )

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         output.as_json({"compilers": versions, "operators": [{**row, "cpu": "XLA"} for row in rows]})
         return 0
-    table = output.table("operators", ("operator", "dtype", *names, "cpu"))
+    table = output.table("operators", ("operator", "dtype", *names, "cpu"), whole=("operator", "dtype"))
     for row in rows:
         table.add_row(*row.values(), "XLA")
     output.show(table)

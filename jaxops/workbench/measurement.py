@@ -49,6 +49,7 @@ _IMAGES = {"B": 8, "S": 32, "C": 256}, {"B": 16, "S": 64, "C": 512}
 _ROWS = {"R": 4096, "D": 2048}, {"R": 8192, "D": 4096}
 _PRODUCT = {"M": 1024, "K": 1024, "N": 1024}, {"M": 4096, "K": 4096, "N": 4096}
 _HEADS = {"B": 1, "T": 1024, "N": 8, "H": 64}, {"B": 4, "T": 4096, "N": 8, "H": 128}
+_PROJECTION = {**_HEADS[0], "D": 512}, {"B": 4, "T": 2048, "D": 4096, "N": 32, "H": 128}
 _PAGES = {"T": 256, "M": 32, "N": 8, "H": 64}, {"T": 4096, "M": 512, "N": 8, "H": 128}
 _VOCABULARY = {"T": 1024, "D": 256, "V": 16384}, {"T": 8192, "D": 2048, "V": 65536}
 _GROUPS = {"M": 1024, "G": 8, "K": 512, "N": 512}, {"M": 8192, "G": 8, "K": 4096, "N": 4096}
@@ -79,10 +80,12 @@ USUAL = {
         (),
         *_PAGES,
     ),
+    "quantized_matmul": Usual(("x=MxK", "w=KxN:int8", "scales=1xN:float32"), (), *_PRODUCT),
     "ragged_dot": Usual(("lhs=MxK", "rhs=GxKxN", "group_sizes=G:int32"), (), *_GROUPS),
     "relu": Usual(("x=RxD",), (), *_ROWS),
     "rms_norm": Usual(("x=RxD", "scale=D"), (), *_ROWS),
     "rope": Usual(("x=BxTxNxH", "positions=T:int32"), (), *_HEADS),
+    "rope_projection": Usual(("x=BxTxD", "w=DxNxH", "positions=T:int32"), (), *_PROJECTION),
     "silu": Usual(("x=RxD",), (), *_ROWS),
     "softmax": Usual(("x=RxD",), (), *_ROWS),
     "squared_relu": Usual(("x=RxD",), (), *_ROWS),

@@ -23,12 +23,13 @@ def _rich() -> Any:
     return rich
 
 
-def table(title: str, columns: Sequence[str], *, right: Sequence[str] = ()) -> Any:
-    """An empty table; the columns in `right` are numbers. Raises `Problem` without rich."""
+def table(title: str, columns: Sequence[str], *, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Any:
+    """An empty table; the columns in `right` are numbers, those in `whole` are not wrapped. Raises `Problem` without
+    rich."""
     rich = _rich()
     made = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE)
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in whole)
     return made
 
 

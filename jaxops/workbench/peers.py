@@ -137,9 +137,9 @@ def jax_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def jax_softmax(x, axis=-1, where=None):
-    """exp(x) / Σ exp(x), of jax.nn and jax.numpy."""
-    return jax.nn.softmax(x, axis, where)
+def jax_softmax(x, axis=-1, where=None, *, temperature=1.0):
+    """exp(x / temperature) / Σ exp(x / temperature), of jax.nn and jax.numpy."""
+    return jax.nn.softmax(x / temperature, axis, where)
 
 
 def jax_gelu(x, approximate=True):
@@ -179,6 +179,16 @@ def jax_matmul(x, w, *, bias=None, activation=None, residual=None, precision=Non
     return y if residual is None else y + residual
 
 
+def jax_quantized_matmul(x, w, scales, zeros=None, *, x_scales=None, bias=None, dtype=None):
+    """(x_scales · x) · (scales · (w - zeros)) + bias, of jax.numpy: the weights are widened, then multiplied."""
+    dtype = dtype or (x.dtype if x_scales is None else x_scales.dtype)
+    spread = lambda a: jnp.repeat(a.astype(jnp.float32), w.shape[0] // a.shape[0], 0)
+    weights = w.astype(jnp.float32) if zeros is None else w.astype(jnp.float32) - spread(zeros)
+    x = x if x_scales is None else x.astype(jnp.float32) * x_scales
+    y = jnp.matmul(x.astype(dtype), (weights * spread(scales)).astype(dtype))
+    return y if bias is None else (y + bias).astype(dtype)
+
+
 def jax_ragged_dot(lhs, rhs, group_sizes, precision=None, preferred_element_type=None):
     """y_i = lhs_i · rhs[group of i], of jax.lax."""
     return jax.lax.ragged_dot(lhs, rhs, group_sizes, precision, preferred_element_type)
@@ -195,6 +205,12 @@ def jax_rope(x, positions, *, base=10000.0):
     angle = positions[..., None, None] / base ** (jnp.arange(half, dtype=jnp.float32) / half)
     first, second, cos, sin = x[..., :half], x[..., half:], jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def jax_rope_projection(x, w, positions, *, bias=None, base=10000.0):
+    """The heads of x · w + bias, rotated by their positions, of jax.numpy."""
+    y = jnp.einsum("...td,dnh->...tnh", x, w)
+    return jax_rope(y if bias is None else y + bias, positions, base=base)
 
 
 def jax_linear_cross_entropy(
@@ -400,9 +416,9 @@ def torch_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     return group_norm(x.movedim(-1, 1), num_groups, scale, bias, eps).movedim(1, -1)
 
 
-def torch_softmax(x, axis=-1):
-    """exp(x) / Σ exp(x), of torch.nn.functional."""
-    return x.softmax(axis)
+def torch_softmax(x, axis=-1, *, temperature=1.0):
+    """exp(x / temperature) / Σ exp(x / temperature), of torch.nn.functional."""
+    return (x / temperature).softmax(axis)
 
 
 def torch_gelu(x, approximate=True):
@@ -463,10 +479,12 @@ PEERS: dict[str, dict[str, Callable]] = {
         "linear_distillation": jax_linear_distillation,
         "matmul": jax_matmul,
         "paged_attention": jax_paged_attention,
+        "quantized_matmul": jax_quantized_matmul,
         "ragged_dot": jax_ragged_dot,
         "relu": jax_relu,
         "rms_norm": jax_rms_norm,
         "rope": jax_rope,
+        "rope_projection": jax_rope_projection,
         "silu": jax_silu,
         "softmax": jax_softmax,
         "squared_relu": jax_squared_relu,

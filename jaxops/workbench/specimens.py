@@ -39,10 +39,12 @@ USUAL: dict[str, tuple[str, str]] = {
         " query_starts=4:int32<10",
         "",
     ),
+    "quantized_matmul": ("x=30x256 w=256x129:int8 scales=2x129 bias=129", ""),
     "ragged_dot": ("lhs=70x65 rhs=3x65x129 group_sizes=3:int32<50", ""),
     "relu": ("x=30x129", ""),
     "rms_norm": ("x=40x129 scale=129", ""),
     "rope": ("x=2x40x3x32 positions=40:int32<1000", ""),
+    "rope_projection": ("x=2x40x65 w=65x2x64 positions=40:int32<1000 bias=2x64", ""),
     "silu": ("x=30x129", ""),
     "softmax": ("x=40x129", ""),
     "squared_relu": ("x=30x129", ""),
@@ -410,6 +412,25 @@ def _matmul(c: _Chance) -> tuple[dict, dict]:
     return operands, {**activation, "precision": c.of(None, "highest")}
 
 
+def _quantized(c: _Chance) -> tuple[dict, dict]:
+    dtype, group, groups, columns = c.of(*DTYPES, "float16"), c.of(128, 32, 64, 7), c.of(1, 2, 4), c.size()
+    kind, quantised = c.of("int8", "int4"), c.of(False, True)
+    inner = group * groups
+    shape, most = c.shape(inner), 127 if kind == "int8" else 7
+    operands = {
+        "x": Operand(shape, "int8", f"random.integers(-127, 128, {shape})") if quantised else normal(shape, dtype),
+        "w": Operand((inner, columns), kind, f"random.integers(-{most}, {most} + 1, {(inner, columns)})"),
+        "scales": Operand((groups, columns), dtype, f"random.uniform(0.5, 1.5, {(groups, columns)}) / {most}"),
+        "bias": normal((columns,), c.of(dtype, "float32")) if c.of(False, True) else None,
+    }
+    if c.of(False, True):
+        operands["zeros"] = Operand((groups, columns), "float32", f"random.integers(-5, 6, {(groups, columns)})")
+    if quantised:
+        rows = (*shape[:-1], 1)
+        operands["x_scales"] = Operand(rows, dtype, f"random.uniform(0.5, 1.5, {rows}) / 127")
+    return operands, {}
+
+
 def _gated(c: _Chance) -> tuple[dict, dict]:
     dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
     weights = {name: normal((inner, columns), dtype) for name in ("w_gate", "w_up")}
@@ -419,9 +440,9 @@ def _gated(c: _Chance) -> tuple[dict, dict]:
 
 def _softmax(c: _Chance) -> tuple[dict, dict]:
     shape = c.shape(c.size())
-    axis = c.of(-1, 0, tuple(range(len(shape))))
+    axis = c.of(-1, 0, tuple(range(len(shape))), -1)
     where = booleans([c.of(size, 1) for size in shape]) if c.of(False, True) else None
-    return {"x": normal(shape, c.of(*DTYPES, "float16")), "where": where}, {"axis": axis}
+    return {"x": normal(shape, c.of(*DTYPES, "float16")), "where": where}, {"axis": axis, "temperature": c.of(1.0, 0.7)}
 
 
 def _rope(c: _Chance) -> tuple[dict, dict]:
@@ -434,6 +455,19 @@ def _rope(c: _Chance) -> tuple[dict, dict]:
         "positions": integers(1000, positions),
     }
     return operands, {"base": c.of(10000.0, 500000.0), "scaling": scaling}
+
+
+def _rope_projection(c: _Chance) -> tuple[dict, dict]:
+    length, depth, heads, size = c.size(), c.size(), c.of(1, 2, 5), c.of(2, 16, 64, 128, 130)
+    leading, dtype = (c.size(5),) if c.of(False, True) else (), c.of(*DTYPES, "float16")
+    operands = {
+        "x": normal((*leading, length, depth), dtype),
+        "w": normal((depth, heads, size), dtype),
+        "positions": integers(1000, (*leading, length) if c.of(False, True) else (length,)),
+    }
+    if c.of(False, True):
+        operands["bias"] = normal((heads, size), dtype)
+    return operands, {"base": c.of(10000.0, 500000.0), "scaling": c.of("None", "2.0")}
 
 
 def _ragged(c: _Chance) -> tuple[dict, dict]:
@@ -469,10 +503,12 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "linear_distillation": _distillation,
     "matmul": _matmul,
     "paged_attention": _paged,
+    "quantized_matmul": _quantized,
     "ragged_dot": _ragged,
     "relu": _elementwise,
     "rms_norm": functools.partial(_norm, with_bias=False),
     "rope": _rope,
+    "rope_projection": _rope_projection,
     "silu": _elementwise,
     "softmax": _softmax,
     "squared_relu": _elementwise,

@@ -329,7 +329,8 @@ def _alike(got: Any, expected: Any) -> bool:
 def keep(found: Sequence[Tuning], target: str, where: str) -> dict[str, dict[str, Any]]:
     """Writes the winners to the "user" cache or the files "shipped" with the library, and returns what was written.
 
-    Defaults are not shipped, unless they replace other tiles. Raises `Problem` where the file cannot be written.
+    Where the default won, its entry has no tiles: what is looked up near it is the default of that problem, too. Raises
+    `Problem` where the file cannot be written.
     """
     chip, path = chips.named(target), _file(target, where)
     entries = {}
@@ -337,10 +338,13 @@ def keep(found: Sequence[Tuning], target: str, where: str) -> dict[str, dict[str
         default = one.trials[0]
         if one.best is None or (one.best.status == "compiled" and one.best is default):
             continue
-        if where == "shipped" and one.best is default and not _holds(path, one.question.key):
-            continue
-        remarks = {"judged": one.best.status, "gain": round(one.ratio(one.best, default) or 1.0, 4)}
-        entries[one.question.key] = tuned.entry(one.question, one.best.tiles, chip.platform, **remarks)
+        remarks = {
+            "judged": one.best.status,
+            "gain": round(one.ratio(one.best, default) or 1.0, 4),
+            "tried": len(one.trials),
+        }
+        tiles = {} if one.best is default else one.best.tiles
+        entries[one.question.key] = tuned.entry(one.question, tiles, chip.platform, **remarks)
     if entries:
         try:
             tuned.write(path, target, entries)
@@ -351,12 +355,6 @@ def keep(found: Sequence[Tuning], target: str, where: str) -> dict[str, dict[str
 
 def _file(target: str, where: str) -> pathlib.Path:
     return tuned.user_file(target) if where == "user" else tuned.shipped_file(target)
-
-
-def _holds(path: pathlib.Path, key: str) -> bool:
-    with contextlib.suppress(OSError):
-        return f'"{key}"' in path.read_text()
-    return False
 
 
 def _refuse_unwritable(target: str, where: str) -> None:

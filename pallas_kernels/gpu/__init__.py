@@ -6,5 +6,11 @@ from pallas_kernels.gpu import attention as attention
 from pallas_kernels.gpu import decode_attention as decode_attention
 from pallas_kernels.gpu import gated_linear_unit as gated_linear_unit
 from pallas_kernels.gpu import layer_norm as layer_norm
+from pallas_kernels.gpu import linear_cross_entropy as linear_cross_entropy
+from pallas_kernels.gpu import linear_distillation as linear_distillation
 from pallas_kernels.gpu import matmul as matmul
+from pallas_kernels.gpu import ragged_dot as ragged_dot
 from pallas_kernels.gpu import rms_norm as rms_norm
+from pallas_kernels.gpu import rope as rope
+from pallas_kernels.gpu import rope_projection as rope_projection
+from pallas_kernels.gpu import softmax as softmax

@@ -220,7 +220,7 @@ def unsupported(
         return f"bias must be bfloat16, float16 or float32, got {bias.dtype}"
     if max(query.shape[0], pl.cdiv(query.shape[1], 64), pl.cdiv(key.shape[1], 64)) > 65535:
         return f"the grid is limited to 65535 batches and blocks of 64 rows, got {query.shape} and {key.shape}"
-    return modifiers.no_kernel(score_mod, mask_mod) or not_lowered(score_mod, mask_mod)
+    return modifiers.no_kernel(score_mod, mask_mod, bias) or not_lowered(score_mod, mask_mod)
 
 
 def forward(query, key, value, *, tiles: Tiles | None = None, **call) -> tuple[tuple[jax.Array, jax.Array], tuple[()]]:
@@ -274,8 +274,7 @@ def backward(
         gradients[name] = gradients[name][:, : x.shape[1], :, : x.shape[3]]
     if bias is not None:
         # A bias that is the same for every key is seen only by the sink: Σ_j dx_ij = exp(sink - lse) · delta.
-        same = bias.shape[3] == 1 and call.get("score_mod") is None
-        dx = sunk[..., None] if same else kernels.backward_q(problem, *arguments, "bias")[..., :T, :S]
+        dx = sunk[..., None] if bias.shape[3] == 1 else kernels.backward_q(problem, *arguments, "bias")[..., :T, :S]
         axes = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
         gradients["bias"] = jnp.sum(dx, axis=axes, keepdims=True).astype(bias.dtype)
     return gradients

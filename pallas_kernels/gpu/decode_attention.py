@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import chips
 from pallas_kernels.gpu.attention_scores import LN2, LOG2E, LOWEST, smem
+from pallas_kernels.gpu.products import no_wgmma
 from pallas_kernels.padding import pad_to, round_up
 from pallas_kernels.ragged import Cut
 
@@ -163,10 +164,8 @@ def memory(phase: str, tiles: Tiles, **call) -> int:
 def unsupported(query, key, value, lengths, *, scale: float, logits_soft_cap=None, **others) -> str | None:
     """Why this kernel cannot serve these operands on the current chip, in one sentence, or None."""
     del value, scale, logits_soft_cap
-    chip = chips.current("gpu")
-    if chip.capability != (9, 0):
-        capability = ".".join(map(str, chip.capability))
-        return f"the kernel needs wgmma, which only GPUs of compute capability 9.0 have, not {capability} ({chip.name})"
+    if reason := no_wgmma():
+        return reason
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query must be bfloat16 or float16, got {jnp.dtype(query.dtype).name}"
     p = Problem.of(query, key, lengths, **others)
@@ -179,7 +178,7 @@ def unsupported(query, key, value, lengths, *, scale: float, logits_soft_cap=Non
         what = "page_size" if p.paged else "the cache's length"
         return f"{what} must be a multiple of {step} for {jnp.dtype(key.dtype).name}, got {p.page_size}"
     if not Tiles.default(p).allowed(p):
-        return f"no tiles fit {chip.smem_bytes} bytes of shared memory with heads of {p.dim}"
+        return f"no tiles fit {chips.current('gpu').smem_bytes} bytes of shared memory with heads of {p.dim}"
     if max(p.cut.count, p.head_blocks) > 65535:
         return f"the grid is limited to 65535 tiles of tokens and key heads, got {p.cut.count} and {p.head_blocks}"
     return None

@@ -44,7 +44,7 @@ class Tiles:
     def default(sizes: "Sizes") -> "Tiles":
         """All accumulators together 256 columns wide, half of the registers: the operands of a product are then read
         least often. As many stages as shared memory holds, up to four."""
-        columns = min(256 // sizes.weights, round_up(sizes.n, PIECE))
+        columns = min(256 // sizes.weights, 512 // sizes.itemsize, round_up(sizes.n, PIECE))
         stages = next((s for s in (4, 3, 2) if Tiles(columns, s).allowed(sizes)), 2)
         return Tiles(columns, stages)
 
@@ -57,19 +57,21 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """x[m, k], `weights` of [k, n]."""
+    """x[m, k], `weights` of [k, n]; results of `itemsize` bytes. `more` bytes of shared memory are taken for others."""
 
     m: int
     n: int
     k: int
     weights: int
+    itemsize: int = 2
+    more: int = 0
 
 
 def memory(tiles: Tiles, sizes: Sizes) -> int:
     """Bytes of shared memory of a block."""
     rows = CONSUMERS * ROWS
     step = 2 * DEPTH * (rows + sizes.weights * tiles.columns)
-    return tiles.stages * step + 2 * rows * tiles.columns + 4 * tiles.columns + _SPARE
+    return tiles.stages * step + sizes.itemsize * rows * tiles.columns + 4 * tiles.columns + sizes.more + _SPARE
 
 
 def tiles(name: str, sizes: Sizes, dtype) -> Tiles:
@@ -97,12 +99,19 @@ def computed(activation: Callable, x: jax.Array, dy: jax.Array) -> jax.Array:
     return lowered(activation)(x)
 
 
+def no_wgmma() -> str | None:
+    """Why the current chip cannot run these kernels, or None."""
+    chip = chips.current("gpu")
+    if chip.capability == (9, 0):
+        return None
+    capability = ".".join(map(str, chip.capability))
+    return f"the kernel needs wgmma, which only GPUs of compute capability 9.0 have, not {capability} ({chip.name})"
+
+
 def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str | None:
     """Why x[..., k] and weights [k, n] cannot be multiplied here, or None."""
-    chip = chips.current("gpu")
-    if chip.capability != (9, 0):
-        capability = ".".join(map(str, chip.capability))
-        return f"the kernel needs wgmma, which only GPUs of compute capability 9.0 have, not {capability} ({chip.name})"
+    if reason := no_wgmma():
+        return reason
     for what, array in (("x", x), *(("a weight", w) for w in arrays), ("residual", residual)):
         if array is not None and array.dtype != jnp.bfloat16:
             return f"{what} must be bfloat16, got {array.dtype}"
@@ -115,33 +124,91 @@ def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str |
     return activations.unsupported(activation, refusal, computed)
 
 
+def specialised(consumer: Callable, producer: Callable, registers: tuple[int, int] = (240, 24)) -> None:
+    """consumer(g) in the warpgroups g that multiply, producer() in the one that copies, each with its `registers`."""
+    group = lax.axis_index("group")
+
+    @pl.when(group < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(registers[0], action="increase")
+        consumer(group)
+
+    @pl.when(group == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(registers[1], action="decrease")
+        producer()
+
+
+def stream(load: Callable, steps, free, stages: int) -> None:
+    """load(i, slot), which starts the copies of step i, for every step, as soon as the slot is free."""
+
+    def one(i, _):
+        slot = lax.rem(i, stages)
+        pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+        load(i, slot)
+
+    lax.fori_loop(0, steps, one, None)
+
+
+def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: int):
+    """`count` sums of `shape`, of multiply(i, slot, accumulators) over the steps, which starts a product of what is in
+    the slot for each. In registers."""
+
+    def accumulate(*accs):
+        def step(i, _):
+            slot = lax.rem(i, stages)
+            plgpu.barrier_wait(ready.at[slot])
+            multiply(i, slot, accs)
+            plgpu.wgmma_wait(count)  # those of the step before are through: its tiles are free
+            pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i - 1, stages)]))
+
+        lax.fori_loop(0, steps, step, None)
+        plgpu.wgmma_wait(0)
+        return tuple(acc[...] for acc in accs)
+
+    return pl.run_scoped(accumulate, *[plgpu.ACC(shape, jnp.float32)] * count)
+
+
 def forward(
-    name: str, x, ws: Sequence, bias, residual, finish: Callable, *, saved: int, tiles: Tiles
+    name: str,
+    x,
+    ws: Sequence,
+    bias,
+    residual,
+    finish: Callable,
+    *,
+    saved: int,
+    tiles: Tiles,
+    piece: int = PIECE,
+    tables: Sequence = (),
 ) -> list[jax.Array]:
     """[y, saved …], each [m, n] in the dtype of x[m, k]: what `finish` makes of the products with every w[k, n].
 
-    finish(zs, bias, residual) -> (y, saved …), of float32 tiles, bias and residual perhaps None.
+    finish(zs, bias, residual, tables …) -> (y, saved …), of float32 tiles of `piece` columns, bias and residual perhaps
+    None. tables: float32 [r, columns], row i for the rows i, i + r … of x, r a multiple of 64 or no less than m.
     """
     rows, (k, n), count, dtype = len(x), ws[0].shape, len(ws), x.dtype
     m = round_up(rows, 8)
     columns, steps = tiles.columns, pl.cdiv(k, DEPTH)
     stages = min(tiles.stages, steps)
-    operands = [pad_to(x, 0, m), *ws]
+    operands, period = [pad_to(x, 0, m), *ws], len(tables[0]) if tables else 0
     if bias is not None:
         operands.append(pad_to(bias.astype(jnp.float32), 0, round_up(n, columns)))
     if residual is not None:
         operands.append(pad_to(residual, 0, m))
+    extras = len(operands) - 1 - count
+    operands += [pad_to(table, 0, round_up(period, CONSUMERS * ROWS)) for table in tables]
 
     def body(x_ref, *arrays, x_tiles, w_tiles, out_tile, bias_tile, ready, free, extras_ready):
         refs = list(arrays)
         w_refs = [refs.pop(0) for _ in ws]
         bias_ref = refs.pop(0) if bias is not None else None
         residual_ref = refs.pop(0) if residual is not None else None
-        group = lax.axis_index("group")
+        table_refs = [refs.pop(0) for _ in tables]
         first_row, first_column = lax.axis_index("row") * (CONSUMERS * ROWS), lax.axis_index("column") * columns
         over_columns = pl.ds(first_column, columns)
 
-        def consumer():
+        def consumer(group):
             rows, out = pl.ds(first_row + group * ROWS, ROWS), out_tile.at[group]
             arrived = extras_ready.at[group]
             if bias_ref is not None:
@@ -149,61 +216,49 @@ def forward(
             if residual_ref is not None:  # where the result will be
                 plgpu.copy_gmem_to_smem(residual_ref.at[rows, over_columns], out, arrived)
 
-            def accumulate(*accs):
-                def step(i, _):
-                    slot = lax.rem(i, stages)
-                    plgpu.barrier_wait(ready.at[slot])
-                    for acc, tile in zip(accs, w_tiles, strict=True):
-                        plgpu.wgmma(acc, x_tiles.at[slot, group], tile.at[slot])
-                    plgpu.wgmma_wait(count)  # those of the step before are through: its tiles are free
-                    pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i - 1, stages)]))
+            def multiply(i, slot, accs):
+                del i
+                for acc, tile in zip(accs, w_tiles, strict=True):
+                    plgpu.wgmma(acc, x_tiles.at[slot, group], tile.at[slot])
 
-                lax.fori_loop(0, steps, step, None)
-                plgpu.wgmma_wait(0)
-                return tuple(acc[...] for acc in accs)
-
-            sums = pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, columns), jnp.float32)] * count)
-            if operands[1 + count :]:
+            sums = summed(multiply, (ROWS, columns), count, steps, ready, free, stages)
+            if extras:
                 plgpu.barrier_wait(arrived)
 
+            found = []
+            if tables:
+                of_table = pl.ds(lax.rem(first_row + group * ROWS, period) if period < m else rows.start, ROWS)
+                found = [plgpu.load(ref.at[of_table], layout=WGMMA, optimized=False) for ref in table_refs]
+
             def finished(start):
-                piece, shape = pl.ds(start, PIECE), (ROWS, PIECE)
-                zs = [lax.slice(z, (0, start), (ROWS, start + PIECE)) for z in sums]
+                over, shape = pl.ds(start, piece), (ROWS, piece)
+                zs = [lax.slice(z, (0, start), (ROWS, start + piece)) for z in sums]
                 row = add = None
                 if bias_ref is not None:
-                    row = across(plgpu.load(bias_tile.at[group, piece], layout=WGMMA.reduce(0)), shape)
+                    row = across(plgpu.load(bias_tile.at[group, over], layout=WGMMA.reduce(0)), shape)
                 if residual_ref is not None:
-                    add = plgpu.load(out.at[:, piece], layout=WGMMA).astype(jnp.float32)
-                return finish(zs, row, add)
+                    add = plgpu.load(out.at[:, over], layout=WGMMA).astype(jnp.float32)
+                return finish(zs, row, add, *found)
 
             for which, ref in enumerate(refs):
-                for start in range(0, columns, PIECE):
-                    out[:, pl.ds(start, PIECE)] = finished(start)[which].astype(dtype)
+                for start in range(0, columns, piece):
+                    out[:, pl.ds(start, piece)] = finished(start)[which].astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out, ref.at[rows, over_columns])
                 plgpu.wait_smem_to_gmem(0)
 
         def producer():
-            def load(i, _):
-                slot, depth = lax.rem(i, stages), pl.ds(i * DEPTH, DEPTH)
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            def load(i, slot):
+                depth = pl.ds(i * DEPTH, DEPTH)
                 for g in range(CONSUMERS):
                     rows = pl.ds(first_row + g * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(x_ref.at[rows, depth], x_tiles.at[slot, g], ready.at[slot])
                 for w_ref, tile in zip(w_refs, w_tiles, strict=True):
                     plgpu.copy_gmem_to_smem(w_ref.at[depth, over_columns], tile.at[slot], ready.at[slot])
 
-            lax.fori_loop(0, steps, load, None)
+            stream(load, steps, free, stages)
 
-        @pl.when(group < CONSUMERS)
-        def _():
-            plgpu.set_max_registers(240, action="increase")
-            consumer()
-
-        @pl.when(group == CONSUMERS)
-        def _():
-            plgpu.set_max_registers(24, action="decrease")
-            producer()
+        specialised(consumer, producer)
 
     found = plgpu.kernel(
         body,
@@ -216,7 +271,7 @@ def forward(
             bias_tile=plgpu.SMEM((CONSUMERS, columns), jnp.float32),
             ready=plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS + count),
             free=plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
-            extras_ready=plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=max(1, len(operands) - 1 - count)),
+            extras_ready=plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=max(1, extras)),
         ),
         grid=(pl.cdiv(m, CONSUMERS * ROWS), pl.cdiv(n, columns)),
         grid_names=("row", "column"),

@@ -8,39 +8,54 @@ from collections.abc import Iterator
 from jax import Array
 
 from pallas_kernels.gpu import row_norm
-from pallas_kernels.gpu.row_norm import Tiles
+from pallas_kernels.gpu.row_norm import PHASES, Load, Tiles
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
 
 
-def unsupported(x, scale, *, eps: float, scale_offset: float) -> str | None:
+def unsupported(x, scale, *, eps: float, scale_offset: float, dtype: str | None = None) -> str | None:
     """Why these kernels do not take x[..., features], scale[features]; None if they do."""
     del eps, scale_offset
-    return row_norm.unsupported(x, {"scale": scale})
+    return row_norm.unsupported(
+        *(Load.of(phase, x, scale, dtype=dtype) for phase in PHASES), dtype=dtype, x=x, scale=scale
+    )
 
 
-def tiles(phase: str, x, scale, *, eps: float, scale_offset: float) -> Tiles:
+def tiles(phase: str, x, scale, *, eps: float, scale_offset: float, dtype: str | None = None) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return row_norm.tiles("rms_norm", phase, x, {"scale": scale})
+    return row_norm.tiles("rms_norm", phase, x, Load.of(phase, x, scale, dtype=dtype))
 
 
-def candidates(phase: str, x, scale, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
+def candidates(phase: str, x, scale, *, eps: float, scale_offset: float, dtype: str | None = None) -> Iterator[Tiles]:
     """Tiles worth trying that registers and shared memory allow, the default first."""
-    return row_norm.candidates(phase, x, {"scale": scale})
+    return row_norm.candidates(Load.of(phase, x, scale, dtype=dtype))
 
 
-def memory(phase: str, tiles: Tiles, x, scale, *, eps: float, scale_offset: float) -> int:
+def memory(phase: str, tiles: Tiles, x, scale, *, eps: float, scale_offset: float, dtype: str | None = None) -> int:
     """Bytes of shared memory that a block of `phase` is estimated to take."""
-    return row_norm.memory(phase, tiles, x, {"scale": scale})
+    return tiles.smem_bytes(Load.of(phase, x, scale, dtype=dtype))
 
 
-def forward(x, scale, *, eps: float, scale_offset: float, tiles: Tiles | None = None) -> tuple[tuple[Array], tuple[()]]:
-    """((y like x,), ())."""
-    return row_norm.forward(x, scale, None, eps=eps, scale_offset=scale_offset, tiles=tiles, name="rms_norm"), ()
+def forward(
+    x, scale, *, eps: float, scale_offset: float, dtype: str | None = None, tiles: Tiles | None = None
+) -> tuple[tuple[Array], tuple[()]]:
+    """((y like x,), ()), or ((values, scales), ())."""
+    return row_norm.forward(
+        x, scale, None, eps=eps, scale_offset=scale_offset, tiles=tiles, dtype=dtype, name="rms_norm"
+    ), ()
 
 
 def backward(
-    x, scale, *, outputs, residuals, cotangents, eps: float, scale_offset: float, tiles: Tiles | None = None
+    x,
+    scale,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    eps: float,
+    scale_offset: float,
+    dtype: str | None = None,
+    tiles: Tiles | None = None,
 ) -> dict[str, Array]:
     """Gradients of `x` and `scale`; the inverse root is computed again from `x`."""
     del outputs, residuals

@@ -4,7 +4,8 @@
     g = dy · w,   dx = r · (g - mean(g) - x̂ · mean(g · x̂)),   dscale = Σ_rows dy · x̂,   dbias = Σ_rows dy
 
 Layer norm: m = mean(x). RMS norm: m = 0, no bias, and the mean(g) term is absent. With a residual, x is the sum of two
-arrays, rounded and written beside y; then dx gains the cotangent of that sum.
+arrays, rounded and written beside y; then dx gains the cotangent of that sum. y has a dtype of its own; in int8 it is
+divided by the largest of its row / 127, which is written beside it.
 
 A team of `split` warpgroups owns one row at a time, each a piece of it: the piece lies across its 128 threads, a mean
 is one reduction, and one exchange through shared memory where there are several pieces. Rows stream through shared
@@ -32,19 +33,24 @@ THREADS = 128  # of one warpgroup
 MAX_COPY = 256  # elements one TMA copy moves along an axis
 GROUPS = 4  # warpgroups of a block: each thread may use 128 registers
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+PHASES = ("forward", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`features` numbers in `split` pieces of [used, width], each laid over a warpgroup as a tile [padded, width]."""
+    """`features` numbers in `split` pieces of [used, width], each laid over a warpgroup as a tile [padded, width].
+
+    A piece is a multiple of `least`."""
 
     features: int
     split: int = 1
+    least: int = 8
 
     @property
     def piece(self) -> int:
         """Features of a piece, rounded up to what TMA copies at once: 16-byte multiples, at most 256 × 256."""
-        sizes = (round_up(pl.cdiv(self.features, self.split), multiple) for multiple in (8, 16, 32, 64, 128, 256))
+        multiples = (multiple for multiple in (8, 16, 32, 64, 128, 256) if multiple >= self.least)
+        sizes = (round_up(pl.cdiv(self.features, self.split), multiple) for multiple in multiples)
         return next((size for size in sizes if size <= MAX_COPY * math.gcd(size, MAX_COPY)), MAX_COPY * MAX_COPY)
 
     @property
@@ -83,22 +89,31 @@ class Row:
 @dataclasses.dataclass(frozen=True)
 class Load:
     """What a kernel holds of a row: its features, and for each of them the bytes that arrive, the bytes that leave,
-    those of the parameters, and the float32 sums that stay in registers."""
+    those of the parameters, and the float32 sums that stay in registers; `least` features are 16 bytes of the narrowest
+    array."""
 
     features: int
     arriving: int
     leaving: int
     parameters: int
     sums: int
+    least: int = 8
 
     @staticmethod
-    def of(phase: str, x, residual, parameters: dict) -> "Load":
-        """Of a phase; backward, x is the sum if there is a residual, and only the scale is read."""
+    def of(phase: str, x, scale, bias=None, residual=None, *, dtype=None) -> "Load":
+        """Of a norm whose y has a dtype; backward, x is the sum if there is a residual, and of the parameters only the
+        scale is read."""
         rows = [x.dtype] if residual is None else [x.dtype, residual.dtype]
-        size, widths = jnp.result_type(*rows).itemsize, [p.dtype.itemsize for p in parameters.values()]
+        size, widths = jnp.result_type(*rows).itemsize, [p.dtype.itemsize for p in (scale, bias) if p is not None]
+        result = size if dtype is None else jnp.dtype(dtype).itemsize  # y, or its cotangent
+        least = 16 // min(size, result)
         if phase == "backward":
-            return Load(x.shape[-1], (1 + len(rows)) * size, size, widths[0], len(widths))
-        return Load(x.shape[-1], sum(dtype.itemsize for dtype in rows), len(rows) * size, sum(widths), 0)
+            return Load(x.shape[-1], len(rows) * size + result, size, widths[0], len(widths), least)
+        leaving = (len(rows) - 1) * size + result
+        return Load(x.shape[-1], sum(dtype.itemsize for dtype in rows), leaving, sum(widths), 0, least)
+
+    def row(self, split: int) -> Row:
+        return Row(self.features, split, self.least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +129,7 @@ class Tiles:
     def smem_bytes(self, load: Load) -> int:
         """Shared memory of a block: rows, parameters, then reductions, barriers and alignment."""
         slots = self.groups * (self.stages * load.arriving + self.stores * load.leaving)
-        return Row(load.features, self.split).size * (slots + self.split * load.parameters) + 512 * self.groups + 4096
+        return load.row(self.split).size * (slots + self.split * load.parameters) + 512 * self.groups + 4096
 
     @staticmethod
     def default(load: Load) -> "Tiles | None":
@@ -138,7 +153,7 @@ class Tiles:
 
     def registers(self, load: Load) -> int:
         """Registers of a thread: two rows pass through them besides the sums."""
-        return Row(load.features, self.split).size // THREADS * (2 + load.sums)
+        return load.row(self.split).size // THREADS * (2 + load.sums)
 
     def allowed(self, load: Load) -> bool:
         """Whether the sizes divide as they have to, and registers and shared memory suffice."""
@@ -150,15 +165,14 @@ class Tiles:
         return fits and self.registers(load) * self.groups <= 128 * GROUPS
 
 
-def tiles(name: str, phase: str, x, parameters: dict, residual=None) -> Tiles:
+def tiles(name: str, phase: str, x, load: Load) -> Tiles:
     """The tuned tiles of the nearest x[..., features] that this one allows, else the default."""
-    load = Load.of(phase, x, residual, parameters)
     default = Tiles.default(load)
     assert default is not None, "`unsupported` refuses what no tiles fit"
     return tuned.choose(
         f"gpu.{name}.{phase}",
         chips.current("gpu"),
-        {"rows": x.size // x.shape[-1], "features": x.shape[-1]},
+        {"rows": x.size // load.features, "features": load.features},
         jnp.dtype(x.dtype).name,
         Tiles,
         lambda tiles: tiles.allowed(load),
@@ -169,10 +183,9 @@ def tiles(name: str, phase: str, x, parameters: dict, residual=None) -> Tiles:
 _tiles = tiles  # where an argument has this name
 
 
-def candidates(phase: str, x, parameters: dict, residual=None) -> Iterator[Tiles]:
+def candidates(load: Load) -> Iterator[Tiles]:
     """The default, then one, two or four warpgroups to a row, with more or fewer rows on their way."""
-    load, cores = Load.of(phase, x, residual, parameters), chips.current("gpu").cores
-    depths = ((2, 1), (2, 2), (3, 2), (4, 2))
+    cores, depths = chips.current("gpu").cores, ((2, 1), (2, 2), (3, 2), (4, 2))
     found = [
         Tiles(share * cores, groups, split, *depth)
         for groups, split, share, depth in itertools.product((GROUPS, 2, 8), (1, 2, 4), (1, 2), depths)
@@ -180,38 +193,35 @@ def candidates(phase: str, x, parameters: dict, residual=None) -> Iterator[Tiles
     yield from (t for t in dict.fromkeys([Tiles.default(load), *found]) if t is not None and t.allowed(load))
 
 
-def memory(phase: str, tiles: Tiles, x, parameters: dict, residual=None) -> int:
-    """Bytes of shared memory that a block of `phase` is estimated to take."""
-    return tiles.smem_bytes(Load.of(phase, x, residual, parameters))
-
-
-def unsupported(x, parameters: dict, residual=None) -> str | None:
-    """Why these kernels do not take `x[..., features]`, its residual and the named `parameters[features]`, or None."""
+def unsupported(*loads: Load, x, dtype: str | None = None, **operands) -> str | None:
+    """Why these kernels do not take `x`, whose rows are what `loads` say, the dtype of y and the other named operands,
+    or None."""
     chip = chips.current("gpu")
     if chip.capability < (9, 0):
         capability = ".".join(map(str, chip.capability))
         return f"the rows are streamed by TMA, which needs compute capability 9.0, got {capability}"
-    operands = {"x": x, **({} if residual is None else {"residual": residual}), **parameters}
-    for name, operand in operands.items():
-        if operand.dtype not in DTYPES:
-            return f"{name} must be float32, bfloat16 or float16, got {operand.dtype}"
-    for phase in ("forward", "backward"):
-        if Tiles.default(Load.of(phase, x, residual, parameters)) is None:
-            return (
-                f"a row, its results and its parameters must fit {chip.smem_bytes} bytes of shared memory and the "
-                f"registers, got {x.shape[-1]} features of {x.dtype}"
-            )
+    dtypes = {name: operand.dtype for name, operand in {"x": x, **operands}.items() if operand is not None}
+    if dtype not in (None, "int8"):
+        dtypes["dtype"] = jnp.dtype(dtype)
+    for name, found in dtypes.items():
+        if found not in DTYPES:
+            return f"{name} must be float32, bfloat16 or float16, got {found}"
+    if any(Tiles.default(load) is None for load in loads):
+        return (
+            f"a row, its results and its parameters must fit {chip.smem_bytes} bytes of shared memory and the "
+            f"registers, got {loads[0].features} features of {x.dtype}"
+        )
     return None
 
 
-def _share(rows: int, tiles: Tiles) -> tuple[int, int]:
+def share(rows: int, tiles: Tiles) -> tuple[int, int]:
     """(rows of one team, blocks that have any)."""
     teams = tiles.groups // tiles.split
     each = pl.cdiv(rows, tiles.blocks * teams)
     return each, pl.cdiv(rows, each * teams)
 
 
-def _stream(sources, slots, ready, count, stages, body, init):
+def stream(sources, slots, ready, count, stages, body, init):
     """Folds `body(i, slot, carry)` over i < count while the next rows are on their way.
 
     Copies go from `sources[k](i)` to `slots[k](slot)` and arrive on the barrier `ready(slot)`.
@@ -234,7 +244,7 @@ def _stream(sources, slots, ready, count, stages, body, init):
     return lax.fori_loop(0, count, step, init)
 
 
-class _Piece:
+class Piece:
     """What one warpgroup does with its piece of the rows.
 
     `exchange` and `met` hold, for each team, slots for partial sums and the barrier that says they are filled.
@@ -247,38 +257,42 @@ class _Piece:
         self.group, self.used = group, pl.ds(0, row.used)
         teams = tiles.groups // tiles.split
         self.worker = lax.axis_index("block") * teams + self.team  # this team among those of all blocks
-        each, _ = _share(count, tiles)
+        each, _ = share(count, tiles)
         self.first = self.worker * each
         self.count = lax.clamp(0, count - self.first, each)
 
-    def keep(self, value):
-        """`value` with zeros where the tile has no feature."""
+    def keep(self, value, fill=0.0):
+        """`value` with `fill` where the tile has no feature."""
         row = self.row
         if row.size * row.split == row.features:
             return value
         axes = [plgpu.broadcasted_iota(jnp.int32, row.shape, axis, layout=row.layout) for axis in (0, 1)]
         size = row.features if row.split == 1 else lax.clamp(0, row.features - self.index * row.piece, row.piece)
-        return jnp.where(axes[0] * row.width + axes[1] < size, value, 0.0)
+        return jnp.where(axes[0] * row.width + axes[1] < size, value, fill)
 
-    def load(self, ref):
+    def load(self, ref, fill=0.0):
         """The piece in float32. The end of a slot is never written, so it must not be trusted."""
-        return self.keep(plgpu.load(ref, layout=self.row.layout).astype(jnp.float32))
+        return self.keep(plgpu.load(ref, layout=self.row.layout).astype(jnp.float32), fill)
+
+    def combined(self, i, start, *numbers, by=jnp.add):
+        """Each of the numbers that the pieces of the i-th row have, combined `by`; they are the `start`-th and
+        following of that row."""
+        if self.row.split == 1:
+            return numbers
+        turn = lax.rem(i, 2)  # a slot is written again two rows on, when every warpgroup has read it
+        for k, partial in enumerate(numbers, start):
+            self.exchange[self.team, turn, k, self.index] = partial
+        plgpu.barrier_arrive(self.met.at[self.team])
+        plgpu.barrier_wait(self.met.at[self.team])
+        pieces = range(self.row.split)
+        return [
+            functools.reduce(by, [self.exchange[self.team, turn, k, piece] for piece in pieces])
+            for k in range(start, start + len(numbers))
+        ]
 
     def means(self, i, start, *values):
-        """Mean of each value over the i-th row; they are the `start`-th and following of that row."""
-        sums = [jnp.sum(value) for value in values]
-        if self.row.split > 1:
-            turn = lax.rem(i, 2)  # a slot is written again two rows on, when every warpgroup has read it
-            for k, partial in enumerate(sums, start):
-                self.exchange[self.team, turn, k, self.index] = partial
-            plgpu.barrier_arrive(self.met.at[self.team])
-            plgpu.barrier_wait(self.met.at[self.team])
-            pieces = range(self.row.split)
-            sums = [
-                sum(self.exchange[self.team, turn, k, piece] for piece in pieces)
-                for k in range(start, start + len(sums))
-            ]
-        return [total * (1 / self.row.features) for total in sums]
+        """Mean of each value over the i-th row, as `combined`."""
+        return [total * (1 / self.row.features) for total in self.combined(i, start, *map(jnp.sum, values))]
 
     def statistics(self, i, x_slot, eps: float, centered: bool):
         """(m, r) of the row in `x_slot`."""
@@ -304,20 +318,28 @@ class _Piece:
         plgpu.barrier_wait(ready)
 
 
-def _scratch(row: Row, tiles: Tiles, arriving, leaving, parameters):
-    """Slots for the rows that arrive and leave and for the parameters, barriers, and the exchange of the teams."""
+def scratch(row: Row, tiles: Tiles, arriving, leaving, parameters=()):
+    """Slots for the rows that arrive and leave, barriers, the exchange of the teams; if there are parameters, slots for
+    them and a barrier more."""
     return [
         [plgpu.SMEM((tiles.groups, tiles.stages, *row.shape), a.dtype) for a in arriving],
         [plgpu.SMEM((tiles.groups, tiles.stores, *row.shape), a.dtype) for a in leaving],
-        [plgpu.SMEM((tiles.split, *row.shape), p.dtype) for p in parameters],
         plgpu.Barrier(num_barriers=(tiles.groups, tiles.stages), num_arrivals=len(arriving)),
-        plgpu.Barrier(num_arrivals=len(parameters) * tiles.split),
         plgpu.SMEM((tiles.groups // tiles.split, 2, 4, tiles.split), jnp.float32),
         plgpu.Barrier(num_barriers=tiles.groups // tiles.split, num_arrivals=tiles.split),
+        *(
+            (
+                [plgpu.SMEM((tiles.split, *row.shape), p.dtype) for p in parameters],
+                plgpu.Barrier(num_arrivals=len(parameters) * tiles.split),
+            )
+            if parameters
+            else ()
+        ),
     ]
 
 
-def _call(body, name, out_type, scratch, blocks, tiles):
+def call(body, name, out_type, scratch, blocks, tiles):
+    """The kernel `body`, by name, in a row of `blocks`, each of `tiles.groups` warpgroups."""
     body.__name__ = name
     return plgpu.kernel(
         body,
@@ -330,46 +352,49 @@ def _call(body, name, out_type, scratch, blocks, tiles):
     )
 
 
-def _copies(piece: _Piece, refs, slots) -> tuple[list, list]:
-    """Where the pieces of the rows come from and where they go, for `_stream`."""
+def copies(piece: Piece, refs, slots) -> tuple[list, list]:
+    """Where the pieces of the rows come from and where they go, for `stream`."""
     return (
         [lambda i, ref=ref: ref.at[piece.first + i, piece.index] for ref in refs],
         [lambda slot, smem=smem: smem.at[piece.group, slot, piece.used] for smem in slots],
     )
 
 
-def _rows(row: Row, array):
+def to_rows(row: Row, array):
     """`array[..., features]` as [rows, split, used, width]."""
     return pad_to(array.reshape(-1, row.features), 1, row.split * row.piece).reshape(-1, *row.view)
 
 
-def _unrows(row: Row, array, shape):
-    """The inverse of `_rows`."""
+def from_rows(row: Row, array, shape):
+    """The inverse of `to_rows`."""
     return array.reshape(-1, row.split * row.piece)[:, : row.features].reshape(shape)
 
 
-def _named(scale, bias) -> dict:
-    return {"scale": scale} if bias is None else {"scale": scale, "bias": bias}
+def forward(
+    x, scale, bias, residual=None, *, eps: float, scale_offset: float, dtype: str | None, tiles: Tiles | None, name: str
+):
+    """(y[..., features],) in `dtype` or x's; with a bias it is layer norm, with None RMS norm.
 
-
-def forward(x, scale, bias, residual=None, *, eps: float, scale_offset: float, tiles: Tiles | None, name: str):
-    """(y[..., features],) like x; with a bias it is layer norm, with None RMS norm.
-
-    With a residual (y, x + residual), both in the common dtype.
+    With a residual (y, x + residual), the sum in the common dtype. In int8 y is (values, scales), the sum before them.
     """
     centered, added = bias is not None, residual is not None
     parameters = [scale, bias] if centered else [scale]
-    t = tiles or _tiles(name, "forward", x, _named(scale, bias), residual)
-    row = Row(x.shape[-1], t.split)
-    sources = [_rows(row, a) for a in (x, residual) if a is not None]
+    load = Load.of("forward", x, scale, bias, residual, dtype=dtype)
+    t = tiles or _tiles(name, "forward", x, load)
+    row = load.row(t.split)
+    sources = [to_rows(row, a) for a in (x, residual) if a is not None]
     rows, count = len(sources[0]), len(sources)
-    results = [jax.ShapeDtypeStruct(sources[0].shape, jnp.result_type(*(a.dtype for a in sources)))] * count
+    common = jnp.result_type(*(a.dtype for a in sources))
+    results = [jax.ShapeDtypeStruct(sources[0].shape, kind) for kind in [dtype or common] + [common] * added]
+    scales = [jax.ShapeDtypeStruct((rows,), jnp.float32)] if dtype == "int8" else []
 
     def body(*refs):
         left = iter(refs)
-        source_refs, parameter_refs, result_refs = ([next(left) for _ in a] for a in (sources, parameters, results))
-        arrived, leaving, parameter_smem, ready, parameters_ready, exchange, met = left
-        piece = _Piece(row, t, rows, exchange, met)
+        source_refs, parameter_refs, result_refs, scales_ref = (
+            [next(left) for _ in a] for a in (sources, parameters, results, scales)
+        )
+        arrived, leaving, ready, exchange, met, parameter_smem, parameters_ready = left
+        piece = Piece(row, t, rows, exchange, met)
         group, used = piece.group, piece.used
         piece.fetch_parameters(parameter_refs, parameter_smem, parameters_ready)
 
@@ -391,6 +416,12 @@ def forward(x, scale, bias, residual=None, *, eps: float, scale_offset: float, t
             y = piece.normal(x_slot, mean, inverse, centered) * weight
             if centered:
                 y += piece.load(parameter_smem[1].at[piece.index])
+            if scales:
+                (largest,) = piece.combined(i, 2, jnp.max(jnp.abs(y)), by=jnp.maximum)
+                unit = largest * (1 / 127)
+                unit = jnp.where(unit >= jnp.finfo(jnp.float32).tiny, unit, 1.0)  # a row of zeros
+                pl.when(piece.index == 0)(functools.partial(scales_ref[0].__setitem__, piece.first + i, unit))
+                y = jnp.round(y * (1 / unit))
             if not added:
                 wait()
             store(0, y)
@@ -399,16 +430,22 @@ def forward(x, scale, bias, residual=None, *, eps: float, scale_offset: float, t
                 plgpu.copy_smem_to_gmem(smem.at[group, out, used], ref.at[piece.first + i, piece.index])
             return ()
 
-        _stream(
-            *_copies(piece, source_refs, arrived), lambda slot: ready.at[group, slot],
+        stream(
+            *copies(piece, source_refs, arrived), lambda slot: ready.at[group, slot],
             piece.count, t.stages, normalise, (),
         )  # fmt: skip
         plgpu.wait_smem_to_gmem(0)
 
-    found = _call(
-        body, f"{name}_forward", results, _scratch(row, t, sources, results, parameters), _share(rows, t)[1], t
-    )(*sources, *(_rows(row, p)[0] for p in parameters))
-    return tuple(_unrows(row, y, x.shape) for y in found)
+    found = call(
+        body,
+        f"{name}_forward",
+        [*results, *scales],
+        scratch(row, t, sources, results, parameters),
+        share(rows, t)[1],
+        t,
+    )(*sources, *(to_rows(row, p)[0] for p in parameters))
+    whole = tuple(from_rows(row, y, x.shape) for y in found[:count])
+    return (*whole[::-1], found[-1].reshape(*x.shape[:-1], 1)) if scales else whole
 
 
 def backward(x, scale, bias, dy, added=None, *, eps: float, scale_offset: float, tiles: Tiles | None, name: str):
@@ -417,15 +454,16 @@ def backward(x, scale, bias, dy, added=None, *, eps: float, scale_offset: float,
     added: what dx gains, as x, or None.
     """
     centered = bias is not None
-    t = tiles or _tiles(name, "backward", x, _named(scale, bias), added)
-    row = Row(x.shape[-1], t.split)
-    sources = [_rows(row, a.astype(x.dtype)) for a in (x, dy, added) if a is not None]
+    load = Load.of("backward", x, scale, bias, added, dtype=dy.dtype)
+    t = tiles or _tiles(name, "backward", x, load)
+    row = load.row(t.split)
+    sources = [to_rows(row, a) for a in (x, dy, added) if a is not None]
     rows, sums = len(sources[0]), 2 if centered else 1
 
     def body(*refs):
         source_refs, (scale_ref, dx_ref, sums_ref, *scratch) = refs[: len(sources)], refs[len(sources) :]
-        arrived, (dx_smem,), scale_smem, ready, scale_ready, exchange, met = scratch
-        piece = _Piece(row, t, rows, exchange, met)
+        arrived, (dx_smem,), ready, exchange, met, scale_smem, scale_ready = scratch
+        piece = Piece(row, t, rows, exchange, met)
         group, used = piece.group, piece.used
         piece.fetch_parameters([scale_ref], scale_smem, scale_ready)
 
@@ -451,25 +489,25 @@ def backward(x, scale, bias, dy, added=None, *, eps: float, scale_offset: float,
             return tuple(total + term for total, term in zip(totals, terms, strict=True))
 
         zeros = plgpu.layout_cast(jnp.zeros(row.shape, jnp.float32), row.layout)
-        totals = _stream(
-            *_copies(piece, source_refs, arrived), lambda slot: ready.at[group, slot],
+        totals = stream(
+            *copies(piece, source_refs, arrived), lambda slot: ready.at[group, slot],
             piece.count, t.stages, differentiate, (zeros,) * sums,
         )  # fmt: skip
         for which, total in enumerate(totals):
             sums_ref[piece.worker, which, piece.index] = total
         plgpu.wait_smem_to_gmem(0)
 
-    blocks = _share(rows, t)[1]
+    blocks = share(rows, t)[1]
     partials = (blocks * (t.groups // t.split), sums, t.split, *row.shape)
     like = jax.ShapeDtypeStruct(sources[0].shape, x.dtype)
-    dx, partial = _call(
+    dx, partial = call(
         body,
         f"{name}_backward",
         [like, jax.ShapeDtypeStruct(partials, jnp.float32)],
-        _scratch(row, t, sources, [like], [scale]),
+        scratch(row, t, sources, [like], [scale]),
         blocks,
         t,
-    )(*sources, _rows(row, scale)[0])
+    )(*sources, to_rows(row, scale)[0])
     totals = partial.sum(0).reshape(sums, t.split, row.size)[:, :, : row.piece].reshape(sums, -1)[:, : row.features]
     dbias = totals[1].astype(bias.dtype) if centered else None
-    return _unrows(row, dx, x.shape), totals[0].astype(scale.dtype), dbias
+    return from_rows(row, dx, x.shape), totals[0].astype(scale.dtype), dbias

@@ -5,8 +5,13 @@ from pallas_kernels.tpu import add_rms_norm as add_rms_norm
 from pallas_kernels.tpu import attention as attention
 from pallas_kernels.tpu import decode_attention as decode_attention
 from pallas_kernels.tpu import gated_linear_unit as gated_linear_unit
+from pallas_kernels.tpu import group_norm as group_norm
 from pallas_kernels.tpu import layer_norm as layer_norm
 from pallas_kernels.tpu import linear_cross_entropy as linear_cross_entropy
 from pallas_kernels.tpu import matmul as matmul
+from pallas_kernels.tpu import quantized_matmul as quantized_matmul
 from pallas_kernels.tpu import ragged_dot as ragged_dot
 from pallas_kernels.tpu import rms_norm as rms_norm
+from pallas_kernels.tpu import rope as rope
+from pallas_kernels.tpu import rope_projection as rope_projection
+from pallas_kernels.tpu import softmax as softmax

@@ -10,29 +10,35 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import row_norm
-from pallas_kernels.tpu.row_norm import Tiles
+from pallas_kernels.tpu.row_norm import Load, Tiles
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
 
 
-def unsupported(x, residual, scale, bias, *, eps: float, scale_offset: float) -> str | None:
+def unsupported(x, residual, scale, bias, *, eps: float, scale_offset: float, dtype: str | None = None) -> str | None:
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
-    return row_norm.unsupported(x, residual, parameters=2)
+    return row_norm.unsupported(
+        Load.of("backward", x, residual, parameters=2, dtype=dtype), dtype, x=x, residual=residual
+    )
 
 
-def tiles(phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float) -> Tiles:
+def tiles(phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float, dtype: str | None = None) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return row_norm.tiles("add_layer_norm", phase, x, residual, parameters=2)
+    return row_norm.tiles("add_layer_norm", phase, Load.of(phase, x, residual, parameters=2, dtype=dtype))
 
 
-def candidates(phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
+def candidates(
+    phase: str, x, residual, scale, bias, *, eps: float, scale_offset: float, dtype: str | None = None
+) -> Iterator[Tiles]:
     """Tiles worth trying that the operands and the chip's VMEM allow: the default first, then blocks of 128."""
-    return row_norm.candidates(phase, x, residual, parameters=2)
+    return row_norm.candidates(Load.of(phase, x, residual, parameters=2, dtype=dtype))
 
 
-def memory(phase: str, tiles: Tiles, x, residual, scale, bias, *, eps: float, scale_offset: float) -> int:
+def memory(
+    phase: str, tiles: Tiles, x, residual, scale, bias, *, eps: float, scale_offset: float, dtype: str | None = None
+) -> int:
     """Bytes of VMEM that the kernel of `phase` is estimated to take."""
-    return row_norm.memory(phase, tiles, x, residual, parameters=2)
+    return row_norm.memory(tiles, Load.of(phase, x, residual, parameters=2, dtype=dtype))
 
 
 def forward(
@@ -43,12 +49,13 @@ def forward(
     *,
     eps: float,
     scale_offset: float,
+    dtype: str | None = None,
     tiles: Tiles | None = None,
 ):
-    """((y[..., features], total[..., features]), ()), both in the common dtype of x and residual."""
+    """((y[..., features], total[..., features]), ()), or ((total, values, scales), ())."""
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("add_layer_norm", "forward", x, residual, parameters=2)
-    return row_norm.forward(x, w, bias, residual, eps=eps, tiles=t, name="add_layer_norm"), ()
+    t = tiles or row_norm.tiles("add_layer_norm", "forward", Load.of("forward", x, residual, parameters=2, dtype=dtype))
+    return row_norm.forward(x, w, bias, residual, eps=eps, tiles=t, dtype=dtype, name="add_layer_norm"), ()
 
 
 def backward(
@@ -62,11 +69,16 @@ def backward(
     cotangents,
     eps: float,
     scale_offset: float,
+    dtype: str | None = None,
     tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
     """Gradients of x, residual (the same), scale and bias from the cotangents of y and of total (None: zero)."""
+    if dtype == "int8":  # y is a constant to derivatives
+        return {"x": cotangents[0], "residual": cotangents[0]}
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("add_layer_norm", "backward", x, residual, parameters=2)
+    t = tiles or row_norm.tiles(
+        "add_layer_norm", "backward", Load.of("backward", x, residual, parameters=2, dtype=dtype)
+    )
     dx, dw, db = row_norm.backward(
         outputs[1], w, *cotangents, eps=eps, center=True, tiles=t, name="add_layer_norm_backward"
     )

@@ -41,7 +41,7 @@ from pallas_kernels import chips, modifiers, random
 from pallas_kernels.padding import pad_to, round_up
 from pallas_kernels.tpu import attention_tiles, elementwise
 from pallas_kernels.tpu.attention_operands import Operands, sequence_third
-from pallas_kernels.tpu.attention_tiles import HEADER, Problem
+from pallas_kernels.tpu.attention_tiles import HEADER, Problem, computed_in
 from pallas_kernels.tpu.attention_tiles import Tiles as Tiles
 
 f32 = jnp.float32
@@ -53,6 +53,7 @@ FLOOR = (
 )  # the running max starts here, not at -inf: a row that sees nothing gets exp2(-inf - FLOOR) = 0, never NaN
 MASKED = -math.inf
 MAX_HEAD = 256
+LANES = 128
 # Without a maximum a row's sum is between 2^-BOUND and 2^BOUND times the number of keys, and its products with values
 # within VALUES stay far from float32's ends, 2^-126 and 2^128.
 BOUND = 48
@@ -441,8 +442,13 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
     delta[...] = (refs["out"][...].astype(f32) * dout[...].astype(f32)).sum(0, keepdims=True)
     stat[...] = refs["lse"][...] * LOG2E
     dq[...] = jnp.zeros(dq.shape, f32)
-    if p.bias:
+    if p.bias == "tile":
         out["dbias"][...] = jnp.zeros(out["dbias"].shape, f32)
+    elif p.bias == "keys":  # the same place for all steps of a head
+
+        @pl.when(block == 0)
+        def _per_query_head():
+            out["dbias"][...] = jnp.zeros(out["dbias"].shape, f32)
 
     def products(item):
         columns, rows = pl.ds(item.query, item.queries), pl.ds(item.key, item.keys)
@@ -458,8 +464,10 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
         ds = weight * (dp - delta[:, columns])
         if slope is not None:  # what is not seen has weight 0, but its slope may be anything
             ds = jnp.where(weight > 0, ds * slope, 0.0)
-        if p.bias:
+        if p.bias == "tile":
             out["dbias"][rows, columns] = ds
+        elif p.bias == "keys":
+            out["dbias"][rows, :] += ds.reshape(item.keys, -1, LANES).sum(1)
         if tanh is not None:
             ds = ds * (1 - tanh * tanh)
         return used.astype(dout.dtype), ds.astype(dout.dtype)
@@ -490,9 +498,9 @@ def _backward_kernel(refs, out, scratch, *, p: Problem, t: Tiles, spans: int, pr
 
 
 # ---------------------------------------------------------------------------------------------- modifiers
-def _unlowered(score_mod: Callable | None, mask_mod: Callable | None) -> str | None:
+def _unlowered(score_mod: Callable | None, mask_mod: Callable | None, bias) -> str | None:
     """Why the modifiers cannot stand in a kernel, or None."""
-    if reason := modifiers.no_kernel(score_mod, mask_mod):
+    if reason := modifiers.no_kernel(score_mod, mask_mod, bias):
         return reason
     programs = []
     if score_mod is not None:
@@ -534,8 +542,8 @@ def unsupported(
 ) -> str | None:
     """Why the kernels cannot serve this call on the chip being compiled for, or None. Operands may be abstract."""
     problem = Problem.of(**locals())
-    if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"query must be float32 or bfloat16 (the TPU's matrix unit takes no other), got {query.dtype}"
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"query must be float32, bfloat16 or float16, got {query.dtype}"
     if not query.dtype == key.dtype == value.dtype:
         return f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
     if max(query.shape[3], value.shape[3]) > MAX_HEAD:
@@ -547,7 +555,7 @@ def unsupported(
         return "segment ids of queries and of keys must come together"
     if (dropout_rows is None) != (dropout_rate == 0):
         return "dropout_rate and dropout_rows must come together"
-    if reason := _unlowered(score_mod, mask_mod):
+    if reason := _unlowered(score_mod, mask_mod, bias):
         return reason
     if Tiles.default(problem, backward=False) is None or Tiles.default(problem, backward=True) is None:
         chip = chips.current("tpu")
@@ -582,13 +590,16 @@ def forward(
     """out = dropout(softmax(mask(score_mod(cap·tanh(scale·q·kᵀ/cap) + bias - slope·|i - j|))))·v,  lse = log Σ_j
     exp(logit_j) (+ exp(sink)).
 
-    query [B,T,N,H], key [B,S,K,H] and value [B,S,K,V] of one dtype, float32 or bfloat16, N a multiple of K; bias and
-    mask 4-D, broadcastable to [B,N,T,S]; lengths and prefix_lengths [B], segment ids [B,T] and [B,S], sinks and
-    alibi_slopes [N], dropout_rows uint32 [B,N,2,T] (`random.row_words`). A key before the prefix length is seen
-    whatever causality or window say. Returns ((out [B,T,N,V] in query's dtype, lse [B,N,T] float32), ()). A row that
-    sees nothing, or that lies past its query length, has out = 0 and lse = +inf, or its sink if there is one.
+    query [B,T,N,H], key [B,S,K,H] and value [B,S,K,V] of one dtype, float32, bfloat16 or float16 (computed in float32),
+    N a multiple of K; bias and mask 4-D, broadcastable to [B,N,T,S]; lengths and prefix_lengths [B], segment ids [B,T]
+    and [B,S], sinks and alibi_slopes [N], dropout_rows uint32 [B,N,2,T] (`random.row_words`). A key before the prefix
+    length is seen whatever causality or window say. Returns ((out [B,T,N,V] in query's dtype, lse [B,N,T] float32),
+    ()). A row that sees nothing, or that lies past its query length, has out = 0 and lse = +inf, or its sink, if any.
     """
     call = {name: x for name, x in locals().items() if name != "tiles"}
+    if query.dtype != computed_in(query.dtype):
+        (out, lse), residuals = forward(**_widened(call, "query", "key", "value"), tiles=tiles)
+        return (out.astype(query.dtype), lse), residuals
     p = Problem.of(**call)
     t = tiles or attention_tiles.chosen(p, backward=False)
     batch, _, heads, _ = query.shape
@@ -626,6 +637,11 @@ def forward(
     if sinks is not None and query_seq_lengths is not None:
         lse = jnp.where(_inside(query_seq_lengths, p), lse, sinks.astype(f32)[:, None])
     return (out, lse), ()
+
+
+def _widened(call: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The call with the operands `names` in the dtype that they are computed in."""
+    return call | {name: call[name].astype(computed_in(call[name].dtype)) for name in names}
 
 
 def _inside(lengths, p: Problem):
@@ -676,12 +692,17 @@ def backward(
     scale·dS·K, dK = scale·dSᵀ·Q, dbias = dS, dS times the slopes of score_mod and, past dbias, the cap.
 
     Arguments as in `forward`, with its outputs and the cotangent of `out`; that of `lse` is ignored. Returns the
-    gradients of query, key and value, and of bias and sinks where given. dbias is formed as [B,N,T,S] float32, then
-    reduced to bias's shape.
+    gradients of query, key and value, and of bias and sinks where given. dbias of a bias that varies over queries and
+    keys is formed as [B,N,T,S] float32, then reduced to bias's shape; of one that varies over keys, as [B,N,S,128]. One
+    that all keys share is seen by sinks alone: Σ_j dS = exp(sink - lse)·rowsum(O∘dO).
     """
     call = {name: x for name, x in locals().items() if name != "tiles"}
-    del residuals
     out, lse = outputs
+    if query.dtype != computed_in(query.dtype):
+        wide = _widened(call, "query", "key", "value") | {"outputs": (out.astype(f32), lse)}
+        grads = backward(**wide, tiles=tiles)
+        return grads | {name: grads[name].astype(query.dtype) for name in ("query", "key", "value")}
+    del residuals
     dout = cotangents[0].astype(query.dtype)
     p = Problem.of(**call)
     if query_seq_lengths is not None:
@@ -708,9 +729,12 @@ def backward(
         "dk": operands.of_keys(p.head_dim),
         "dv": operands.of_keys(p.value_dim),
     }
-    if bias is not None:
+    if p.bias == "tile":
         out_shape["dbias"] = shape((batch, heads, operands.size_k, size), f32)
         out_specs["dbias"] = operands.spec((None, None, t.span, t.queries), lambda b, n, h, s, i: (b, n, s, i))
+    elif p.bias == "keys":
+        out_shape["dbias"] = shape((batch, heads, operands.size_k, LANES), f32)
+        out_specs["dbias"] = operands.spec((None, None, t.span, LANES), lambda b, n, h, s, i: (b, n, s, 0))
     result = operands.launch(
         _backward_kernel,
         "attention_backward",
@@ -731,12 +755,17 @@ def backward(
     grads = {"query": sequence_third(dq, p.query_length, dim)}
     for name, grad, given in (("key", result["dk"], key), ("value", result["dv"], value)):
         grads[name] = pad_to(sequence_third(grad, p.key_length, given.shape[3]), 1, given.shape[1])
-    if bias is not None:
-        full = jnp.swapaxes(result["dbias"], 2, 3)[:, :, : p.query_length, : p.key_length]
-        full = pad_to(full, 3, key.shape[1])
-        summed = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
-        grads["bias"] = full.sum(summed, keepdims=True).astype(bias.dtype)
+    sunk = jnp.zeros(lse.shape, f32)  # what the sink takes of the gradient of a row
     if sinks is not None:
         delta = jnp.einsum("btnh,btnh->bnt", out.astype(f32), dout.astype(f32))
-        grads["sinks"] = -(jnp.exp(sinks.astype(f32)[:, None] - lse) * delta).sum((0, 2)).astype(sinks.dtype)
+        sunk = jnp.exp(sinks.astype(f32)[:, None] - lse) * delta
+        grads["sinks"] = -sunk.sum((0, 2)).astype(sinks.dtype)
+    if bias is not None:
+        full = sunk[..., None]
+        if p.bias != "queries":
+            columns = result["dbias"][:, :, : p.key_length]
+            columns = columns.sum(3, keepdims=True) if p.bias == "keys" else columns[..., : p.query_length]
+            full = pad_to(jnp.swapaxes(columns, 2, 3), 3, key.shape[1])
+        summed = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
+        grads["bias"] = full.sum(summed, keepdims=True).astype(bias.dtype)
     return grads

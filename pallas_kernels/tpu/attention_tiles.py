@@ -15,6 +15,11 @@ MOST_CANDIDATES = 48
 _TABLE_BYTES = 128 << 10  # of SMEM for the schedule of one head; it is double-buffered
 
 
+def computed_in(dtype) -> jnp.dtype:
+    """float32 for float16, which the matrix unit does not take; else the dtype itself."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One call. `scheduled`: which blocks are visited comes from a table, because more than a band decides it."""
@@ -24,7 +29,7 @@ class Problem:
     head_dim: int  # of queries and keys, padded
     value_dim: int  # padded
     group: int  # query heads per key head
-    dtype: str
+    dtype: str  # that it is computed in
     band: Band
     lengths: bool  # query, key or prefix lengths come with the data
     prefix: bool  # prefix lengths do
@@ -72,7 +77,7 @@ class Problem:
             head_dim=round_up(query.shape[3], 16),
             value_dim=round_up(value.shape[3], 16),
             group=query.shape[2] // key.shape[2],
-            dtype=jnp.dtype(query.dtype).name,
+            dtype=computed_in(query.dtype).name,
             band=band,
             lengths=any(x is not None for x in (query_seq_lengths, key_value_seq_lengths, prefix_lengths)),
             prefix=prefix_lengths is not None,
@@ -104,7 +109,7 @@ class Problem:
     @property
     def tiled(self) -> bool:
         """Whether something as large as the logits comes along, or a gradient of that size leaves."""
-        return self.mask == "tile" or self.bias is not None
+        return "tile" in (self.mask, self.bias)
 
     @property
     def itemsize(self) -> int:
@@ -250,8 +255,8 @@ class Tiles:
         tiles = {"tile": span * queries}
         blocks += 2 * 4 * tiles.get(problem.bias or "", 0) + 2 * tiles.get(problem.mask or "", 0)
         blocks += 2 * 8 * 4 * (3 * span + 4 * queries)
-        if backward and problem.bias:
-            blocks += 2 * span * queries * 4
+        if backward:
+            blocks += 2 * 4 * {"tile": span * queries, "keys": span * 128}.get(problem.bias or "", 0)
         flight = 24 * self.sub * (min(self.part, self.keys) if backward else self.keys)
         return blocks + scratch + flight
 

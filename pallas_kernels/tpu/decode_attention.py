@@ -8,6 +8,10 @@ is ever picked out. The queries of all heads are the rows of one product with su
 its own key head; the others cost nothing that is scarce here, for a decoding step waits for the memory, and a matrix
 unit takes as long to load a block of keys as to pass a few more rows by it.
 
+Of other head sizes XLA keeps the tokens in the lanes, as padding a row of 64 to 128 would cost twice the memory. Such a
+cache, "turned", is read as the matrix [key heads · head_dim, page_size] that it is then. A row of the product has its
+query in the place of its key head and zeros in the others', and takes that place of what it gets from the values.
+
 Work. A grid step owns the tokens of one tile (`pallas_kernels.ragged`) and loops over the blocks of keys that they see:
 two buffers, the next block, or the first one of the next tile, is under way while this one is computed. The softmax is
 online, in base 2. Quantised keys scale the logits, quantised values the weights: integers go into the products.
@@ -53,8 +57,8 @@ class Tiles:
         the sequences have, since each row of a tile is computed whether it is used or not."""
         tokens = max(1, min(problem.longest, MOST_ROWS // problem.heads))
         keys = MOST_COPY // (problem.groups * problem.head_dim * problem.key_itemsize)
-        keys = min(keys, MOST_SCORES // (tokens * problem.heads * problem.groups))
-        keys = problem.block(max(keys, LANES // problem.groups, 1))
+        keys = min(keys, MOST_SCORES // (tokens * problem.heads * problem.columns_per_key))
+        keys = problem.block(max(keys, LANES // problem.columns_per_key, 1))
         tiles = Tiles(keys, tokens)
         return tiles if problem.vmem(tiles) <= _room() else None
 
@@ -113,15 +117,38 @@ class Problem:
         return self.key_dtype == jnp.int8
 
     @property
+    def turned(self) -> bool:
+        """Whether a page is the matrix [key heads · head_dim, page_size]."""
+        return self.head_dim % LANES != 0
+
+    @property
+    def columns_per_key(self) -> int:
+        """Of the scores."""
+        return 1 if self.turned else self.groups
+
+    @property
+    def depth(self) -> int:
+        """What the products with keys sum over, and the width of those with values."""
+        return self.groups * self.head_dim if self.turned else self.head_dim
+
+    @property
     def aligned(self) -> int:
-        """Rows of a page's matrix that a copy begins and ends at."""
-        return LANES if self.quantised else _sublanes(self.key_dtype)
+        """Columns of the scores that a copy of a page begins and ends at."""
+        return LANES if self.quantised or self.turned else _sublanes(self.key_dtype)
+
+    @property
+    def scales_per_column(self) -> int:
+        return self.groups if self.turned else 1
+
+    def matrix(self, columns: int) -> tuple[int, int]:
+        """The shape of keys, or values, for that many columns of the scores."""
+        return (self.depth, columns) if self.turned else (columns, self.depth)
 
     def block(self, target: int) -> int:
         """The keys of a block, about `target`: whole pages, or a part of one that copies may begin and end at."""
         if self.page_size <= target:
             return self.page_size * max(1, min(target // self.page_size, self.most_pages))
-        step = self.aligned // math.gcd(self.aligned, self.groups)
+        step = self.aligned // math.gcd(self.aligned, self.columns_per_key)
         return min(self.page_size, round_up(max(target, step), step))
 
     def cut(self, tiles: Tiles) -> Cut:
@@ -133,11 +160,15 @@ class Problem:
 
     def vmem(self, tiles: Tiles) -> int:
         """Bytes of VMEM: two blocks of keys and values, the queries and results, and the scores in flight."""
-        columns, rows = tiles.keys * self.groups, tiles.tokens * self.heads
-        blocks = 4 * columns * self.head_dim * self.key_itemsize + 4 * 8 * columns * 4 * self.quantised
+        columns, rows = tiles.keys * self.columns_per_key, tiles.tokens * self.heads
+        scales = round_up(self.scales_per_column, 8)
+        blocks = 4 * columns * self.depth * self.key_itemsize + 4 * scales * columns * 4 * self.quantised
         if self.quantised:
-            blocks += 2 * columns * self.head_dim * self.dtype.itemsize
-        queries = rows * (3 * self.head_dim * self.dtype.itemsize + 4 * self.head_dim + 3 * 4 * LANES)
+            blocks += 2 * columns * self.depth * self.dtype.itemsize
+        size = round_up(self.head_dim, LANES)
+        queries = rows * (3 * size * self.dtype.itemsize + 4 * self.depth + 3 * 4 * LANES)
+        if self.turned:
+            queries += (rows + size) * self.depth * (self.dtype.itemsize + 2 * 4)
         return blocks + queries + 6 * rows * columns * 4
 
 
@@ -176,10 +207,13 @@ def unsupported(query, key, value, lengths, *, scale: float, logits_soft_cap=Non
     p = Problem.of(query, key, lengths, **others)
     if p.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query must be bfloat16 or float32, got {p.dtype.name}"
-    if p.head_dim % LANES or p.head_dim > 512:
-        return f"the head size must be a multiple of 128, at most 512, got {p.head_dim}"
-    if p.page_size * p.groups % p.aligned:
-        what = "page_size" if p.paged else "the cache's length"
+    step = _sublanes(p.key_dtype)
+    if p.head_dim % step or not 0 < p.head_dim <= 512:
+        return f"the head size must be a multiple of {step} for {p.key_dtype.name}, at most 512, got {p.head_dim}"
+    what = "page_size" if p.paged else "the cache's length"
+    if p.turned and p.page_size % LANES:
+        return f"{what} must be a multiple of 128 for a head size of {p.head_dim}, got {p.page_size}"
+    if p.page_size * p.columns_per_key % p.aligned:
         return (
             f"{what} times the key heads must be a multiple of {p.aligned} for {p.key_dtype.name}, "
             f"got {p.page_size} · {p.groups}"
@@ -214,7 +248,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
     names += ["key_factors", "value_factors"] if p.quantised else []
     r = dict(zip(names, refs, strict=True))
     core, step = pl.program_id(0), pl.program_id(1)
-    columns, rows = t.keys * p.groups, t.tokens * p.heads
+    columns, rows = t.keys * p.columns_per_key, t.tokens * p.heads
     whole = p.page_size > t.keys  # a block is a part of a page
     per_page = -(-p.page_size // t.keys) if whole else 1
     pieces = 1 if whole else t.keys // p.page_size
@@ -247,24 +281,26 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         fresh = (block - page * per_page) * t.keys
         return page, jnp.minimum(fresh, p.page_size - t.keys), fresh
 
+    def part(ref, which, columns):
+        """Some columns of the scores' keys, or values, of a page or a slot."""
+        return ref.at[(which, slice(None), columns) if p.turned else (which, columns)]
+
     def copies(slot, sequence=None, block=None):
         """The copies of one block to a slot; without a block, descriptors to wait by."""
         for n in range(pieces):
             page: Any = 0
-            row: Any = 0
+            first: Any = 0
             if block is not None:
                 number, begin, _ = place_of(block)
-                page, row = sequence, pl.multiple_of(begin * p.groups, p.aligned)
+                page, first = sequence, pl.multiple_of(begin * p.columns_per_key, p.aligned)
                 if p.paged:
                     page = r["table"][sequence * p.most_pages + jnp.minimum(number + n, p.most_pages - 1)]
                     page = jnp.clip(page, 0, p.pages - 1)
-            there, here = pl.ds(row, piece), pl.ds(n * piece, piece)
-            yield pltpu.make_async_copy(r["key"].at[page, there], r["keys"].at[slot, here], r["arrived"].at[0, slot])
-            yield pltpu.make_async_copy(
-                r["value"].at[page, there], r["values"].at[slot, here], r["arrived"].at[1, slot]
-            )
-            if p.quantised:
-                for k, name in enumerate(("key", "value")):
+            there, here = pl.ds(first, piece), pl.ds(n * piece, piece)
+            for k, name in enumerate(("key", "value")):
+                source, target = part(r[name], page, there), part(r[name + "s"], slot, here)
+                yield pltpu.make_async_copy(source, target, r["arrived"].at[k, slot])
+                if p.quantised:
                     yield pltpu.make_async_copy(
                         r[f"{name}_scales"].at[page, :, there],
                         r[f"{name}_factors"].at[slot, :, here],
@@ -301,6 +337,26 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
                 for copy in both:
                     copy.wait()
 
+    def group_of(shape):
+        """The key head of every row (token, head), none of those that there are for one that is padding."""
+        return _divided(_remainder(lax.broadcasted_iota(jnp.int32, shape, 0), p.heads), p.real_heads // p.groups)
+
+    def spread():
+        """(0 or 1 [head_dim, depth]: a row once in the place of every key head, whether a row has that place)."""
+        column = lax.broadcasted_iota(jnp.int32, (p.head_dim, p.depth), 1)
+        place = lax.broadcasted_iota(jnp.int32, (rows, p.depth), 1)
+        copies = _remainder(column, p.head_dim) == lax.broadcasted_iota(jnp.int32, (p.head_dim, p.depth), 0)
+        return copies.astype(f32), _divided(place, p.head_dim) == group_of((rows, p.depth))
+
+    def scales(factors):
+        """Of every row and column: a row takes those of its key head."""
+        if not p.turned:
+            return factors
+        group, chosen = group_of((rows, columns)), jnp.zeros((rows, columns), f32)
+        for g in range(p.groups):
+            chosen = jnp.where(group == g, factors[g : g + 1], chosen)
+        return chosen
+
     @pl.when(step == 0)
     def _():
         r["slot"][0] = 0
@@ -313,10 +369,11 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         pl.when(own.sees)(start_first)
         # For row (token, head) and column (key, key head): the key's number if the heads belong together.
         column = lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
-        row = lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
-        key, head = _divided(column, p.groups), _remainder(row, p.heads)
-        same = (column - key * p.groups) == _divided(head, p.real_heads // p.groups)
-        r["place"][...] = jnp.where(same & (head < p.real_heads), key, FAR)
+        if p.turned:
+            r["place"][...] = column
+        else:
+            key = _divided(column, p.groups)
+            r["place"][...] = jnp.where(column - key * p.groups == group_of((rows, columns)), key, FAR)
 
     own, following = tile(step), tile(step + 1)  # the next tile is under way before this one is done
     slot = r["slot"][0]
@@ -332,7 +389,7 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         if sunk:
             top = jnp.maximum(r["sinks"][...], FLOOR)
             total = jnp.exp2(r["sinks"][...] - top)
-        return top, total, jnp.zeros((rows, p.head_dim), f32)
+        return top, total, jnp.zeros((rows, p.depth), f32)
 
     def attend():
         ask(step, own.work.first).wait()
@@ -341,6 +398,10 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         shift = own.work.first - jnp.minimum(own.work.first, p.tokens - t.tokens)
         position = own.work.place + token - shift  # of every row
         kind = query.dtype
+        if p.turned:
+            copies_of, own_place = spread()
+            wide = lax.dot(query, copies_of.astype(kind), precision=precision, preferred_element_type=f32)
+            query = jnp.where(own_place, wide, 0.0).astype(kind)
 
         def one(block, carry):
             top, total, acc = carry
@@ -362,19 +423,21 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
 
             @pl.when(base + t.keys > own.work.length)
             def _():  # what was never written may be NaN, and zero times NaN is NaN
-                known = lax.broadcasted_iota(jnp.int32, (columns, p.head_dim), 0) < (own.work.length - base) * p.groups
+                along = 1 if p.turned else 0
+                number = lax.broadcasted_iota(jnp.int32, p.matrix(columns), along)
+                known = number < (own.work.length - base) * p.columns_per_key
                 values = r["values"][here].astype(f32)
                 r["values"][here] = jnp.where(known, values, 0.0).astype(p.key_dtype)
 
             s = lax.dot_general(
                 query,
                 _exactly(r["keys"][here], kind),
-                (((1,), (1,)), ((), ())),
+                (((1,), (0 if p.turned else 1,)), ((), ())),
                 preferred_element_type=f32,
                 precision=precision,
             )
             if p.quantised:
-                s = s * r["key_factors"][here]
+                s = s * scales(r["key_factors"][here])
             x = s * factor if cap is None else jnp.tanh(s * (factor / LOG2E / cap)) * (cap * LOG2E)
             number = r["place"][...]
             seen = number <= position - base
@@ -390,11 +453,11 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
             weight, decay = jnp.exp2(x - higher), jnp.exp2(top - higher)
             total = total * decay + jnp.sum(weight, axis=1, keepdims=True)
             if p.quantised:
-                weight = jnp.where(seen, weight * r["value_factors"][here], 0.0)
+                weight = jnp.where(seen, weight * scales(r["value_factors"][here]), 0.0)
             new = lax.dot_general(
                 weight.astype(kind),
                 _exactly(r["values"][here], kind),
-                (((1,), (0,)), ((), ())),
+                (((1,), (1 if p.turned else 0,)), ((), ())),
                 preferred_element_type=f32,
                 precision=precision,
             )
@@ -407,6 +470,15 @@ def _kernel(p: Problem, t: Tiles, steps, cores, left, factor, cap, sunk, *refs):
         safe = jnp.where(empty, 1.0, total)
         lse = jnp.where(empty, jnp.inf, (top + jnp.log2(safe)) / LOG2E)
         pl.when(step > 0)(lambda: finish(step - 1))
+        if p.turned:
+            copies_of, own_place = spread()
+            acc = lax.dot_general(
+                jnp.where(own_place, acc, 0.0),
+                copies_of,
+                (((1,), (1,)), ((), ())),
+                precision=lax.Precision.HIGHEST,
+                preferred_element_type=f32,
+            )
         r["result"][...] = (acc / safe).astype(p.dtype)
         r["statistic"][...] = jnp.broadcast_to(lse, (rows, LANES))
         for there, *both in results(step):
@@ -470,19 +542,20 @@ def forward(
     t = tiles or _tiles("forward", query=query, key=key, lengths=lengths, page_table=page_table)
     t = dataclasses.replace(t, tokens=min(t.tokens, p.tokens))
     cores = chips.current("tpu").cores
-    steps, rows, columns = -(-p.cut(t).count // cores), t.tokens * p.heads, t.keys * p.groups
+    steps, rows, columns = -(-p.cut(t).count // cores), t.tokens * p.heads, t.keys * p.columns_per_key
     scalars = [lengths]
     if page_table is not None and query_starts is not None:
         scalars += [page_table.reshape(-1), query_starts]
-    matrix = (p.pages, p.page_size * p.groups, p.head_dim)
     flat = pad_to(query.reshape(p.tokens, p.real_heads, p.head_dim), 1, p.heads)
-    operands = [flat, key.reshape(matrix), value.reshape(matrix)]
+    order = (0, 2, 3, 1) if p.turned else (0, 1, 2, 3)
+    matrix = (p.pages, *p.matrix(p.page_size * p.columns_per_key))
+    operands = [flat, *(x.transpose(order).reshape(matrix) for x in (key, value))]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     in_specs = [anywhere] * 3
     buffers = lambda *shape: pltpu.VMEM(shape, p.key_dtype)
     scratch = [
-        buffers(2, columns, p.head_dim),
-        buffers(2, columns, p.head_dim),
+        buffers(2, *p.matrix(columns)),
+        buffers(2, *p.matrix(columns)),
         pltpu.VMEM((2, t.tokens, p.heads, p.head_dim), p.dtype),
         pltpu.VMEM((rows, p.head_dim), p.dtype),
         pltpu.VMEM((rows, LANES), f32),
@@ -495,8 +568,9 @@ def forward(
     if p.quantised:
         assert key_scales is not None and value_scales is not None
         for scales in (key_scales, value_scales):
-            operands.append(scales.astype(f32).swapaxes(1, 2).reshape(p.pages, 1, -1))
-            scratch.append(pltpu.VMEM((2, 1, columns), f32))
+            ordered = scales if p.turned else scales.swapaxes(1, 2).reshape(p.pages, 1, -1)
+            operands.append(ordered.astype(f32))
+            scratch.append(pltpu.VMEM((2, p.scales_per_column, columns), f32))
         in_specs += [anywhere] * 2
     if sinks is not None:
         per_row = jnp.tile(pad_to(sinks.astype(f32) * LOG2E, 0, p.heads), t.tokens)[:, None]
@@ -521,7 +595,15 @@ def forward(
             vmem_limit_bytes=min(chips.current("tpu").vmem_bytes, p.vmem(t) + (8 << 20)),
         ),
     )
+
     # Operands that stay in memory cannot be batched by the grid: under vmap the kernel is called once for each.
-    out, lse = jax.custom_batching.sequential_vmap(lambda *arrays: tuple(launch(*arrays)))(*scalars, *operands)
+    @jax.custom_batching.sequential_vmap
+    def called(*arrays):
+        # Left alone, XLA may bring whole caches to VMEM before a kernel that reads only as much as the lengths say.
+        first = len(scalars) + 1
+        there = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays[first : first + 2]]
+        return tuple(launch(*arrays[:first], *there, *arrays[first + 2 :]))
+
+    out, lse = called(*scalars, *operands)
     out = out[:, : p.real_heads].reshape(query.shape)
     return (out, lse[:, : p.real_heads, 0].reshape(query.shape[:-1])), ()

@@ -58,8 +58,8 @@ class Tiles:
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What decides on tiles: the sizes of x[m, k] and the weights [k, n], bytes of a number, how many weights there
-    are, how many arrays [m, n] are read after the products (residual), how many are saved for the backward pass, and
-    whether float32 is multiplied in full."""
+    are, how many arrays [m, n] are read after the products (residual), how many are saved for the backward pass,
+    whether float32 is multiplied in full, and the columns of all tables."""
 
     m: int
     n: int
@@ -69,6 +69,7 @@ class Sizes:
     read: int
     saved: int
     full: bool
+    tables: int = 0
 
     def cut(self, tiles: Tiles) -> "Tiles":
         """The blocks of `tiles`; none is past the end of its axis."""
@@ -120,15 +121,16 @@ def memory(phase: str, tiles: Tiles, sizes: Sizes) -> int:
     x, w, y = _padded(t.m, t.k), _padded(t.k, t.n), _padded(t.m, t.n)
     split = [steps > 1 for steps in sizes.steps(tiles)]
     strip = 2 * count * _padded(t.m, min(t.n, STRIP))
+    tables = 2 * 4 * _padded(t.m, sizes.tables)
     parts = 16 * sizes.full * (x + count * w + (count * y if phase == "backward" else 0))
     if phase == "forward":
         blocks = 2 * size * (x + count * w + (1 + sizes.saved + sizes.read) * y)
-        return SLACK + blocks + parts + 4 * count * (y * split[2] + strip)
+        return SLACK + tables + blocks + parts + 4 * count * (y * split[2] + strip)
     read = 2 * size * (1 + sizes.saved) * y + size * strip
     products = 2 * 4 * count * _padded(max(t.m, min(t.k, 1024)), STRIP)  # before they are added to the sums
     dx = 2 * size * (x + count * w) + 4 * x * split[1]
     dw = 2 * size * (x + count * w) + size * x + 4 * count * w * split[0] + 8 * 4 * count * 3 * round_up(t.n, LANES)
-    return SLACK + read + parts + products + max(dx, dw)
+    return SLACK + tables + read + parts + products + max(dx, dw)
 
 
 def tiles(name: str, phase: str, sizes: Sizes, dtype: Any) -> Tiles:
@@ -232,7 +234,7 @@ def _call(kernel, name, phase, tiles, sizes, semantics, work, **kwargs):
 
 
 # ------------------------------------------------------------------------------------------------ forward
-def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes, cut, precision):
+def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, table_refs, *refs, finish, sizes, cut, precision):
     out_refs, sums = refs[: 1 + sizes.saved], list(refs[1 + sizes.saved :])
     step, steps = pl.program_id(2), pl.cdiv(sizes.k, cut.k)
     ahead, pieces = _ahead(sizes, cut), 1
@@ -251,7 +253,8 @@ def _forward_kernel(x_ref, w_refs, bias_ref, residual_ref, *refs, finish, sizes,
     def complete(row, column, zs):
         bias = None if bias_ref is None else bias_ref[:, column].astype(f32)
         residual = None if residual_ref is None else residual_ref[row, column].astype(f32)
-        for ref, value in zip(out_refs, finish(zs, bias, residual), strict=True):
+        tables = [ref[row] for ref in table_refs]
+        for ref, value in zip(out_refs, finish(zs, bias, residual, *tables), strict=True):
             ref[row, column] = value.astype(ref.dtype)
 
     def keep(row, column, zs):
@@ -326,11 +329,22 @@ def _fetch_rows(x_ref, blocks, arrived, pieces: int):
 
 
 def forward(
-    name: str, x, ws: Sequence, bias, residual, finish: Callable, sizes: Sizes, tiles: Tiles, precision: Any
+    name: str,
+    x,
+    ws: Sequence,
+    bias,
+    residual,
+    finish: Callable,
+    sizes: Sizes,
+    tiles: Tiles,
+    precision: Any,
+    *,
+    tables: Sequence = (),
 ) -> list[jax.Array]:
     """[y, saved …], each [m, n] in the dtype of x[m, k]: what `finish` makes of the products with every w[k, n].
 
-    finish(zs, bias, residual) -> (y, saved …), of float32 tiles, the bias a row and both perhaps None.
+    finish(zs, bias, residual, tables …) -> (y, saved …), of float32 tiles, the bias a row and both perhaps None.
+    tables: see `_tables`.
     """
     cut, steps, outputs = sizes.cut(tiles), sizes.steps(tiles), 1 + sizes.saved
     over_mn = pl.BlockSpec((cut.m, cut.n), lambda i, j, k: (i, j))
@@ -355,11 +369,23 @@ def forward(
             [pl.BlockSpec((cut.k, cut.n), lambda i, j, k: (k, j))] * len(ws),
             None if row is None else pl.BlockSpec((1, cut.n), lambda i, j, k: (0, j)),
             None if residual is None else over_mn,
+            _tables(tables, cut, lambda i, j, k: i),
         ],
         out_specs=[over_mn] * outputs,
         out_shape=[jax.ShapeDtypeStruct((sizes.m, sizes.n), x.dtype)] * outputs,
         scratch_shapes=[*fetched, *[pltpu.VMEM((cut.m, cut.n), f32)] * (len(ws) * (steps[2] > 1))],
-    )(x, list(ws), row, residual)
+    )(x, list(ws), row, residual, list(tables))
+
+
+def _tables(tables: Sequence, cut: Tiles, rows: Callable) -> list[pl.BlockSpec]:
+    """The blocks of float32 tables [r, columns], whose row i goes with the rows i, i + r … of x, r being m or a
+    multiple of a tile; rows(…) is the block of rows of a grid step."""
+
+    def spec(table):
+        blocks = pl.cdiv(len(table), cut.m)
+        return pl.BlockSpec((cut.m, table.shape[1]), lambda *step: (rows(*step) % blocks, 0))
+
+    return [spec(table) for table in tables]
 
 
 # ------------------------------------------------------------------------------------------------ backward
@@ -369,7 +395,7 @@ class _Gradients:
     being multiplied and the next one; without `start` there is nothing to make, and dy itself is what is multiplied.
 
     `axis`, the contracted one, ends at `size`; `block` is the place of the block along it. `sums`: where to add the sum
-    of the rows of d, [8, n] for each weight, if wanted.
+    of the rows of d, [8, n] for each weight, if wanted. `tables`, [m, columns], go to `start` after `saved`.
     """
 
     start: Callable | None
@@ -380,6 +406,7 @@ class _Gradients:
     block: Any
     size: int
     sums: Sequence
+    tables: Sequence
 
     @property
     def width(self) -> int:
@@ -389,7 +416,10 @@ class _Gradients:
     def read(self, rows, columns):
         """d of a part of the block, in float32; zeros past the end of the contracted axis."""
         dy = self.dy[rows, columns].astype(f32)
-        ds = (dy,) if self.start is None else self.start(dy, *(ref[rows, columns].astype(f32) for ref in self.saved))
+        ds: tuple[jax.Array, ...] = (dy,)
+        if self.start is not None:
+            saved, tables = (ref[rows, columns].astype(f32) for ref in self.saved), (ref[rows] for ref in self.tables)
+            ds = self.start(dy, *saved, *tables)
         length = self.dy.shape[self.axis]
         if self.size % length:
             first = _first(columns if self.axis else rows) + self.block * length
@@ -461,11 +491,11 @@ def _accumulate(step, steps: int, sums: Sequence, outs: Sequence, add: Callable)
             _over_rows(ref, lambda rows, ref=ref, out=out: out.__setitem__(rows, ref[rows].astype(out.dtype)))
 
 
-def _dx_kernel(dy_ref, saved_refs, w_refs, dx_ref, total, *buffers, start, sizes, cut, precision):
+def _dx_kernel(dy_ref, saved_refs, w_refs, table_refs, dx_ref, total, *buffers, start, sizes, cut, precision):
     step = pl.program_id(2)
     for w_ref in w_refs:
         _clear(w_ref, 1, step, sizes.n)
-    d = _Gradients(start, dy_ref, saved_refs, buffers, 1, step, sizes.n, ())
+    d = _Gradients(start, dy_ref, saved_refs, buffers, 1, step, sizes.n, (), table_refs)
 
     def product(ds, columns, part):
         total[:, part] += sum(
@@ -475,13 +505,13 @@ def _dx_kernel(dy_ref, saved_refs, w_refs, dx_ref, total, *buffers, start, sizes
     _accumulate(*(step, pl.cdiv(sizes.n, cut.n), [total], [dx_ref]), lambda: d.multiply(cut.k, sizes.weights, product))
 
 
-def _dw_kernel(x_ref, dy_ref, saved_refs, *refs, start, sizes, cut, precision, with_sums):
+def _dw_kernel(x_ref, dy_ref, saved_refs, table_refs, *refs, start, sizes, cut, precision, with_sums):
     step, count, outs = pl.program_id(2), sizes.weights, refs[: sizes.weights]
     scratch: Sequence = refs[count:]
     sums, (transposed, *scratch) = (scratch[:count], scratch[count:]) if with_sums else ((), scratch)
     totals, buffers = scratch[:count], scratch[count:]
     _clear(x_ref, 0, step, sizes.m)
-    d = _Gradients(start, dy_ref, saved_refs, buffers, 0, step, sizes.m, sums)
+    d = _Gradients(start, dy_ref, saved_refs, buffers, 0, step, sizes.m, sums, table_refs)
 
     def add():
         _over_rows(transposed, lambda rows: transposed.__setitem__(rows, x_ref[:, rows].T))
@@ -506,10 +536,11 @@ def backward(
     precision: Any,
     *,
     with_sums: bool = False,
+    tables: Sequence = (),
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
     """(dx, every dw, the sums over the rows of every d in float32, if wanted), from dy and what was saved, all [m, n].
 
-    start(dy, saved …) -> (d_1, …), of float32 tiles; None for dy itself.
+    start(dy, saved …, tables …) -> (d_1, …), of float32 tiles; None for dy itself. tables: see `_tables`.
     """
     cut, steps = sizes.cut(tiles), sizes.steps(tiles)
     count, (m, n, k) = sizes.weights, _axes(cut)
@@ -524,17 +555,23 @@ def backward(
         functools.partial(_dx_kernel, **static),
         f"{name}_backward_x",
         grid=(steps[0], steps[2], steps[1]),
-        in_specs=[over_mn, [over_mn] * len(saved), [pl.BlockSpec((k, n), lambda i, j, s: (j, s))] * count],
+        in_specs=[over_mn, [over_mn] * len(saved), [pl.BlockSpec((k, n), lambda i, j, s: (j, s))] * count]
+        + [_tables(tables, cut, lambda i, j, s: i)],
         out_specs=pl.BlockSpec((m, k), lambda i, j, s: (i, j)),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         scratch_shapes=[pltpu.VMEM((m, k), f32), *buffers],
-    )(dy, list(saved), list(ws))
+    )(dy, list(saved), list(ws), list(tables))
     over_mn = pl.BlockSpec((m, n), lambda i, j, s: (s, j))
     dws = call(
         functools.partial(_dw_kernel, **static, with_sums=with_sums),
         f"{name}_backward_w",
         grid=(steps[2], steps[1], steps[0]),
-        in_specs=[pl.BlockSpec((m, k), lambda i, j, s: (s, i)), over_mn, [over_mn] * len(saved)],
+        in_specs=[
+            pl.BlockSpec((m, k), lambda i, j, s: (s, i)),
+            over_mn,
+            [over_mn] * len(saved),
+            _tables(tables, cut, lambda i, j, s: s),
+        ],
         out_specs=[
             *[pl.BlockSpec((k, n), lambda i, j, s: (i, j))] * count,
             *[pl.BlockSpec((8, n), lambda i, j, s: (i, j))] * (count * with_sums),
@@ -544,5 +581,5 @@ def backward(
             *[jax.ShapeDtypeStruct((8 * steps[2], sizes.n), f32)] * (count * with_sums),
         ],
         scratch_shapes=[pltpu.VMEM((k, m), x.dtype), *[pltpu.VMEM((k, n), f32)] * count, *buffers],
-    )(x, dy, list(saved))
+    )(x, dy, list(saved), list(tables))
     return dx, dws[:count], [total[:8].sum(0) for total in dws[count:]]

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips, tuned
+from pallas_kernels import chips, ragged, tuned
 from pallas_kernels.padding import pad_to, round_up
 from pallas_kernels.tpu import matrix_unit
 from pallas_kernels.tpu.matrix_unit import LANES, NN, NT, TN, dot
@@ -361,23 +361,11 @@ def forward(
     tiles: Tiles | None = None,
 ):
     """((out,), ()) from lhs[t, k], rhs[g, k, n], bounds[g + 1], and [m] of each of the others."""
-    dtype = jnp.dtype(dtype)
-    x = _gathered(lhs, lhs_rows)
-    if out_rows is None and out_weights is None:
-        return (product(x, rhs, bounds, dtype, precision, tiles),), ()
-    y = product(x, rhs, bounds, jnp.dtype(f32), precision, tiles)
-    return (_scattered(y, out_rows, out_weights, out_size).astype(dtype),), ()
 
+    def product_of(x, dtype):
+        return product(x, rhs, bounds, dtype, precision, tiles)
 
-def _gathered(x, indices):
-    return x if indices is None else x.at[indices].get(mode="fill", fill_value=0)
-
-
-def _scattered(y, indices, weights, size):
-    """float32 [size, n]."""
-    if weights is not None:
-        y = y.astype(f32) * weights.astype(f32)[:, None]
-    return y if indices is None else jnp.zeros((size, y.shape[1]), f32).at[indices].add(y, mode="drop")
+    return (ragged.forward(product_of, lhs, lhs_rows, out_rows, out_weights, out_size, dtype),), ()
 
 
 # ------------------------------------------------------------------------------------------------ backward
@@ -484,16 +472,12 @@ def backward(
     tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
     """Gradients of lhs, rhs and out_weights (if present) from the cotangent [out_size, n] of out."""
-    x, dy = _gathered(lhs, lhs_rows), _gathered(cotangents[0], out_rows)
-    plain = lhs_rows is None and out_weights is None
-    # A gradient that is still to be weighted and added up stays float32.
-    dx = product(
-        dy.astype(rhs.dtype), rhs, bounds, jnp.dtype(lhs.dtype if plain else f32), precision, None, transposed=True
-    )
-    gradients = {}
-    if out_weights is not None:
-        gradients["out_weights"] = jnp.sum(dx * x.astype(f32), axis=1).astype(out_weights.dtype)
-        dy = dy.astype(f32) * out_weights.astype(f32)[:, None]
-    gradients["lhs"] = _scattered(dx, lhs_rows, out_weights, lhs.shape[0]).astype(lhs.dtype)
-    gradients["rhs"] = sums(x, dy.astype(x.dtype), bounds, jnp.dtype(rhs.dtype), precision, tiles)
-    return gradients
+    del outputs, residuals
+
+    def product_of(dy, dtype):
+        return product(dy, rhs, bounds, dtype, precision, None, transposed=True)
+
+    def sums_of(x, dy):
+        return sums(x, dy, bounds, jnp.dtype(rhs.dtype), precision, tiles)
+
+    return ragged.backward(product_of, sums_of, lhs, lhs_rows, out_rows, out_weights, cotangents[0])

@@ -9,36 +9,44 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import row_norm
-from pallas_kernels.tpu.row_norm import Tiles
+from pallas_kernels.tpu.row_norm import Load, Tiles
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
 
 
-def unsupported(x, scale, *, eps: float, scale_offset: float) -> str | None:
+def unsupported(x, scale, *, eps: float, scale_offset: float, dtype: str | None = None) -> str | None:
     """Why the kernels cannot take these operands (arrays or ShapeDtypeStructs), or None."""
-    return row_norm.unsupported(x, parameters=1)
+    return row_norm.unsupported(Load.of("backward", x, parameters=1, dtype=dtype), dtype, x=x)
 
 
-def tiles(phase: str, x, scale, *, eps: float, scale_offset: float) -> Tiles:
+def tiles(phase: str, x, scale, *, eps: float, scale_offset: float, dtype: str | None = None) -> Tiles:
     """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
-    return row_norm.tiles("rms_norm", phase, x, parameters=1)
+    return row_norm.tiles("rms_norm", phase, Load.of(phase, x, parameters=1, dtype=dtype))
 
 
-def candidates(phase: str, x, scale, *, eps: float, scale_offset: float) -> Iterator[Tiles]:
+def candidates(phase: str, x, scale, *, eps: float, scale_offset: float, dtype: str | None = None) -> Iterator[Tiles]:
     """Tiles worth trying that the operands and the chip's VMEM allow: the default first, then blocks of 128."""
-    return row_norm.candidates(phase, x, parameters=1)
+    return row_norm.candidates(Load.of(phase, x, parameters=1, dtype=dtype))
 
 
-def memory(phase: str, tiles: Tiles, x, scale, *, eps: float, scale_offset: float) -> int:
+def memory(phase: str, tiles: Tiles, x, scale, *, eps: float, scale_offset: float, dtype: str | None = None) -> int:
     """Bytes of VMEM that the kernel of `phase` is estimated to take."""
-    return row_norm.memory(phase, tiles, x, parameters=1)
+    return row_norm.memory(tiles, Load.of(phase, x, parameters=1, dtype=dtype))
 
 
-def forward(x: jax.Array, scale: jax.Array, *, eps: float, scale_offset: float, tiles: Tiles | None = None):
-    """((y[..., features] in x's dtype,), ())."""
+def forward(
+    x: jax.Array,
+    scale: jax.Array,
+    *,
+    eps: float,
+    scale_offset: float,
+    dtype: str | None = None,
+    tiles: Tiles | None = None,
+):
+    """((y[..., features],), ()), or ((values, scales), ())."""
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("rms_norm", "forward", x, parameters=1)
-    return row_norm.forward(x, w, eps=eps, tiles=t, name="rms_norm"), ()
+    t = tiles or row_norm.tiles("rms_norm", "forward", Load.of("forward", x, parameters=1, dtype=dtype))
+    return row_norm.forward(x, w, eps=eps, tiles=t, dtype=dtype, name="rms_norm"), ()
 
 
 def backward(
@@ -50,10 +58,11 @@ def backward(
     cotangents,
     eps: float,
     scale_offset: float,
+    dtype: str | None = None,
     tiles: Tiles | None = None,
 ) -> dict[str, jax.Array]:
     """Gradients of x and scale from the cotangent of y."""
     w = scale.astype(jnp.float32) + scale_offset
-    t = tiles or row_norm.tiles("rms_norm", "backward", x, parameters=1)
+    t = tiles or row_norm.tiles("rms_norm", "backward", Load.of("backward", x, parameters=1, dtype=dtype))
     dx, dw = row_norm.backward(x, w, cotangents[0], eps=eps, center=False, tiles=t, name="rms_norm_backward")
     return {"x": dx, "scale": dw.astype(scale.dtype)}

@@ -1,7 +1,7 @@
 """Tiles that were tuned for a chip, looked up while a kernel is lowered: a few dictionary reads, never a compile.
 
 A kernel module says what it is about to run (its name and phase, the shape, the dtype) and gets the tiles that were
-found best for the nearest shape, from the first of these that has some:
+found best for the nearest shape, or that its default was, from the first of these that knows:
 
     forced(…)                                   what the tuner is just trying
     $XDG_CACHE_HOME/jaxops/tuned/<chip>.json    what this user tuned (~/.cache without XDG_CACHE_HOME)
@@ -71,7 +71,7 @@ _asked: contextvars.ContextVar[list[Question] | None] = contextvars.ContextVar("
 
 
 def lookup(kernel: str, chip: Chip, shape: Shape, dtype: str) -> dict[str, int] | None:
-    """The tuned tiles, by field, of the nearest shape class; None if none is near.
+    """The tuned tiles, by field, of the nearest shape class; no fields: the default was best; None: none is near.
 
     kernel: name and phase, "tpu.rms_norm.forward". shape: what the best tiles depend on; a property that has to be the
     same is a string ("kind": "causal"), a size an int. dtype: as "bfloat16".
@@ -95,6 +95,8 @@ def choose[T](
     they were tuned for. Forced tiles are not adapted, and raise `ValueError` if they are not allowed.
     """
     for fields, source in _answers(kernel, chip, shape, dtype):
+        if not fields:
+            return default
         try:
             tiles = make(**fields)
         except TypeError as error:
@@ -283,7 +285,7 @@ def _malformed(one: Any) -> str | None:
     try:
         named = all(isinstance(one[name], str) for name in ("kernel", "dtype", "jax"))
         sizes = all(isinstance(v, str) or (_count(v) and v > 0) for v in one["shape"].values())
-        tiles = one["tiles"] and all(_count(v) for v in one["tiles"].values())
+        tiles = all(_count(v) for v in one["tiles"].values())
         known = isinstance(one["compiler"], str | None)
     except (KeyError, TypeError, AttributeError) as error:
         return f"not an entry ({type(error).__name__}: {error})"

@@ -20,9 +20,11 @@ LAYERS = ("pallas_kernels", "jaxops", "sharding", "examples")  # each may import
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 WITHOUT_BACKWARD = (  # XLA's serves
     pallas_kernels.tpu.decode_attention,
+    pallas_kernels.tpu.quantized_matmul,
     pallas_kernels.gpu.decode_attention,
     pallas_kernels.gpu.gated_linear_unit,
     pallas_kernels.gpu.matmul,
+    pallas_kernels.gpu.rope_projection,
 )
 LIBRARY = [path for path in SOURCES if path.relative_to(ROOT).parts[0] != "examples"]
 
@@ -108,7 +110,8 @@ def test_every_kernel_module_keeps_the_same_names(platform):
 
 def test_the_kernels_of_both_platforms_take_the_same_operands():
     norms = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
-    for name in (*norms, "attention", "decode_attention", "matmul", "gated_linear_unit"):
+    products = ("matmul", "gated_linear_unit", "ragged_dot", "linear_cross_entropy", "rope_projection")
+    for name in (*norms, *products, "softmax", "attention", "decode_attention", "rope"):
         tpu, gpu = getattr(pallas_kernels.tpu, name), getattr(pallas_kernels.gpu, name)
         for function in ("unsupported", "forward", *(("backward",) if gpu not in WITHOUT_BACKWARD else ())):
             operands = set(inspect.signature(getattr(tpu, function)).parameters)

@@ -201,7 +201,7 @@ def compare(operands, dout, options, got):
         no_worse(name, mine, yardstick, exact, operands["query"].dtype)
 
 
-IN_EVERY_RUN = ("all", "a100")
+IN_EVERY_RUN = ("a100",)
 
 
 @pytest.mark.timeout(300)  # a lost arrival is a deadlock
@@ -237,7 +237,8 @@ FAULTS = {  # what is left out of the forward kernel, and what the interpreter s
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("chip", FAULTS)
 def test_a_planted_fault_is_found(chip, monkeypatch):
-    operands, _, options = build(case(70, 70, heads=(1, 1)))
+    # Several tiles and heads: of one alone, the threads of an interpreted B200 may happen to come in the right order.
+    operands, _, options = build(case(70, 300, heads=(2, 2)))
     name, report = FAULTS[chip]
     with chips.target(chips.named(chip)), interpreter():
         monkeypatch.setattr(plgpu, name, lambda *_: None)
@@ -262,6 +263,12 @@ REFUSED = {
     "scale": ("h100", shapes(), {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
     "cap": ("h100", shapes(), {"logits_soft_cap": -1.0}, "logits_soft_cap must be positive, got -1.0"),
     "bias": ("h100", shapes(), {"bias": jax.ShapeDtypeStruct((1, 1, 1, 1000), "float64")}, "float32, got float64"),
+    "shared bias": (
+        "h100",
+        shapes(),
+        {"bias": jax.ShapeDtypeStruct((1, 2, 64, 1), "bfloat16"), "score_mod": lambda x, *_: x},
+        "a bias that all keys share, (1, 2, 64, 1), beside a score_mod has its gradient in XLA only",
+    ),
     "grid": ("h100", shapes(queries=64 * 65536), {}, "limited to 65535 batches"),
 }
 

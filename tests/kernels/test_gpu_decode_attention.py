@@ -27,7 +27,7 @@ CASES = {
 }  # fmt: skip
 
 
-IN_EVERY_RUN = ("splits, an empty sequence", "quantised", "quantised pages")
+IN_EVERY_RUN = ("splits, an empty sequence", "quantised pages")
 
 
 @pytest.mark.timeout(300)  # a lost arrival is a deadlock

@@ -84,7 +84,7 @@ def _oracle(operands, dy, *dtotal, scale_offset):
     return results
 
 
-def _plain(operands, cotangents, scale_offset):
+def _plain(operands, cotangents, scale_offset, dtype=None):
     """The same as XLA composes it from the formula in the operands' dtypes, statistics in float32."""
 
     def norm(operands):
@@ -93,7 +93,7 @@ def _plain(operands, cotangents, scale_offset):
         if "bias" in operands:
             x = x - x.mean(-1, keepdims=True)
         y = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS) * (operands["scale"] + scale_offset)
-        return ((y + operands.get("bias", 0)).astype(total.dtype), total)[: len(cotangents)]
+        return ((y + operands.get("bias", 0)).astype(dtype or total.dtype), total)[: len(cotangents)]
 
     outputs, pull = jax.vjp(norm, operands)
     return dict(zip(("y", "total"), outputs, strict=False)) | pull(cotangents)[0]
@@ -105,8 +105,8 @@ def _both(kernel, operands, cotangents, options):
     return dict(zip(("y", "total"), outputs, strict=False)) | gradients
 
 
-def _fused(kernel, operands, cotangents, scale_offset, tiles):
-    options = {"eps": EPS, "scale_offset": scale_offset, "tiles": tiles}
+def _fused(kernel, operands, cotangents, scale_offset, tiles, dtype=None):
+    options = {"eps": EPS, "scale_offset": scale_offset, "tiles": tiles, "dtype": dtype}
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         run = jax.jit(lambda operands, cotangents: _both(kernel, operands, cotangents, options))
         return jax.block_until_ready(run(operands, cotangents))
@@ -116,16 +116,16 @@ def _error(got, want):
     return np.abs(np.asarray(got, np.float64) - want).max()
 
 
-def _compared(name, operands, cotangents, scale_offset, tiles):
+def _compared(name, operands, cotangents, scale_offset, tiles, dtype=None):
     kernel = (KERNELS | ADDING)[name]
     assert kernel.unsupported(**operands, eps=EPS, scale_offset=scale_offset) is None
-    got = _fused(kernel, operands, cotangents, scale_offset, tiles)
-    plain = _plain(operands, cotangents, scale_offset)
+    got = _fused(kernel, operands, cotangents, scale_offset, tiles, dtype)
+    plain = _plain(operands, cotangents, scale_offset, dtype)
     want = _oracle(operands, *cotangents, scale_offset=scale_offset)
     assert got.keys() == want.keys()
     for key, value in want.items():
         # A kernel gives the gradient of either operand of a sum in the dtype of the sum.
-        like = operands[key] if key in ("scale", "bias") else cotangents[0]
+        like = operands[key] if key in ("scale", "bias") or (dtype and key == "x") else cotangents[0]
         assert (got[key].shape, got[key].dtype) == (like.shape, like.dtype), key
         # Both may round once to the result's dtype; the floor is a few float32 roundings of the largest entry.
         assert _error(got[key], value) <= 2 * _error(plain[key], value) + 2e-6 * np.abs(value).max(), key
@@ -149,6 +149,37 @@ def test_addition_interpreted(name, case):
     operands, cotangents = _operands(name, lead, features, dtype, parameter_dtype, residual_dtype)
     got, plain = _compared(name, operands, cotangents, scale_offset, tiles)
     assert np.array_equal(got["total"], plain["total"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_y_in_a_dtype_of_its_own():
+    operands, (dy,) = _operands("rms_norm", (5,), 129, "bfloat16", "float32")
+    _compared("rms_norm", operands, (dy.astype(jnp.float32) * 1.001,), 0.0, FEW, "float32")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "name, features, dtype, tiles",
+    [
+        ("rms_norm", 129, "bfloat16", FEW),
+        pytest.param("add_layer_norm", 1000, "float32", TEAM, marks=pytest.mark.slow),
+        pytest.param("layer_norm", 40, "float16", None, marks=pytest.mark.slow),
+    ],
+)
+def test_in_int8(name, features, dtype, tiles):
+    operands, _ = _operands(name, (5,), features, dtype, "float32", dtype if name in ADDING else None)
+    kernel, static = (KERNELS | ADDING)[name], {"eps": EPS, "scale_offset": 0.0, "dtype": "int8"}
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        run = jax.jit(lambda operands: kernel.forward(**operands, **static, tiles=tiles)[0])
+        *total, values, scales = jax.block_until_ready(run(operands))
+    own = {"x": total[0] if total else operands["x"], **{n: operands[n] for n in ("scale", "bias") if n in operands}}
+    y = _oracle(own, np.zeros((5, features)), scale_offset=0.0)["y"]
+    values, scales = np.asarray(values), np.asarray(scales, np.float64)
+    assert values.dtype == jnp.int8 and scales.shape == (5, 1)
+    assert np.allclose(scales, np.abs(y).max(-1, keepdims=True) / 127, rtol=1e-5)
+    # Half a step, and what float32 costs of 127 of them.
+    assert (np.abs(values * scales - y) <= (0.5 + 1e-3) * scales).all()
 
 
 @pytest.mark.timeout(60)

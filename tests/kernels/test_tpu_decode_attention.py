@@ -21,6 +21,12 @@ CASES = {
     "quantised": case(keys=256, lengths=(200, 131), quantised=True, tiles=Tiles(64, 1)),
     "pages, mixed": case(**MIXED, page=16, left_over=3, sinks=True, tiles=Tiles(32, 8)),
     "parts of pages, window": case(**MIXED, page=48, heads=(4, 4), window=30, tiles=Tiles(32, 4)),
+    "head size 64, tokens, window, sinks": case(
+        heads=(6, 2), dim=64, tokens=3, keys=256, lengths=(256, 131), window=70, sinks=True, tiles=Tiles(128, 2)
+    ),
+    "head size 96, float32": case(dim=96, keys=384, lengths=(380, 2), dtype="float32", tiles=Tiles(256, 1)),
+    "head size 64, quantised": case(dim=64, keys=256, lengths=(200, 131), quantised=True, tiles=Tiles(128, 1)),
+    "head size 80, pages": case(**MIXED | {"lengths": (300, 21, 9, 70)}, page=128, dim=80, tiles=Tiles(256, 8)),
     "quantised pages": case(counts=[1, 1], lengths=(200, 70), page=64, quantised=True, tiles=Tiles(128, 1)),
 }
 
@@ -31,7 +37,16 @@ def run(operands, options, tiles, chip="v5e"):
         return jax.block_until_ready(decode_attention.forward(**operands, **options, tiles=tiles)[0])
 
 
-@pytest.mark.parametrize("name", CASES)
+IN_EVERY_RUN = (
+    "blocks, an empty sequence between",
+    "quantised",
+    "head size 64, tokens, window, sinks",
+    "head size 80, pages",
+    "pages, mixed",
+)
+
+
+@pytest.mark.parametrize("name", [n if n in IN_EVERY_RUN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_interpreted(name):
     operands, options = build(CASES[name])
     assert decode_attention.unsupported(**operands, **options) is None
@@ -85,7 +100,11 @@ def shapes(heads=(32, 8), dim=128, keys=8192, dtype="bfloat16", cache=None):
 
 REFUSED = {
     "float16": (shapes(dtype="float16"), "query must be bfloat16 or float32, got float16"),
-    "head size": (shapes(dim=64), "the head size must be a multiple of 128, at most 512, got 64"),
+    "head size": (shapes(dim=72), "the head size must be a multiple of 16 for bfloat16, at most 512, got 72"),
+    "head size and cache": (
+        shapes(dim=64, keys=1000),
+        "the cache's length must be a multiple of 128 for a head size of 64, got 1000",
+    ),
     "odd cache": (shapes(heads=(4, 1), keys=1001), "must be a multiple of 16 for bfloat16, got 1001 · 1"),
     "odd quantised cache": (shapes(heads=(4, 1), keys=1000, cache="int8"), "must be a multiple of 128 for int8"),
     "heads": (shapes(heads=(512, 8)), "at most 256 query heads, got 512"),

@@ -47,22 +47,22 @@ def adding_oracle(x, residual, scale, bias, dy, dtotal, offset):
     return out | {"total": (total, 1 + np.abs(total)), "x": dx, "residual": dx}
 
 
-def unfused(operands, cotangents, offset):
+def unfused(operands, cotangents, offset, dtype=None):
     """XLA's own forward and gradients: float32 arithmetic, results in the operands' dtypes."""
 
     def f(operands):
         x = operands["x"]
         if "residual" in operands:
             x = x + operands["residual"]
-        y = compose(x, operands["scale"], operands.get("bias"), offset, jnp, jnp.float32).astype(x.dtype)
+        y = compose(x, operands["scale"], operands.get("bias"), offset, jnp, jnp.float32).astype(dtype or x.dtype)
         return (y, x)[: len(cotangents)]
 
     outputs, pull = jax.vjp(f, operands)
     return dict(zip(("y", "total"), outputs, strict=False)) | pull(cotangents)[0]
 
 
-def fused(name, operands, cotangents, offset, tiles):
-    kernel, static = (KERNELS | ADDING)[name], {"eps": EPS, "scale_offset": offset}
+def fused(name, operands, cotangents, offset, tiles, dtype=None):
+    kernel, static = (KERNELS | ADDING)[name], {"eps": EPS, "scale_offset": offset, "dtype": dtype}
     assert kernel.unsupported(**operands, **static) is None
     outputs, residuals = kernel.forward(**operands, **static, tiles=tiles)
     grads = kernel.backward(
@@ -113,9 +113,9 @@ def check(got, want, plain, dtypes):
         assert error <= 2 * peer + atol, f"{name}: error {error:.3g}, unfused {peer:.3g}"
 
 
-def interpreted(name, operands, cotangents, offset, tiles):
+def interpreted(name, operands, cotangents, offset, tiles, dtype=None):
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
-        got = jax.jit(fused, static_argnums=(0, 3, 4))(name, operands, cotangents, offset, tiles)
+        got = jax.jit(fused, static_argnums=(0, 3, 4, 5))(name, operands, cotangents, offset, tiles, dtype)
         return jax.tree.map(np.asarray, got)
 
 
@@ -147,6 +147,45 @@ def test_addition_against_float64(shape, dtype, residual_dtype, parameter_dtype,
     assert np.array_equal(got["total"], plain["total"])
 
 
+@pytest.mark.slow
+def test_y_in_a_dtype_of_its_own():
+    x, scale, _, dy = data((40, 129), bf16, f32)
+    operands, cotangents = {"x": x, "scale": scale}, (dy.astype(f32) * 1.001,)
+    got = interpreted("rms_norm", operands, cotangents, 0.0, None, "float32")
+    dtypes = {"x": bf16, "scale": f32, "y": f32}
+    check(got, oracle(x, scale, None, *cotangents, 0.0), unfused(operands, cotangents, 0.0, f32), dtypes)
+
+
+@pytest.mark.parametrize(
+    "name, shape, dtype, tiles",
+    [
+        ("rms_norm", (37, 129), bf16, None),
+        pytest.param(
+            "add_layer_norm", (70, 300), f32, Tiles(32, 32, 128), marks=pytest.mark.slow
+        ),  # three blocks, the last partial
+        pytest.param("layer_norm", (300, 200), bf16, Tiles(128, 64, 128), marks=pytest.mark.slow),
+        pytest.param("add_rms_norm", (2, 100, 257), bf16, Tiles(192, 96, 256), marks=pytest.mark.slow),
+    ],
+)
+def test_in_int8(name, shape, dtype, tiles):
+    x, scale, bias, residual = data(shape, dtype, f32)
+    operands = {"x": x.at[..., 1, :].set(0), "scale": scale}
+    operands |= {"residual": residual.at[..., 1, :].set(0)} if name in ADDING else {}
+    operands |= {"bias": bias} if "layer" in name else {}
+    kernel, static = (KERNELS | ADDING)[name], {"eps": EPS, "scale_offset": 0.0, "dtype": "int8"}
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
+        found = jax.jit(lambda operands: kernel.forward(**operands, **static, tiles=tiles)[0])(operands)
+        *total, values, scales = jax.tree.map(np.asarray, found)
+    rows = [np.asarray(a, np.float64) for a in (*(total or [x.at[..., 1, :].set(0)]), scale, bias)]
+    y = compose(*(rows if "layer" in name else [*rows[:2], None]), 0.0, np, np.float64)
+    largest = np.abs(y).max(-1, keepdims=True)
+    assert values.dtype == jnp.int8 and scales.dtype == f32 and scales.shape == (*shape[:-1], 1)
+    assert np.allclose(scales, np.where(largest > 0, largest / 127, 1), rtol=1e-5)
+    # Half a step, and what float32 costs of 127 of them.
+    assert (np.abs(values * scales.astype(np.float64) - y) <= (0.5 + 1e-3) * scales).all()
+    assert name.endswith("layer_norm") or not values[..., 1, :].any()
+
+
 def test_a_sum_without_a_cotangent():
     x, scale, _, dy = data((40, 129), f32, f32)
     operands = {"x": x, "residual": data((40, 129), f32, f32, seed=1)[0], "scale": scale}
@@ -166,4 +205,5 @@ def test_refusals(chip, most):
     half = jax.ShapeDtypeStruct((8, 8), jnp.float16)
     assert "float32 or bfloat16" in rms_norm.unsupported(half, vector, eps=EPS, scale_offset=0.0)
     x = jax.ShapeDtypeStruct((8, 8), f32)
+    assert "dtype must be" in rms_norm.unsupported(x, vector, eps=EPS, scale_offset=0.0, dtype="float16")
     assert "residual must be" in add_rms_norm.unsupported(x, half, vector, eps=EPS, scale_offset=0.0)

@@ -181,12 +181,17 @@ CASES = {  # mesh, its kind, options
     "2, data 8": (dict(data=8), AUTO, dict(zero=2)),
     "3, data 8": (dict(data=8), AUTO, dict(zero=3, micro_batches=2)),
     "3, data 4 tensor 2": (dict(data=4, tensor=2), AUTO, dict(zero=3)),
+    "3, a ring of fsdp 4, tensor 2": (
+        dict(fsdp=4, tensor=2),
+        AUTO,
+        dict(zero=3, axis="fsdp", layer=True, micro_batches=2, implementation="ring"),
+    ),
 }
 FURTHER = tuple(CASES)[3:]
 
 
-def textbook(training, axis, zero, micro_batches, layer):
-    """{(kind, axes): bytes of the arrays}, of a step."""
+def textbook(training, axis, zero, micro_batches, layer, ring=False):
+    """{(kind, axes): bytes of the arrays}, of a step. ring: along one axis, with zero 3."""
     mesh, total = training.mesh, dict(shards=0, bucket=0, layers=0)
     for (path, leaf), spec in zip(
         jax.tree.leaves_with_path(parameters()), jax.tree.leaves(training.specs, is_leaf=is_spec), strict=True
@@ -202,6 +207,9 @@ def textbook(training, axis, zero, micro_batches, layer):
     scattered = times * (total["shards"] + bucket)
     again = total["layers"] if layer else 0  # by the backward
     gathered = bucket + (total["shards"] if zero < 3 else times * (total["shards"] + again))
+    if ring:  # each device sends all parts of an array but one
+        sent = (scattered - times * bucket + gathered - bucket) * (1 - 1 / mesh.shape[axis])
+        return {("collective-permute", names): sent, ("reduce-scatter", names): times * bucket}
     return {("reduce-scatter", names): scattered, ("all-gather", names): gathered}
 
 
@@ -217,7 +225,8 @@ def test_twenty_steps_are_those_of_one_device(case):
     zero, axis = options["zero"], options.get("axis", "data")
     if options.get("by_hand", True) and "over" not in options:
         found = sent(training.program, dict(training.mesh.shape))
-        asked = textbook(training, axis, zero, options.get("micro_batches", 1), options.get("layer"))
+        ring = options.get("implementation") == "ring"
+        asked = textbook(training, axis, zero, options.get("micro_batches", 1), options.get("layer"), ring)
         for key, count in asked.items():
             assert math.isclose(found[key], count, rel_tol=0.05), (key, found, asked)
     if zero:

@@ -1,0 +1,128 @@
+"""quantized_matmul: public function and XLA rules."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxops import dispatch
+from jaxops.autodiff import Operator, Rules
+from jaxops.ops import checks
+from jaxops.reference.quantized_matmul import quantized_matmul as reference
+from pallas_kernels import tpu
+
+_NAME = "quantized_matmul"
+INTEGERS = (jnp.dtype(jnp.int8), jnp.dtype(jnp.int4))
+FLOATS = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
+
+
+def _forward(*operands, **static):
+    return reference(*operands, **static), ()
+
+
+def _operator(*differentiable: str) -> Operator:
+    """The operator whose integers have no gradient; the others have the reference's."""
+
+    def cost(x, w, **_):
+        product = 2 * math.prod(x.shape) * w.shape[1]
+        return product, 2 * product
+
+    return Operator(
+        name=_NAME,
+        differentiable=differentiable,
+        reference=reference,
+        xla=Rules(_forward, None),
+        tpu=tpu.quantized_matmul,
+        gpu="no Mosaic GPU kernel for quantized_matmul yet",
+        partition=None,
+        cost=cost,
+    )
+
+
+_OPERATOR = _operator("x", "scales", "zeros", "bias")
+_BOTH = _operator("scales", "zeros", "x_scales", "bias")
+
+
+def quantized_matmul(
+    x: ArrayLike,
+    w: ArrayLike,
+    scales: ArrayLike,
+    *,
+    zeros: ArrayLike | None = None,
+    x_scales: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    dtype: Any = None,
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:
+    """y = (x_scales · x) · (scales · (w - zeros)) + bias, of quantised weights, and of quantised x if `x_scales` are
+    there.
+
+    What `jaxops.quantize(w, axis=0)` and `jaxops.quantize(x)` return is what this takes. The weights are read as they
+    are stored, once; no wider copy of them is in memory where a kernel serves.
+
+    Args:
+      x: floating [..., k] (float32, bfloat16 or float16); or int8 [..., k] with `x_scales`.
+      w: int8, int4, float8_e4m3fn or float8_e5m2 [k, n].
+      scales: floating [g, n]: one for each column of each of g groups of k / g consecutive rows of w; g = 1 is one for
+        each column.
+      zeros: floating or integer [g, n], the values of w that stand for 0; None: 0. Not for float8.
+      x_scales: floating [..., 1], one for each row of x.
+      bias: floating [n] or None.
+      dtype: of y; None: the dtype of x, or for quantised x that of x_scales.
+      implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
+
+    Returns:
+      y[..., n]. Products of integers are exact, others are summed in float32; y is rounded once, at the end. In XLA,
+      weights with zeros or of several groups are rounded to the dtype of x before the product.
+
+    Raises:
+      TypeError: a dtype is none of those above.
+      ValueError: shapes do not fit, g does not divide k, x_scales are missing or superfluous, or `implementation` is
+        unknown or, alone, cannot run.
+
+    Gradients of floating x, scales, zeros, x_scales and bias are computed in XLA; w has none.
+
+    Sources: Jacob et al., arXiv:1712.05877 (integer products, zero points); Frantar et al., GPTQ, arXiv:2210.17323
+    (groups of rows).
+    """
+    x, w = checks.array(_NAME, "x", x), checks.array(_NAME, "w", w)
+    if w.dtype not in INTEGERS + FLOATS:
+        allowed = ", ".join(dtype.name for dtype in INTEGERS + FLOATS)
+        raise TypeError(f"{_NAME}: w must be of one of {allowed}, got {w.dtype}")
+    quantised = x.dtype == jnp.int8
+    if not quantised and x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise TypeError(f"{_NAME}: x must be float32, bfloat16, float16, or int8 with x_scales, got {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError(f"{_NAME}: x must have at least one axis, got a scalar")
+    if w.ndim != 2 or w.shape[0] != x.shape[-1]:
+        hint = "; is it transposed?" if w.ndim == 2 and w.shape[1] == x.shape[-1] else ""
+        raise ValueError(f"{_NAME}: w must have shape ({x.shape[-1]}, n) for x {x.shape}, got {w.shape}{hint}")
+    if quantised != (x_scales is not None):
+        wanted = "must be given for an int8 x" if quantised else f"are for an int8 x, not {x.dtype}"
+        raise ValueError(f"{_NAME}: x_scales {wanted}, got {'None' if quantised else 'an array'}")
+    scales = checks.floating(_NAME, "scales", scales)
+    k, n = w.shape
+    if scales.ndim != 2 or scales.shape[1] != n or not scales.shape[0] or k % scales.shape[0]:
+        raise ValueError(f"{_NAME}: scales must have shape (g, {n}) with g dividing {k}, got {scales.shape}")
+    if zeros is not None:
+        zeros = checks.array(_NAME, "zeros", zeros)
+        if zeros.shape != scales.shape:
+            raise ValueError(f"{_NAME}: zeros must have the shape of scales, {scales.shape}, got {zeros.shape}")
+        if w.dtype in FLOATS:
+            raise ValueError(f"{_NAME}: zeros are for integer w, not {w.dtype}, got an array")
+        if jnp.issubdtype(zeros.dtype, jnp.integer):
+            zeros = zeros.astype(scales.dtype if scales.dtype != jnp.float16 else jnp.float32)
+        zeros = checks.floating(_NAME, "zeros", zeros)
+    if x_scales is not None:
+        x_scales = checks.floating(_NAME, "x_scales", x_scales, shape=(*x.shape[:-1], 1), of="one for each row of x")
+    if bias is not None:
+        bias = checks.floating(_NAME, "bias", bias, shape=(n,), of="the last axis of w")
+    if dtype is None:
+        dtype = x.dtype if x_scales is None else x_scales.dtype
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{_NAME}: dtype must be floating, got {dtype}")
+    operands = dict(x=x, w=w, scales=scales, zeros=zeros, x_scales=x_scales, bias=bias)
+    return (_BOTH if quantised else _OPERATOR)(operands, implementation=implementation, dtype=dtype.name)[0]

@@ -1,0 +1,324 @@
+"""A whole model in few bits: observers, rounding for outputs, rules, reports, and training that knows of it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxops.nn
+from jaxops.calibration import BINS, OBSERVERS, Statistics, balance, round_for_outputs
+from jaxops.nn import Scheme
+
+
+def gathered(*batches, **options):
+    statistics = Statistics.of(batches[0].shape[-1], **options)
+    for batch in batches:
+        statistics.add(batch)
+    return statistics
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+class Model(nnx.Module):
+    """Every layer that can be quantised: a table, attention's general layers, a gated MLP's and a plain one, twice."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(50, 32, rngs=rngs)
+        self.blocks = nnx.List([jaxops.nn.TransformerBlock(4, 32, 64, num_kv_heads=2, rngs=rngs) for _ in range(2)])
+        self.head = nnx.Linear(32, 7, rngs=rngs)
+        self.same = self.head
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(1).integers(0, 50, (3, 4, 12))
+
+
+@pytest.fixture(scope="module")
+def calibration(model, tokens):
+    return jaxops.nn.calibrate(model, tokens, hessian=True)
+
+
+def error(got, want):
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+# ---- observers -------------------------------------------------------------------------------------------------------
+
+
+def test_the_simple_observers_are_their_definitions():
+    first, second = normal(40, 16), 3 * normal(30, 16, seed=1)
+    statistics = gathered(first, second)
+    sizes = np.abs(np.concatenate([first, second]))
+    assert statistics.rows == 70 and (statistics.channels == sizes.max(0)).all()
+    assert statistics.threshold("min_max", 127) == sizes.max()
+    moving = 0.9 * float(np.abs(first).max()) + 0.1 * float(np.abs(second).max())
+    assert statistics.threshold("moving_average", 127) == pytest.approx(moving)
+    width = statistics.top / BINS
+    assert abs(statistics.threshold("percentile", 127) - np.quantile(sizes, 0.9999, method="inverted_cdf")) <= width
+
+
+def test_a_histogram_that_grows_keeps_every_number():
+    batches = [normal(20, 8) * scale for scale in (0.01, 1.0, 30.0, 0.1)]
+    statistics = gathered(*batches)
+    assert statistics.counts.sum() == 4 * 20 * 8
+    whole = np.histogram(np.abs(np.stack(batches)), BINS, (0, statistics.top))[0]
+    # a number at the edge of a bin may be counted beside it
+    assert np.abs(np.cumsum(statistics.counts) - np.cumsum(whole)).max() <= 3
+
+
+def test_clipping_observers_cut_an_outlier_and_keep_a_normal_range():
+    x = normal(4000, 8)
+    plain = gathered(x)
+    x[0, 0] = 60.0
+    outlier = gathered(x)
+    for observer in ("percentile", "entropy", "mean_squared_error"):
+        assert observer == "mean_squared_error" or outlier.threshold(observer, 127) < 30, observer
+        assert 2.5 < plain.threshold(observer, 127) <= plain.top, observer
+    quantised = lambda t: np.clip(np.round(x / (t / 127)), -127, 127) * (t / 127)
+    loss = lambda t: np.square(quantised(t) - x).sum()
+    best = outlier.threshold("mean_squared_error", 127)
+    assert loss(best) <= min(loss(t) for t in (10, 30, 45, 60)) * 1.05
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_observers_of_nothing_but_zeros(observer):
+    assert gathered(np.zeros((5, 3), np.float32)).threshold(observer, 127) == 0
+
+
+def test_statistics_of_divided_rows():
+    x, factors = normal(50, 6), np.array([1, 2, 4, 0.5, 1, 8], np.float32)
+    divided, direct = gathered(x, hessian=True).divided(factors), gathered(x / factors, hessian=True)
+    assert np.allclose(divided.channels, direct.channels) and np.allclose(divided.hessian, direct.hessian)
+    assert divided.rows == 50 and (divided.counts == direct.counts).all()
+
+
+# ---- rounding --------------------------------------------------------------------------------------------------------
+
+
+MORE = (("int4", None, True), ("int8", 96, True))
+ROUNDED = [("int4", 32, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+
+
+@pytest.mark.parametrize(("dtype", "group", "symmetric"), ROUNDED)
+def test_rounding_for_outputs_errs_less_than_nearest(dtype, group, symmetric):
+    k, n = 192, 20
+    kernel, x = normal(k, n), normal(500, k, seed=1) @ normal(k, k, seed=2) / k**0.5
+    hessian = x.T.astype(np.float64) @ x
+    best = round_for_outputs(kernel, hessian, dtype, group_size=group, symmetric=symmetric)
+    near = jaxops.quantize(kernel, dtype, axis=0, group_size=group, symmetric=symmetric)
+    assert best.values.dtype == near.values.dtype and best.scales.shape == near.scales.shape
+    outputs = lambda q: x @ np.asarray(jaxops.dequantize(q))
+    assert np.linalg.norm(outputs(best) - x @ kernel) < 0.8 * np.linalg.norm(outputs(near) - x @ kernel)
+
+
+def test_rounding_with_uncorrelated_inputs_is_the_nearest():
+    kernel = normal(64, 5)
+    best = round_for_outputs(kernel, np.eye(64), "int8")
+    near = jaxops.quantize(kernel, axis=0)
+    assert (best.values == near.values).all() and np.allclose(best.scales, near.scales)
+
+
+def test_inputs_that_are_always_zero_do_no_harm():
+    hessian = np.diag([1.0, 0, 2, 0])
+    found = round_for_outputs(normal(4, 3), hessian, "int4")
+    assert np.isfinite(np.asarray(jaxops.dequantize(found))).all()
+
+
+def test_balance_keeps_the_product_and_evens_the_ranges():
+    x, kernel = normal(100, 32) * np.where(np.arange(32) == 3, 50, 1), normal(32, 8, seed=1)
+    kernel[5] = 0
+    factors = balance(np.abs(x).max(0), kernel, 0.5)
+    assert factors[5] == 1 and np.allclose((x / factors) @ (factors[:, None] * kernel), x @ kernel, atol=1e-2)
+    assert np.abs(x / factors).max() < 0.3 * np.abs(x).max()
+
+
+# ---- fake_quantize ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(["int8", "int4"]), st.booleans(), st.integers(0, 1000))
+def test_fake_quantisation_is_a_round_trip_with_the_gradients_of_its_definition(dtype, asymmetric, seed):
+    x, dy = normal(6, 8, seed=seed), normal(6, 8, seed=seed + 1)
+    scales = np.abs(normal(2, 8, seed=seed + 2)) / (40 if dtype == "int8" else 4) + 1e-3
+    low, high = (-128, 127) if dtype == "int8" else (-8, 7)
+    zeros = np.round(normal(2, 8, seed=seed + 3) * 3) if asymmetric else None
+    low = low if asymmetric else -high
+    spread = lambda a: np.repeat(a, 3, 0)
+    y, pull = jax.vjp(lambda x, s: jaxops.fake_quantize(x, s, dtype, zeros=zeros), x, scales)
+    zero = spread(zeros) if asymmetric else 0
+    value = x / spread(scales)
+    clipped = np.clip(np.round(value), low - zero, high - zero)
+    assert np.allclose(y, clipped * spread(scales), rtol=1e-5, atol=1e-6)
+    inside = (value >= low - zero) & (value <= high - zero)
+    dx, ds = pull(dy)
+    assert np.allclose(dx, np.where(inside, dy, 0), rtol=1e-5, atol=1e-6)
+    each = dy * np.where(inside, np.round(value) - value, np.clip(value, low - zero, high - zero))
+    assert np.allclose(ds, each.reshape(2, 3, 8).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_fake_quantisation_of_quantised_numbers_changes_nothing():
+    found = jaxops.quantize(normal(64, 8), axis=0, group_size=16)
+    exact = jaxops.dequantize(found)
+    assert np.allclose(jaxops.fake_quantize(exact, found.scales), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: jaxops.fake_quantize(jnp.ones(4), jnp.zeros(1)), ValueError, "scales must be positive, got 0"),
+        (lambda: jaxops.fake_quantize(jnp.ones(4), jnp.ones(3)), ValueError, "each axis of scales must divide"),
+        (lambda: jaxops.fake_quantize(jnp.ones(4), jnp.ones(1), "float8_e5m2"), TypeError, "one of int8, int4"),
+        (lambda: jaxops.fake_quantize(jnp.ones(4, jnp.int32), jnp.ones(1)), TypeError, "x must be"),
+        (lambda: Scheme(weights="int2"), ValueError, "weights must be one of"),
+        (lambda: Scheme(observer="entropy"), ValueError, "observer is of activations='int8'"),
+        (lambda: Scheme(activations="int8", observer="best"), ValueError, "observer must be one of"),
+        (lambda: Scheme(balance=1.5), ValueError, "balance must be from 0 to 1, got 1.5"),
+        (lambda: Scheme(weights="float8_e4m3fn", rounding="outputs"), ValueError, "is for integers"),
+        (lambda: Scheme(symmetric=False, activations="int8"), ValueError, "symmetric=False is for"),
+        (lambda: gathered(normal(3, 4)).threshold("best", 127), ValueError, "observer must be one of"),
+        (lambda: jaxops.nn.FakeQuantizedLinear(nnx.Embed(3, 4, rngs=nnx.Rngs(0))), TypeError, "got Embed"),
+        (lambda: jaxops.nn.QuantizedEmbed.of(nnx.Linear(3, 4, rngs=nnx.Rngs(0))), TypeError, "got Linear"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_is_observed_and_the_model_is_left_alone(model, calibration, tokens):
+    parts = ["attention/key", "attention/out", "attention/query", "attention/value", "mlp/down", "mlp/gate", "mlp/up"]
+    assert sorted(calibration) == sorted([*(f"blocks/{i}/{part}" for i in range(2) for part in parts), "head"])
+    assert all(s.rows == tokens.size for s in calibration.values())
+    x = model.blocks[0].attention_norm(model.embed(tokens.reshape(-1, 12)))
+    assert np.allclose(calibration["blocks/0/attention/query"].channels, np.abs(x).max((0, 1)), rtol=1e-4)
+    assert isinstance(model.head, nnx.Linear) and not hasattr(model.head, "inputs")
+
+
+SCHEMES = {
+    "W8A16": (Scheme(), 0.02),
+    "W8A8, rows": (Scheme(activations="int8"), 0.03),
+    "W8A8, one scale": (Scheme(activations="int8", observer="min_max", balance=0.5), 0.06),
+    "W4A16": (Scheme("int4", group_size=16, rounding="outputs"), 0.3),
+    "W4A16, zeros": (Scheme("int4", group_size=16, symmetric=False), 0.3),
+    "float8": (Scheme("float8_e4m3fn"), 0.1),
+}
+
+
+FAST = ("W8A8, one scale",)
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SCHEMES])
+def test_a_model_in_few_bits(name, model, calibration, tokens):
+    scheme, allowed = SCHEMES[name]
+    rules = [("embed", None), ("", scheme)]
+    small, report = jaxops.nn.quantize_model(model, rules, calibration)
+    assert isinstance(small.head, jaxops.nn.QuantizedLinear) and small.same is small.head
+    assert isinstance(small.embed, nnx.Embed) and isinstance(model.head, nnx.Linear)
+    assert error(jax.jit(nnx.merge)(*nnx.split(small)).__call__(tokens[0]), model(tokens[0])) < allowed
+    assert [row.path for row in report.layers] == [*(p for p in sorted(calibration) if p != "head"), "head"]
+    for row in report.layers:
+        bits = 4 if "int4" in scheme.weights else 8
+        assert row.bytes_before == 4 * math.prod(row.shape) and row.bytes_after > bits * math.prod(row.shape) / 8
+        assert 0 < row.weight_error < allowed and 0 < row.output_error < allowed
+    saved = sum(row.bytes_before - row.bytes_after for row in report.layers)
+    assert report.bytes_before - report.bytes_after <= saved  # factors and steps are a little more
+
+
+def test_embeddings_are_quantised_by_rows(model, tokens):
+    small, report = jaxops.nn.quantize_model(model, [("embed", Scheme())])
+    assert isinstance(small.embed, jaxops.nn.QuantizedEmbed) and len(report.layers) == 1
+    assert error(small.embed(tokens[0]), model.embed(tokens[0])) < 0.01
+    query = normal(3, 32)
+    assert error(small.embed.attend(query), model.embed.attend(query)) < 0.01
+    assert np.isnan(np.asarray(small.embed(jnp.array([50])))).all()
+
+
+def test_a_report_says_which_layer_costs_most(model, calibration, tokens, tmp_path):
+    want = model(tokens[0])
+    rules = [("head|0/mlp/up", Scheme("int4")), ("0/mlp/gate", Scheme())]
+    report = jaxops.nn.sensitivity(model, rules, lambda m: float(jnp.square(m(tokens[0]) - want).sum()), calibration)
+    assert [row.path for row in report.layers] == ["blocks/0/mlp/gate", "blocks/0/mlp/up", "head"]
+    costs = {row.path: row.cost for row in report.layers}
+    assert 0 < costs["blocks/0/mlp/gate"] < min(costs["blocks/0/mlp/up"], costs["head"])
+    lines = str(report).splitlines()
+    assert lines[0].split()[-1] == "cost" and lines[3].startswith("head") and lines[-1].startswith("all variables")
+    report.plot(str(tmp_path / "costs.png"))
+    assert (tmp_path / "costs.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_calibration_data_that_is_none_or_not_finite(model, tokens):
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        jaxops.nn.calibrate(model, [])
+    with pytest.raises(ValueError, match="of the model has a path with 'nowhere'"):
+        jaxops.nn.calibrate(model, tokens, layers="nowhere")
+    linear = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    bad = np.ones((2, 4), np.float32)
+    bad[1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"batch 1: the input of layers/0: 1 of 8 numbers are NaN or infinite"):
+        jaxops.nn.calibrate(linear, [np.ones((2, 4), np.float32), bad])
+
+
+def test_rules_that_do_not_fit(model, calibration):
+    quantize = jaxops.nn.quantize_model
+    with pytest.raises(ValueError, match="the rules find no layer; those of the model: blocks/0/attention/key"):
+        quantize(model, [("decoder", Scheme())])
+    with pytest.raises(ValueError, match="quantize_model: head: its scheme needs calibration, and it was not observed"):
+        quantize(model, [("head", Scheme(balance=0.5))], {k: v for k, v in calibration.items() if k != "head"})
+    with pytest.raises(ValueError, match="quantize_model: head: quantize: group_size must be a divisor of the 32"):
+        quantize(model, [("head", Scheme(group_size=5, rounding="outputs"))], calibration)
+    with pytest.raises(ValueError, match="hessian=True"):
+        quantize(model, [("head", Scheme(rounding="outputs"))], {"head": gathered(normal(5, 32))})
+    with pytest.raises(ValueError, match="quantization_aware: head: balance, rounding and zero points are not trained"):
+        jaxops.nn.quantization_aware(model, [("head", Scheme(symmetric=False))])
+    with pytest.raises(ValueError, match="got none"):
+        jaxops.nn.convert(model)
+
+
+@pytest.mark.slow
+def test_training_that_knows_of_rounding_errs_less_than_rounding_after_it():
+    x = jnp.asarray(normal(256, 16))
+    teacher = nnx.Sequential(nnx.Linear(16, 32, rngs=nnx.Rngs(1)), nnx.relu, nnx.Linear(32, 4, rngs=nnx.Rngs(2)))
+    want = teacher(x)
+    loss = lambda model: jnp.square(model(x) - want).mean()
+    scheme = Scheme("int4", activations="int8", observer="mean_squared_error")
+    calibration = jaxops.nn.calibrate(teacher, [x])
+    after, _ = jaxops.nn.quantize_model(teacher, [("", scheme)], calibration)
+    aware = jaxops.nn.quantization_aware(teacher, [("", scheme)], calibration)
+    assert np.allclose(aware(x), after(x), atol=1e-5)  # before training they are the same
+    optimizer = nnx.Optimizer(aware, optax.adam(optax.cosine_decay_schedule(1e-3, 200)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, gradients = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradients)
+        return value
+
+    for _ in range(200):
+        step(aware, optimizer)
+    final = jaxops.nn.convert(aware)
+    assert isinstance(final.layers[0], jaxops.nn.QuantizedLinear)
+    assert np.allclose(final(x), aware(x), atol=1e-4)  # what is trained is what is kept
+    assert loss(final) < 0.75 * loss(after)

@@ -10,7 +10,7 @@ from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks, vocabulary
 from jaxops.reference.linear_distillation import linear_distillation as reference
-from pallas_kernels import gpu
+from pallas_kernels import gpu, tpu
 
 
 def _width(elements: int, student: vocabulary.Layer, teacher: vocabulary.Layer) -> int:
@@ -83,7 +83,7 @@ _OPERATOR = Operator(
     differentiable=("x", "weight", "bias"),
     reference=reference,
     xla=Rules(_forward, _backward),
-    tpu="no Mosaic TPU kernel for linear_distillation yet",
+    tpu=tpu.linear_distillation,
     gpu=gpu.linear_distillation,
     partition=lambda spec: (jax.sharding.PartitionSpec(*spec[:1]),) * 3,
 )

@@ -8,6 +8,7 @@ from pallas_kernels.tpu import gated_linear_unit as gated_linear_unit
 from pallas_kernels.tpu import group_norm as group_norm
 from pallas_kernels.tpu import layer_norm as layer_norm
 from pallas_kernels.tpu import linear_cross_entropy as linear_cross_entropy
+from pallas_kernels.tpu import linear_distillation as linear_distillation
 from pallas_kernels.tpu import matmul as matmul
 from pallas_kernels.tpu import quantized_matmul as quantized_matmul
 from pallas_kernels.tpu import ragged_dot as ragged_dot

@@ -6,48 +6,14 @@ import numpy as np
 import pytest
 
 from jaxops.interpreter import gpu as interpreter
-from jaxops.reference.linear_distillation import linear_distillation as reference
 from pallas_kernels import chips
 from pallas_kernels.gpu import linear_distillation as kernel
 from pallas_kernels.gpu import logits
 from tests.kernels.cross_entropy import check
+from tests.kernels.distillation import data, exact, fused, plain
 
 Tiles = logits.Tiles
 f32, bf16 = jnp.float32, jnp.bfloat16
-
-
-def data(tokens, hidden, teacher_hidden, vocab, bias, teacher_bias):
-    """(operands by name, the cotangent of the loss)."""
-    random = np.random.default_rng(0)
-    shapes = {
-        "x": (tokens, hidden),
-        "weight": (hidden, vocab),
-        "teacher_x": (tokens, teacher_hidden),
-        "teacher_weight": (teacher_hidden, vocab),
-    } | {name: (vocab,) for name, there in (("bias", bias), ("teacher_bias", teacher_bias)) if there}
-    made = {name: random.standard_normal(shape) for name, shape in shapes.items()}
-    scale = lambda name: shapes[name][0] ** -0.5 if name.endswith("weight") else 1
-    return {n: jnp.asarray(x * scale(n), bf16) for n, x in made.items()}, jnp.asarray(
-        random.standard_normal(tokens), f32
-    )
-
-
-def differentiated(operands, g, temperature):
-    """Outputs and gradients by name of the reference, in the dtype of the operands, g in that of its loss."""
-    moving = {name: x for name, x in operands.items() if name in ("x", "weight", "bias")}
-    f = lambda moving: reference(**(operands | moving), temperature=temperature)
-    (loss, *lses), pull = jax.vjp(f, moving)
-    zeros = [jnp.zeros_like(lse) for lse in lses]
-    named = dict(zip(("loss", "lse", "teacher_lse"), (loss, *lses), strict=True))
-    return named | pull((g.astype(loss.dtype), *zeros))[0]
-
-
-def fused(operands, g, temperature, tiles):
-    assert kernel.unsupported(**operands, temperature=temperature) is None
-    outputs, residuals = kernel.forward(**operands, temperature=temperature, tiles=tiles)
-    passed = dict(outputs=outputs, residuals=residuals, cotangents=(g, None, None))
-    gradients = kernel.backward(**operands, **passed, temperature=temperature, tiles=tiles)
-    return dict(zip(("loss", "lse", "teacher_lse"), outputs, strict=True)) | gradients
 
 
 CASES = [  # tokens, hidden, teacher's hidden, vocab, has a bias, has the teacher, temperature, tiles
@@ -67,15 +33,11 @@ def test_against_float64(monkeypatch, tokens, hidden, teacher_hidden, vocab, bia
     monkeypatch.setattr(logits, "_share", lambda rows, count: 2)
     monkeypatch.setattr(logits, "NARROWEST", 128)
     monkeypatch.setattr(logits, "CHUNK_BYTES", 0)
-    operands, g = data(tokens, hidden, teacher_hidden, vocab, bias, teacher_bias)
+    operands, g = data(tokens, hidden, teacher_hidden, vocab, bias, teacher_bias, bf16)
     with chips.target(chips.named("h100")), interpreter():
-        got = jax.tree.map(np.asarray, fused(operands, g, temperature, tiles))
-    plain = differentiated(operands, g, temperature)
-    with jax.enable_x64(True):
-        wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in operands.items()}
-        exact = jax.tree.map(np.asarray, differentiated(wide, g, temperature))
+        got = jax.tree.map(np.asarray, fused(kernel, operands, g, temperature, tiles))
     dtypes = dict.fromkeys(("loss", "lse", "teacher_lse"), f32) | dict.fromkeys(("x", "weight", "bias"), bf16)
-    check(got, exact, plain, dtypes)
+    check(got, exact(operands, g, temperature), plain(operands, g, temperature), dtypes)
 
 
 def shape(*sizes, dtype="bfloat16"):

@@ -205,8 +205,8 @@ def _kernel(coordinates, scalars, g_ref, *refs, ring: Ring, cut: _Cut, update: U
             def change(rows):
                 p, *moments = (ref[half, rows] for ref in before)
                 g = slots[half, slot, rows].astype(f32)
-                p, moments = update(p, g, moments, [numbers[i] for i in range(numbers.shape[0])])
-                for ref, new in zip(after, (p, *moments), strict=True):
+                p, changed = update(p, g, moments, [numbers[i] for i in range(numbers.shape[0])])
+                for ref, new in zip(after, (p, *changed), strict=True):
                     ref[half, rows] = new
 
             in_parts(change)

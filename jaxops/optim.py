@@ -311,7 +311,7 @@ def _together(ps, gs, moments, scalars, previous, rule, decays):
 def _wide(p, scalars, moments):
     """Scalars and moments in the dtype that p is computed in."""
     wide = jnp.promote_types(p.dtype, jnp.float32)
-    return list(scalars.astype(wide)), [x.astype(wide) for x in moments]
+    return [x.astype(wide) for x in scalars], [x.astype(wide) for x in moments]
 
 
 def _change(p, direction, rate, decay: float):

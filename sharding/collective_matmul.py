@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import get_abstract_mesh
 
 from jaxops import dispatch, matmul
 from jaxops.autodiff import varying_alike
@@ -141,7 +140,7 @@ class _Ring:
 def _chosen(name, axis, implementation, precision, xs, ws, rows) -> _Ring:
     """Raises `ValueError` if kernels alone were asked for and cannot run."""
     order = dispatch.order_of(name, implementation)
-    chip, reason = _chip()
+    chip, reason = collectives.kernel_chip()
     reason = reason or kernels.unsupported(xs, ws, precision)
     if chip is not None and len(order) > 1:
         reason = reason or kernels.no_gain(chip, rows, ws, scattered=name == "matmul_reduce_scatter")
@@ -149,21 +148,6 @@ def _chosen(name, axis, implementation, precision, xs, ws, rows) -> _Ring:
     if choice.implementation is None:
         raise ValueError(f"{name}: implementation 'pallas' was asked for, but {reason}")
     return _Ring(axis, precision, chip if choice.implementation == "pallas" else None)
-
-
-def _chip() -> tuple[chips.Chip | None, str | None]:
-    """The chip that the mesh is of, and why there are no kernels for it, or on this mesh."""
-    mesh = get_abstract_mesh()
-    device = mesh.abstract_device
-    if device is None:
-        return None, "the mesh does not tell which chip it is of"
-    if device.platform != "tpu":
-        return None, f"kernels with remote DMA run on TPU only, and the mesh is of {device.device_kind} devices"
-    if chips.of_device(device) is None:
-        return None, f"no kernel is made for {device.device_kind}"
-    if automatic := [axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1]:
-        return None, f"mesh axes {automatic} are partitioned automatically: wrap the call in jax.shard_map over them"
-    return chips.of_device(device), None
 
 
 # ---- the ring in XLA -----------------------------------------------------------------------------------------------

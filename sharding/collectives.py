@@ -21,6 +21,8 @@ import jax
 from jax import lax
 from jax.sharding import get_abstract_mesh
 
+from pallas_kernels import chips
+
 
 def axis_size(function: str, axis: str) -> int:
     """How many devices are along `axis`. Raises `ValueError` unless an enclosing `jax.shard_map` is over it."""
@@ -41,6 +43,21 @@ def divisible(function: str, name: str, x: jax.Array, dimension: int, parts: int
             f"{function}: {name} has shape {x.shape}, its dimension {dimension % x.ndim} must be a multiple of "
             f"{parts}, the devices along {axis!r}"
         )
+
+
+def kernel_chip() -> tuple[chips.Chip | None, str | None]:
+    """The chip that the mesh is of, and why there are no kernels for it, or on this mesh."""
+    mesh = get_abstract_mesh()
+    device = mesh.abstract_device
+    if device is None:
+        return None, "the mesh does not tell which chip it is of"
+    if device.platform != "tpu":
+        return None, f"kernels with remote DMA run on TPU only, and the mesh is of {device.device_kind} devices"
+    if chips.of_device(device) is None:
+        return None, f"no kernel is made for {device.device_kind}"
+    if automatic := [axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1]:
+        return None, f"mesh axes {automatic} are partitioned automatically: wrap the call in jax.shard_map over them"
+    return chips.of_device(device), None
 
 
 def copy(x: jax.Array, axis: str) -> jax.Array:

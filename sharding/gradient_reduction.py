@@ -39,12 +39,13 @@ from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from jaxops import optim
 from jaxops.ops import checks
+from pallas_kernels.tpu import reduce_update
 from sharding import collectives
 from sharding.mesh import check_spec
 from sharding.precision import LossScale, LossScaleState, Precision
 
 COMPRESSIONS = ("bfloat16", "int8")
-IMPLEMENTATIONS = ("xla", "ring")
+IMPLEMENTATIONS = ("xla", "ring", "pallas")
 _NAME = "gradient_reduction"
 _BUCKET = 1 << 20  # elements of a bucket at most: the first is sent before the last small leaf has its gradient
 _ALIGNED = 128  # a bucket is a multiple of it, so that it has one length for all numbers of devices that divide it
@@ -78,7 +79,8 @@ class ReductionState(NamedTuple):
 class Gradients(NamedTuple):
     """Gradients summed over the devices, one array for each leaf alone or bucket: on each device its shard.
 
-    `error` is what compression left out of those that were sent.
+    `error` is what compression left out of those that were sent. With `implementation="pallas"` those that the kernel
+    serves are still whole and to be summed, which `apply` does.
     """
 
     shards: tuple[jax.Array, ...]
@@ -129,7 +131,8 @@ class GradientReduction(optax.GradientTransformationExtraArgs):
         leaves = _leaves(self.how, params)
         groups = _groups(self.how, leaves)
         _check_state(self.how, state, leaves, groups)
-        return _reduced(self.how, leaves, groups, _given(grads, leaves), state, _factor(self.how, state))
+        how = self.how._replace(implementation=_summing(self.how))
+        return _reduced(how, leaves, groups, _given(grads, leaves), state, _factor(how, state))
 
     def apply(self, params: Any, grads: Any, state: ReductionState) -> tuple[Any, ReductionState]:
         """(new parameters, new state), as `apply` of `jaxops.optim.adamw`.
@@ -231,7 +234,9 @@ def gradient_reduction(
         device, changes nothing but the scale. Gradients of your own are those of `state.loss_scale.scale` · loss.
       implementation: of the reduce-scatters of leaves alone, and of `gather`: "xla" one collective, or "ring",
         transfers from neighbour to neighbour in both directions, which the compiler can put beside the products of
-        other leaves.
+        other leaves. "pallas": on TPU one kernel sums, updates and gathers a leaf that is split along its first
+        dimension, or a bucket, with `zero` 1, or 2 without micro-batches; XLA the others, and all elsewhere. Not with
+        compression, a loss scale or `max_norm`, for which every sum has to be known before the first update.
 
     Raises `TypeError` or `ValueError` for an option that is not as said.
 
@@ -254,6 +259,19 @@ def gradient_reduction(
     checks.number(_NAME, "small", small)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{_NAME}: implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "pallas":
+        norm = "is the optimizer's, and the norm of the whole gradient is not known before the first update"
+        for what, given, wanted, why in (
+            ("zero", zero, (1, 2), "has moments alone, or gradients, to split"),
+            ("compression", compression, (None,), "changes what the kernel sends"),
+            ("loss_scale", loss_scale, (None,), "needs the whole gradient before the first update"),
+            ("max_norm", optimizer.recipe.max_norm, (None,), norm),
+        ):
+            if given not in wanted:
+                choices = " or ".join(map(str, wanted))
+                raise ValueError(
+                    f"{_NAME}: {what} must be {choices} with implementation='pallas': it {why}, got {given!r}"
+                )
     for what, value, kind in (("precision", precision, Precision), ("loss_scale", loss_scale, LossScale)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{_NAME}: {what} must be a sharding.{kind.__name__} or None, got {type(value).__name__}")
@@ -459,6 +477,11 @@ def _local(how: _How, params: Any) -> Any:
     return jax.tree.unflatten(leaves.named.structure, copies)
 
 
+def _summing(how: _How) -> str:
+    """The implementation where sums are wanted and no update."""
+    return "xla" if how.implementation == "pallas" else how.implementation
+
+
 def _given(grads: Any, leaves: _Leaves) -> list[jax.Array]:
     """The local gradients. Raises `ValueError` for one that does not fit, or is summed already."""
     return optim.gradients_of(_NAME, grads, leaves.named)
@@ -484,11 +507,26 @@ def _reduced(how, leaves: _Leaves, groups, gradients, state: ReductionState, fac
                     f"{_NAME}: {path} must be the device's own gradient, got one that is the same on all devices of "
                     f"{_written(missing)}: summed already. Differentiate with respect to local(params)"
                 )
+        x = _packed(group, members, how.travels_as(functools.reduce(jnp.promote_types, (g.dtype for g in members))))
+        if _served(how, group, leaves.every[group.members[0]], x):
+            shards.append(factor * x if factor != 1 else x)
+            continue
         error = errors[group.members[0]] if how.feedback else None
         shard, error = _summed(how, group, members, factor, error)
         shards.append(shard)
         left.append(error)
     return Gradients(tuple(shards), tuple(left) if how.feedback else ())
+
+
+def _served(how: _How, group: _Group, p: Any, g: Any) -> bool:
+    """Whether the kernel sums the gradients of a group, updates it and gathers it."""
+    return (
+        how.implementation == "pallas"
+        and group.dimension == 0
+        and group.parts > 1
+        and collectives.kernel_chip()[0] is not None
+        and reduce_update.unsupported(g, p, [jax.ShapeDtypeStruct((), d or p.dtype) for d in how.recipe.dtypes]) is None
+    )
 
 
 def _summed(how: _How, group: _Group, gradients, factor, error) -> tuple[jax.Array, jax.Array | None]:
@@ -640,7 +678,9 @@ def _step(how: _How, params: Any, grads: Any, state: ReductionState, in_place: b
     if not isinstance(grads, Gradients):
         grads = _reduced(how, leaves, groups, _given(grads, leaves), state, _factor(how, state))
     wanted, got = [group.part(leaves.every) for group in groups], [shard.shape for shard in grads.shards]
-    if got != wanted:
+    wholes = [group.whole(leaves.every) for group in groups]
+    unsummed = [how.implementation == "pallas" and a == w != b for a, w, b in zip(got, wholes, wanted, strict=False)]
+    if len(got) != len(wanted) or any(a != b and not u for a, b, u in zip(got, wanted, unsummed, strict=True)):
         raise ValueError(
             f"{_NAME}: grads must hold shards of the shapes {wanted}, got {got}: they were reduced for other "
             "parameters or with another zero"
@@ -654,12 +694,22 @@ def _step(how: _How, params: Any, grads: Any, state: ReductionState, in_place: b
     keep = (lambda new, old: new) if finite is None else functools.partial(jnp.where, finite)
 
     results: list[Any] = [None] * len(leaves.every)
-    for group, g in zip(groups, grads.shards, strict=True):
+    for group, g, whole in zip(groups, grads.shards, unsummed, strict=True):
         first = group.members[0]
-        own = _own(group, [leaves.named.arrays[i] for i in group.members], leaves.every[first].dtype)
+        ps, dtype = [leaves.named.arrays[i] for i in group.members], leaves.every[first].dtype
         old = [moment[first] for moment in moments]
-        change, new = recipe.changed(own, g, old, scalars, leaves.decays[first])
         result: Any
+        if whole:
+            result, new = _by_kernel(
+                how, group, _packed(group, ps, dtype), g, old, scalars, leaves.decays[first], in_place
+            )
+            for i, leaf in zip(group.members, _unpacked(group, result, leaves.every), strict=True):
+                results[i] = leaf
+            for moment, after in zip(moments, new, strict=True):
+                moment[first] = after
+            continue
+        own = _own(group, ps, dtype)
+        change, new = recipe.changed(own, g, old, scalars, leaves.decays[first])
         if in_place:
             result = keep((own.astype(change.dtype) + change).astype(own.dtype), own)
         else:
@@ -683,6 +733,19 @@ def _step(how: _How, params: Any, grads: Any, state: ReductionState, in_place: b
     if how.loss_scale is not None and scale is not None and finite is not None:
         scale = how.loss_scale.adjust(scale, finite)
     return jax.tree.unflatten(structure, results), ReductionState(optimizer, error, scale)
+
+
+def _by_kernel(how: _How, group: _Group, p, g, moments, scalars, decay: float, in_place: bool):
+    """(the group's new parameters or updates, its new moments), of the local gradients."""
+    chip = collectives.kernel_chip()[0]
+    assert chip is not None
+
+    def update(p, g, moments, scalars):
+        change, new = how.recipe.changed(p, g, moments, scalars, decay)
+        return (p.astype(change.dtype) + change if in_place else change).astype(p.dtype), new
+
+    scalars = scalars.astype(jnp.float32)
+    return reduce_update.forward(g, p, moments, scalars, update, axes=group.axes, chip=chip)
 
 
 def _own(group: _Group, arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
@@ -746,6 +809,7 @@ def _value_and_grad(how: _How, loss: Callable, micro_batches: int, has_aux: bool
         total, (values, aux) = lax.scan(add, [_zeros_like(x, x.shape) for x in jax.tree.leaves(local)], parts)
         gradients, value = reduced(total, state, factor), values.mean()
     else:
+        reduced = functools.partial(_reduced, how._replace(implementation=_summing(how)), leaves, groups)
 
         def add_shards(carry: Gradients, batch):
             # Else the compiler gathers parameters once, before the loop, and keeps the whole of them.

@@ -29,15 +29,14 @@ from pallas_kernels import chips
 from pallas_kernels.padding import round_up
 from pallas_kernels.tpu import matrix_unit
 from pallas_kernels.tpu.matrix_unit import LANES, NN, NT, TN, dot
+from pallas_kernels.tpu.ring import CORE, SLOTS, Ring
 
 f32 = jnp.float32
 ROWS = 16  # sublanes of a register of bfloat16
-SLOTS = 3  # a neighbour may be a step behind and still have one that is free
 PIECES = 8  # of half of a shard, at most
 LINKS = {"v5p": 90e9}  # bytes/s of a link in one direction, of the chips on which the kernels' schedules are the faster
 SLACK = 8 << 20  # VMEM left to the compiler for what does not stay in registers
 LEAST = 512  # rows, columns: below it the start and the end of each product take too much of its time
-_CORE = "core"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,66 +87,7 @@ class _Cut:
 # ---- the ring ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    """The devices of `axis`, one of the mesh axes `names`; `me` are this device's coordinates, once in the kernel.
-
-    `without`: waits that are left out, for tests that show what they are for.
-    """
-
-    axis: str
-    size: int
-    names: tuple[str, ...]
-    cores: int
-    without: str | None = None
-    me: Any = None
-
-    def enter(self, coordinates, me) -> "_Ring":
-        """Nobody writes to a device that has not entered: each says so to those that will write to it."""
-        pltpu.sync_copy(coordinates, me)
-        ring = dataclasses.replace(self, me=me)
-        barrier = pltpu.get_barrier_semaphore()
-        for turn in range(self.turns):
-            pl.semaphore_signal(barrier, 1, device_id=ring.id(self.half(turn), -1))
-        if self.without != "barrier":
-            pl.semaphore_wait(barrier, self.turns)
-        return ring
-
-    @property
-    def turns(self) -> int:
-        """How many halves go round on one core."""
-        return 2 // self.cores
-
-    def half(self, turn):
-        return turn if self.cores == 1 else lax.axis_index(_CORE)
-
-    def at(self, half, steps):
-        """The device `steps` further on the way of a half: 0 goes to the next device, 1 to the one before."""
-        return lax.rem(self.me[self.names.index(self.axis)] + (1 - 2 * half) * steps + self.size, self.size)
-
-    def id(self, half, steps):
-        """The device there, by all mesh axes: Mosaic does not mix given coordinates with those it looks up itself."""
-        there = {name: self.me[i] for i, name in enumerate(self.names)} | {self.axis: self.at(half, steps)}
-        return there if self.cores == 1 else there | {_CORE: half}
-
-    def receive(self, copy):
-        if self.without != "arrival":
-            copy.wait_recv()
-
-    def free_slot(self, free, half, arrival, slots):
-        """What arrived as number `arrival` is used up: says so to the device before, if that is to send once more."""
-
-        @pl.when((arrival >= 1) & (arrival < self.size - slots))
-        def _():
-            pl.semaphore_signal(free.at[half], 1, device_id=self.id(half, -1))
-
-    def await_slot(self, free, half, arrival, slots):
-        """Until the next device has a slot for what is its arrival of this number; the first need no permit."""
-        if self.without != "permit":
-            pl.when(arrival > slots)(lambda: pl.semaphore_wait(free.at[half], 1))
-
-
-def _circulate(ring: _Ring, own: Callable, place: Callable, slots: int, sems, products: Callable, peeled: bool) -> None:
+def _circulate(ring: Ring, own: Callable, place: Callable, slots: int, sems, products: Callable, peeled: bool) -> None:
     """products(half, ref, origin, first, last), once for each half of every device's shard, this one's at first.
 
     own(half): this device's. place(half, arrival, origin): where on any device its arrival of this number lies, which
@@ -419,33 +359,22 @@ def no_gain(chip: chips.Chip, rows: int, ws: Sequence, *, scattered: bool) -> st
     return None
 
 
-def _call(kernel, name, ring: _Ring, chip, outs, total, semaphores, operands, flops):
+def _call(kernel, name, ring: Ring, chip, outs, total, semaphores, operands, flops):
     """`kernel` on every core; `outs` are the results and then what lies in HBM meanwhile."""
     mat = jax.typeof(operands[0]).mat
-    coordinates = jnp.stack([lax.axis_index(name) for name in ring.names])
-    missing = tuple(mat.varying - jax.typeof(coordinates).mat.varying)
-    coordinates = lax.pcast(coordinates, missing, to="varying") if missing else coordinates
     itemsize = operands[0].dtype.itemsize
     call = pl.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=mat) for shape, dtype in outs],
-        mesh=pltpu.TensorCoreMesh(axis_name=_CORE, num_cores=ring.cores),
+        mesh=pltpu.TensorCoreMesh(axis_name=CORE, num_cores=ring.cores),
         scratch_types=[pltpu.SMEM((len(ring.names),), jnp.int32), pltpu.VMEM(total, f32), *semaphores],
-        # One for each axis: else a device could take what its neighbour along another axis says in the next kernel.
-        compiler_params=pltpu.CompilerParams(
-            collective_id=ring.names.index(ring.axis), vmem_limit_bytes=chip.vmem_bytes
-        ),
+        compiler_params=pltpu.CompilerParams(collective_id=ring.collective_id, vmem_limit_bytes=chip.vmem_bytes),
         cost_estimate=pl.CostEstimate(
             flops=flops, bytes_accessed=sum(x.size for x in operands) * itemsize, transcendentals=0
         ),
         name=name,
     )
-    return call(coordinates, *operands)
-
-
-def _ring(axis: str, chip: chips.Chip, without: str | None) -> _Ring:
-    names = jax.sharding.get_abstract_mesh().axis_names
-    return _Ring(axis, lax.axis_size(axis), names, chip.cores, without)
+    return call(ring.coordinates(mat), *operands)
 
 
 def _padded(x, *shape):
@@ -477,7 +406,7 @@ def gather(
     ws: [k, n_i] each, or [n_i, k] if `transposed`.
     """
     tiles = tiles or Tiles.default("gather", chip, x.dtype, precision)
-    ring = _ring(axis, chip, without)
+    ring = Ring.of((axis,), chip.cores, without)
     blocks, count, k = x.shape
     rows, depth = _Cut.of(pl.cdiv(count, 2), tiles.m, ROWS), _Cut.of(k, tiles.k, LANES)
     columns = [_Cut.of(w.shape[0 if transposed else 1], tiles.n, LANES) for w in ws]
@@ -524,7 +453,7 @@ def accumulate(
 ) -> list[jax.Array]:
     """w_i[k, n_i] = xᵀ · y_i over the rows x[b, r, k] of all devices of `axis`, y_i[b, T · r, n_i]."""
     tiles = tiles or Tiles.default("accumulate", chip, x.dtype, precision)
-    ring = _ring(axis, chip, without)
+    ring = Ring.of((axis,), chip.cores, without)
     blocks, count, k = x.shape
     rows, depth = _Cut.of(count, tiles.k, LANES), _Cut.of(pl.cdiv(k, 2), tiles.m, LANES)
     columns = [_Cut.of(y.shape[-1], tiles.n, LANES) for y in ys]
@@ -569,7 +498,7 @@ def scatter(
     ws: [k_i, n] each, or [n, k_i] if `transposed`.
     """
     tiles = tiles or Tiles.default("scatter", chip, xs[0].dtype, precision, len(xs))
-    ring = _ring(axis, chip, without)
+    ring = Ring.of((axis,), chip.cores, without)
     blocks, whole, _ = xs[0].shape
     count = whole // ring.size
     rows = _Cut.of(pl.cdiv(count, 2), tiles.m, ROWS)

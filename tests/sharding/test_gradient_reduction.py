@@ -20,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 import jaxops
 import sharding
 import sharding.nn
-from jaxops import optim
+from jaxops import interpreter, optim
 from jaxops.nn import RMSNorm
 from jaxops.workbench.collectives import collectives
+from pallas_kernels import chips
 from tests.compare import error
 from tests.sharding.traffic import compiled, sent
 
@@ -723,7 +724,7 @@ BAD = {
     "reduce must be 'mean' or 'sum', got 'max'": lambda: make(reduce="max"),
     "compression must be None or one of .*got 'int4'": lambda: make(compression="int4"),
     "compression must be None unless zero is 1 or 2, got 'int8' with 3": lambda: make(zero=3, compression="int8"),
-    r"implementation must be one of \('xla', 'ring'\), got 'pallas'": lambda: make(implementation="pallas"),
+    r"implementation must be one of \('xla', 'ring', 'pallas'\), got 'triton'": lambda: make(implementation="triton"),
     "small must be at least 0, got -1": lambda: make(small=-1),
     "precision must be a sharding.Precision or None, got str": lambda: make(precision="bfloat16"),
     "Precision: compute must be a floating dtype, got int8": lambda: sharding.Precision(compute=jnp.int8),
@@ -802,3 +803,42 @@ def test_update_needs_the_parameters():
     reduction = make()
     with pytest.raises(ValueError, match="params must be given"):
         inside(lambda p: reduction.update(lax.pcast(p, "data", to="varying"), reduction.init(p)))
+
+
+@SLOW
+def test_one_kernel_does_what_three_collectives_and_an_update_do():
+    """Interpreted, on a mesh that says it is of TPUs: two leaves and a bucket by the kernel, one by XLA."""
+    optimizer = optim.adamw(1e-2, weight_decay=0.1, mask=matrices)
+    mesh = sharding.make_mesh(data=8)
+    as_chip = mesh.abstract_mesh.update(abstract_device=chips.abstract_device(chips.named("v5e")))
+    reduction = sharding.gradient_reduction(optimizer, small=64, implementation="pallas")
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    def run(params, grads):
+        state = reduction.init(params)
+        for i in range(1):
+            params, state = by_apply(reduction, params, jax.tree.map(lambda g, i=i: g[i], grads), state)
+        return params
+
+    local = jax.jit(jax.shard_map(run, mesh=as_chip, in_specs=(P(), P(None, "data")), out_specs=P()))
+    with interpreter.tpu():
+        program = jax.make_jaxpr(local)(tree(0), tree(1, (1, 8)))
+        got = jax.device_get(local(place(tree(0)), place(tree(1, (1, 8)), None, "data")))
+    assert str(program).count("reduce_update_gather") >= 3
+    same(got, plainly(optimizer, 1), 1e-5)
+
+
+def test_without_its_chip_xla_does_what_the_kernel_would():
+    optimizer = optim.adamw(1e-2, weight_decay=0.1, mask=matrices)
+    same(trained(optimizer, 2, implementation="pallas"), plainly(optimizer, 2), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "what, options",
+    [("zero", dict(zero=3)), ("compression", dict(compression="int8")), ("loss_scale", dict(loss_scale=SCALE))],
+)
+def test_what_the_kernel_cannot_serve(what, options):
+    with pytest.raises(ValueError, match=f"{what} must be .* with implementation='pallas'"):
+        sharding.gradient_reduction(optim.adamw(1e-3), implementation="pallas", **options)
+    with pytest.raises(ValueError, match="max_norm must be None with implementation='pallas'"):
+        sharding.gradient_reduction(optim.adamw(1e-3, max_norm=1.0), implementation="pallas")

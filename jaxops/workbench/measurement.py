@@ -54,6 +54,10 @@ _PAGES = {"T": 256, "M": 32, "N": 8, "H": 64}, {"T": 4096, "M": 512, "N": 8, "H"
 _VOCABULARY = {"T": 1024, "D": 256, "V": 16384}, {"T": 8192, "D": 2048, "V": 65536}
 _GROUPS = {"M": 1024, "G": 8, "K": 512, "N": 512}, {"M": 8192, "G": 8, "K": 4096, "N": 4096}
 _ATTENTION = ("query=BxTxNxH", "key=BxTxNxH", "value=BxTxNxH")
+_BLOCKS = (
+    {"M": 512, "K": 2048, "S": 410, "B": 32, "R": 64, "C": 65},
+    {"M": 4096, "K": 4096, "S": 205, "B": 128, "R": 32, "C": 33},
+)
 USUAL = {
     "add_layer_norm": Usual(("x=RxD", "residual=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "add_rms_norm": Usual(("x=RxD", "residual=RxD", "scale=D"), (), *_ROWS),

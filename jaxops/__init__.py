@@ -26,6 +26,7 @@ from jaxops.ops.rope import RopeScaling as RopeScaling
 from jaxops.ops.rope import rope as rope
 from jaxops.ops.rope import rope_projection as rope_projection
 from jaxops.ops.softmax import softmax as softmax
+from jaxops.ops.sparse_2_4_matmul import sparse_2_4_matmul as sparse_2_4_matmul
 from jaxops.quantization import Quantized as Quantized
 from jaxops.quantization import dequantize as dequantize
 from jaxops.quantization import fake_quantize as fake_quantize

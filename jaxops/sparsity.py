@@ -197,8 +197,8 @@ def prune_mask(
       w: floating; [..., k, n] for "blocks" and "2:4".
       sparsity: how much becomes zero, from 0 to 1, of the whole array; may be traced, so that a schedule can be part of
         a compiled step. None for "2:4", which is one half.
-      pattern: "unstructured": the numbers of least |w|; "blocks": the blocks of least Σ w²; "2:4": of 4 consecutive rows
-        of a column the 2 of least |w|.
+      pattern: "unstructured": the numbers of least |w|; "blocks": the blocks of least Σ w²; "2:4": of 4
+        consecutive rows of a column the 2 of least |w|.
       block: (bk, bn) for "blocks".
 
     Returns:

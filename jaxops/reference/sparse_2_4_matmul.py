@@ -24,7 +24,7 @@ def sparse_2_4_matmul(
 
 
 def expanded(values: jax.Array, indices: jax.Array) -> jax.Array:
-    """[k, n] of values[k / 2, n] and indices uint8[⌈k / 8⌉, n]: 2 values for each 4 rows, 2 bits for the place of each."""
+    """[k, n] of values[k / 2, n], 2 for each 4 rows, and indices uint8[⌈k / 8⌉, n], 2 bits for the place of each."""
     half, n = values.shape
     shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
     places = ((indices[:, None] >> shifts) & 3).reshape(-1, n)[:half].reshape(-1, 2, 1, n)

@@ -134,6 +134,12 @@ CASES = (
         "x=3x37x384 w=5x128x256 rows=5:int32<3 offsets=3:int32<6 bias=512 residual=3x37x512",
         "activation=jaxops.silu",
     ),
+    *_two(
+        "sparse_2_4_matmul",
+        "x=16x4096 w=2048x11008 indices=512x11008:uint8<256",
+        "x=3x37x1000 w=500x257 indices=125x257:uint8<256 bias=257",
+        kernel=False,
+    ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
 )
 

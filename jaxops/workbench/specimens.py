@@ -48,6 +48,7 @@ USUAL: dict[str, tuple[str, str]] = {
     "rope_projection": ("x=2x40x65 w=65x2x64 positions=40:int32<1000 bias=2x64", ""),
     "silu": ("x=30x129", ""),
     "softmax": ("x=40x129", ""),
+    "sparse_2_4_matmul": ("x=30x132 w=66x129 indices=17x129:uint8<256 bias=129", ""),
     "squared_relu": ("x=30x129", ""),
 }
 
@@ -448,6 +449,19 @@ def _block_sparse(c: _Chance) -> tuple[dict, dict]:
     return operands, {**activation, "precision": c.of(None, "highest")}
 
 
+def _sparse_2_4(c: _Chance) -> tuple[dict, dict]:
+    dtype, inner, columns = c.of(*DTYPES, "float16"), 4 * c.size(130), c.size()
+    shape, packed = c.shape(inner), (-(-inner // 8), columns)
+    operands = {
+        "x": normal(shape, dtype),
+        "w": normal((inner // 2, columns), dtype),
+        "indices": Operand(packed, "uint8", f"random.integers(0, 256, {packed})"),
+        "bias": normal((columns,), c.of(dtype, "float32")) if c.of(False, True) else None,
+    }
+    activation = {"activation": _activation(c)} if c.of(False, True) else {}
+    return operands, {**activation, "precision": c.of(None, "highest")}
+
+
 def _gated(c: _Chance) -> tuple[dict, dict]:
     dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
     weights = {name: normal((inner, columns), dtype) for name in ("w_gate", "w_up")}
@@ -529,5 +543,6 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "rope_projection": _rope_projection,
     "silu": _elementwise,
     "softmax": _softmax,
+    "sparse_2_4_matmul": _sparse_2_4,
     "squared_relu": _elementwise,
 }

@@ -6,8 +6,8 @@ gradients.
 In y and dx a tile of rows is in VMEM with all columns of what is read and of what is written, and the stored blocks are
 gone through in the order of what they give: as many turns as there are blocks, whatever the pattern, which is read as
 scalars. The sum stays in one place; where a block begins another part of the result it starts from zero, by selection,
-and it is stored after every block: the last store of a part holds. So several blocks make a turn without a branch. Blocks
-that fit VMEM are fetched once, else a chunk of them at a time.
+and it is stored after every block: the last store of a part holds. So several blocks make a turn without a branch.
+Blocks that fit VMEM are fetched once, else a chunk of them at a time.
 dw goes through the blocks of a chunk for each tile of rows, and adds.
 """
 
@@ -236,7 +236,6 @@ def _product_kernel(
                     pl.when(last)(functools.partial(store, strip, part, total))
             sum_ref[strip, :] = total
 
-
     _turns(s, t, chunk, turn)
 
 
@@ -371,7 +370,6 @@ def _products_kernel(rows, columns, x_ref, dz_ref, out_ref, *scratch, s: Sizes, 
                 product = jnp.where(step == 0, 0.0, sum_ref[here]) + product
                 sum_ref[here] = product
             out_ref[here] = product.astype(out_ref.dtype)
-
 
     _turns(s, t, chunk, turn)
 

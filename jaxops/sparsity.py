@@ -220,7 +220,7 @@ def prune_mask(
         raise ValueError(f"{name}: block must be given for pattern='blocks' alone, got {block} for {pattern!r}")
     if (sparsity is None) != (pattern == "2:4"):
         raise ValueError(f"{name}: sparsity must be given, but for pattern='2:4', got {sparsity} for {pattern!r}")
-    if sparsity is not None and not isinstance(sparsity, jax.core.Tracer) and not 0 <= float(sparsity) <= 1:
+    if sparsity is not None and not isinstance(sparsity, jax.core.Tracer) and not 0 <= float(np.asarray(sparsity)) <= 1:
         raise ValueError(f"{name}: sparsity must be from 0 to 1, got {sparsity}")
     if pattern == "unstructured":
         assert sparsity is not None

@@ -78,7 +78,7 @@ def test_bad_input():
     wrong = [
         (
             lambda: prune_model(model(), [("", Pruning(0.5, "blocks", (5, 5)))]),
-            "layers/0: .*blocks of 5 × 5 must divide",
+            r"layers/0: .*blocks of 5 × 5 must divide",
         ),
         (lambda: prune_model(model(), [("head", Pruning(0.5))]), "prune_model: the rules find no layer; those of the"),
         (lambda: update_masks(model()), "must hold layers of `prune_model`, got none"),
@@ -90,5 +90,5 @@ def test_bad_input():
     for make, message in wrong:
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(TypeError, match="linear must be an nnx.Linear"):
+    with pytest.raises(TypeError, match=r"linear must be an nnx\.Linear"):
         PrunedLinear(nnx.relu, Pruning(0.5))

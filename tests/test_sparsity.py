@@ -135,6 +135,20 @@ def test_the_schedule_is_that_of_zhu_and_gupta():
     np.testing.assert_allclose(jax.jit(sparsity)(200), sparsity(200), rtol=1e-6)
 
 
+def test_the_pattern_is_a_block_mask_of_attention():
+    window = jaxops.BlockPattern.of(abs(np.subtract.outer(np.arange(3), np.arange(3))) <= 1, (8, 8))
+    seen = np.kron(window.mask, np.ones((8, 8), bool))
+    query, key, value = (jnp.asarray(RANDOM.standard_normal((1, 24, 2, 8)), jnp.float32) for _ in range(3))
+    logits = np.where(seen, np.einsum("btnh,bsnh->bnts", query, key) / 8**0.5, -np.inf)
+    exact = np.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), value)
+
+    def looked_up(batch, head, query, key):
+        return jnp.asarray(window.mask.ravel())[query // 8 * 3 + key // 8]
+
+    for told in (dict(mask=jnp.asarray(seen)[None, None]), dict(mask_mod=looked_up)):
+        np.testing.assert_allclose(jaxops.dot_product_attention(query, key, value, **told), exact, atol=1e-5)
+
+
 X, W, R, O = jnp.ones((2, 6)), jnp.ones((2, 3, 4)), np.array([0, 1]), np.array([0, 1, 2])
 V, I = jnp.ones((4, 3)), jnp.ones((1, 3), jnp.uint8)
 call, pairs = jaxops.block_sparse_matmul, jaxops.sparse_2_4_matmul

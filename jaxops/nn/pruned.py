@@ -95,7 +95,7 @@ class PrunedLinear(nnx.Module):
     def converted(self, implementation: Implementation = None) -> nnx.Module:
         """The layer for inference, which stores what is kept; for zeros anywhere the dense layer with these zeros."""
         kernel, bias = self.kernel(), flat_bias(self.layer)
-        options = dict(dtype=self.layer.dtype, shapes=self.shapes, implementation=implementation)
+        options: dict[str, Any] = dict(dtype=self.layer.dtype, shapes=self.shapes, implementation=implementation)
         if self.pruning.pattern == "2:4":
             return Sparse24Linear(Sparse24.from_dense(kernel), bias, **options)
         if self.pruning.block is not None:

@@ -40,12 +40,10 @@ def prune_model[M: nnx.Module](model: M, rules: Rules) -> tuple[M, QuantizationR
         except (ValueError, TypeError) as error:
             raise type(error)(f"prune_model: {path}: {error}") from None
         kernel = layer.kernel[...].reshape(pruned.shapes.flat)
-        error = float(
-            jnp.linalg.norm(jnp.where(pruned.mask[...], 0, kernel)) / jnp.maximum(jnp.linalg.norm(kernel), 1e-30)
-        )
-        after = _stored(pruned)
-        saved += size_of(kernel) - after
-        reports.append(LayerReport(path, str(pruning), tuple(layer.kernel.shape), size_of(kernel), after, error))
+        gone = jnp.linalg.norm(jnp.where(pruned.mask[...], 0, kernel)) / jnp.maximum(jnp.linalg.norm(kernel), 1e-30)
+        size, after = size_of(kernel), _stored(pruned)
+        saved += size - after
+        reports.append(LayerReport(path, str(pruning), tuple(layer.kernel.shape), size, after, float(gone)))
     replace(copy, new)
     return copy, QuantizationReport(tuple(reports), before, before - saved)
 

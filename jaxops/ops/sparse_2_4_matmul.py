@@ -71,7 +71,8 @@ def sparse_2_4_matmul(
     if isinstance(w, sparsity.Sparse24):
         if indices is not None:
             raise ValueError(f"{name}: indices are part of a Sparse24 w, and must be None")
-        w, indices = w.values, w.indices
+        packed = w
+        w, indices = packed.values, packed.indices
     elif indices is None:
         raise ValueError(f"{name}: indices must be given for a w that is no Sparse24")
     values = checks.floating(name, "w", w)

@@ -83,7 +83,9 @@ class Sizes:
     @staticmethod
     def of(x, w, residual, *, size: int, activation=None, saving: bool = True, **_) -> "Sizes":
         read, saved = int(residual is not None), int(saving and activation is not None)
-        return Sizes(math.prod(x.shape[:-1]), x.shape[-1], size, *w.shape, x.dtype.itemsize, read, saved)
+        count, bk, bn = w.shape
+        m, k = math.prod(x.shape[:-1]), x.shape[-1]
+        return Sizes(m, k, size, count, bk, bn, x.dtype.itemsize, read, saved)
 
     def cut(self, tiles: Tiles) -> Tiles:
         """No tile is past the end of its axis."""

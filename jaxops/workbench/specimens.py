@@ -411,7 +411,7 @@ def _matmul(c: _Chance) -> tuple[dict, dict]:
         "residual": normal((*shape[:-1], columns), c.of(dtype, "float32")) if c.of(False, True) else None,
     }
     activation = {"activation": _activation(c)} if c.of(False, True) else {}
-    return operands, {**activation, "precision": c.of(None, "highest")}
+    return operands, {**activation, "precision": c.of(None, "'highest'")}
 
 
 def _quantized(c: _Chance) -> tuple[dict, dict]:
@@ -446,7 +446,7 @@ def _block_sparse(c: _Chance) -> tuple[dict, dict]:
         "residual": normal((*shape[:-1], size), c.of(dtype, "float32")) if c.of(False, True) else None,
     }
     activation = {"activation": _activation(c)} if c.of(False, True) else {}
-    return operands, {**activation, "precision": c.of(None, "highest")}
+    return operands, {**activation, "precision": c.of(None, "'highest'")}
 
 
 def _sparse_2_4(c: _Chance) -> tuple[dict, dict]:
@@ -459,13 +459,13 @@ def _sparse_2_4(c: _Chance) -> tuple[dict, dict]:
         "bias": normal((columns,), c.of(dtype, "float32")) if c.of(False, True) else None,
     }
     activation = {"activation": _activation(c)} if c.of(False, True) else {}
-    return operands, {**activation, "precision": c.of(None, "highest")}
+    return operands, {**activation, "precision": c.of(None, "'highest'")}
 
 
 def _gated(c: _Chance) -> tuple[dict, dict]:
     dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
     weights = {name: normal((inner, columns), dtype) for name in ("w_gate", "w_up")}
-    options = {"activation": _activation(c), "precision": c.of(None, "highest")}
+    options = {"activation": _activation(c), "precision": c.of(None, "'highest'")}
     return {"x": normal(c.shape(inner), dtype), **weights}, options
 
 

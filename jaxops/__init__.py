@@ -10,6 +10,7 @@ from jaxops.ops.activations import squared_relu as squared_relu
 from jaxops.ops.add_layer_norm import add_layer_norm as add_layer_norm
 from jaxops.ops.add_rms_norm import add_rms_norm as add_rms_norm
 from jaxops.ops.attention import dot_product_attention as dot_product_attention
+from jaxops.ops.block_sparse_matmul import block_sparse_matmul as block_sparse_matmul
 from jaxops.ops.decode_attention import decode_attention as decode_attention
 from jaxops.ops.gated_linear_unit import gated_linear_unit as gated_linear_unit
 from jaxops.ops.group_norm import group_norm as group_norm
@@ -25,9 +26,16 @@ from jaxops.ops.rope import RopeScaling as RopeScaling
 from jaxops.ops.rope import rope as rope
 from jaxops.ops.rope import rope_projection as rope_projection
 from jaxops.ops.softmax import softmax as softmax
+from jaxops.ops.sparse_2_4_matmul import sparse_2_4_matmul as sparse_2_4_matmul
 from jaxops.quantization import Quantized as Quantized
 from jaxops.quantization import dequantize as dequantize
 from jaxops.quantization import fake_quantize as fake_quantize
 from jaxops.quantization import quantize as quantize
 from jaxops.routing import Routing as Routing
 from jaxops.routing import top_k_routing as top_k_routing
+from jaxops.sparsity import BlockPattern as BlockPattern
+from jaxops.sparsity import BlockSparse as BlockSparse
+from jaxops.sparsity import Sparse24 as Sparse24
+from jaxops.sparsity import prune as prune
+from jaxops.sparsity import prune_mask as prune_mask
+from jaxops.sparsity import pruning_schedule as pruning_schedule

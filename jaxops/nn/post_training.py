@@ -3,7 +3,6 @@ each of them then errs; and training that knows of it.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,11 +14,13 @@ from flax import nnx
 
 from jaxops.calibration import OBSERVERS, Statistics, balance, round_for_outputs
 from jaxops.dispatch import Implementation
+from jaxops.nn.paths import LINEAR, LayerReport, QuantizationReport, bytes_of, chosen, modules, replace, size_of
+from jaxops.nn.pruned import PrunedLinear
 from jaxops.nn.quantized import FakeQuantizedLinear, Linear, QuantizedEmbed, QuantizedLinear, Shapes, flat_bias
 from jaxops.quantization import Quantized, dequantize, quantize
 
 Calibration = Mapping[str, Statistics]
-_LINEAR = (nnx.Linear, nnx.LinearGeneral)
+_KINDS = (*LINEAR, nnx.Embed)
 _INPUTS = "inputs"  # under which what a layer was given is kept
 
 
@@ -83,62 +84,6 @@ class Scheme:
 Rules = Sequence[tuple[str, Scheme | None]]
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """What quantisation did to a layer: bytes of its kernel or table, ‖w' - w‖ / ‖w‖, the same of its outputs on rows
-    of the calibration data (None without), and what it alone costs the model (None unless `sensitivity` measured).
-    """
-
-    path: str
-    scheme: str
-    shape: tuple[int, ...]
-    bytes_before: int
-    bytes_after: int
-    weight_error: float
-    output_error: float | None = None
-    cost: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizationReport:
-    """Of every layer that a rule found, in the order of the model; bytes of all variables before and after."""
-
-    layers: tuple[LayerReport, ...]
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        number = lambda x: "" if x is None else f"{x:.2e}"
-        head = ("layer", "scheme", "bytes", "after", "weight error", "output error", "cost")
-        lines = [head] + [
-            (r.path, r.scheme, f"{r.bytes_before}", f"{r.bytes_after}", number(r.weight_error), number(r.output_error))
-            + (number(r.cost),)
-            for r in self.layers
-        ]
-        lines += [("all variables", "", f"{self.bytes_before}", f"{self.bytes_after}", "", "", "")]
-        used = [i for i in range(len(head)) if any(line[i] for line in lines[1:])]
-        widths = {i: max(len(line[i]) for line in lines) for i in used}
-        pad = lambda line, i: line[i].ljust(widths[i]) if i < 2 else line[i].rjust(widths[i])
-        return "\n".join("  ".join(pad(line, i) for i in used).rstrip() for line in lines)
-
-    def plot(self, path: str) -> None:
-        """Draws a bar per layer, worst first, into a PNG or SVG: its cost if measured, else the error of its outputs,
-        else of its weights. Needs matplotlib (extra `cli`); raises `ImportError` without."""
-        from matplotlib.figure import Figure
-
-        kinds = {"cost": "cost of quantising this layer alone", "output_error": "relative error of the outputs"}
-        kinds |= {"weight_error": "relative error of the weights"}
-        kind = next(k for k in kinds if any(getattr(r, k) is not None for r in self.layers) or k == "weight_error")
-        rows = sorted(self.layers, key=lambda r: getattr(r, kind) or 0.0)
-        figure = Figure(figsize=(8, 1 + 0.28 * len(rows)), layout="constrained")
-        axes = figure.subplots()
-        axes.barh([r.path for r in rows], [getattr(r, kind) or 0.0 for r in rows], color="#3b6ea5")
-        axes.set_xlabel(kinds[kind])
-        axes.margins(y=0.01)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=150)
-
-
 def calibrate(
     model: nnx.Module,
     batches: Iterable[Any],
@@ -161,10 +106,10 @@ def calibrate(
         batch are named).
     """
     copy = nnx.clone(model)
-    found = {path: layer for path, layer in _modules(copy, _LINEAR) if re.search(layers, path)}
+    found = {path: layer for path, layer in modules(copy, LINEAR) if re.search(layers, path)}
     if not found:
         raise ValueError(f"calibrate: no nnx.Linear or nnx.LinearGeneral of the model has a path with {layers!r}")
-    _replace(copy, {id(layer): _Observed(layer) for layer in found.values()})
+    replace(copy, {id(layer): _Observed(layer) for layer in found.values()})
     shapes = {path: Shapes.of(f"calibrate: {path}", layer) for path, layer in found.items()}
     gathered = {path: Statistics.of(shapes[path].flat[0], hessian=hessian) for path in found}
     graph, state = nnx.split(copy)
@@ -211,15 +156,15 @@ def quantize_model[M: nnx.Module](
     copy = nnx.clone(model)
     new: dict[int, nnx.Module] = {}
     reports = []
-    for path, layer, scheme in _chosen("quantize_model", copy, rules):
+    for path, layer, scheme in chosen("quantize_model", copy, rules, _KINDS):
         try:
             new[id(layer)], report = _quantized(path, layer, scheme, (calibration or {}).get(path), implementation)
         except (ValueError, TypeError) as error:
             raise type(error)(f"quantize_model: {path}: {error}") from None
         reports.append(report)
-    before = _bytes(copy)
-    _replace(copy, new)
-    return copy, QuantizationReport(tuple(reports), before, _bytes(copy))
+    before = bytes_of(copy)
+    replace(copy, new)
+    return copy, QuantizationReport(tuple(reports), before, bytes_of(copy))
 
 
 def sensitivity(
@@ -241,7 +186,7 @@ def sensitivity(
     """
     _, report = quantize_model(model, rules, calibration, implementation=implementation)
     base, layers = float(evaluate(model)), []
-    schemes = {path: scheme for path, _, scheme in _chosen("sensitivity", model, rules)}
+    schemes = {path: scheme for path, _, scheme in chosen("sensitivity", model, rules, _KINDS)}
     for layer in report.layers:
         alone = [(f"^{re.escape(layer.path)}$", schemes[layer.path])]
         changed, _ = quantize_model(model, alone, calibration, implementation=implementation)
@@ -263,7 +208,7 @@ def quantization_aware[M: nnx.Module](model: M, rules: Rules, calibration: Calib
     """
     copy = nnx.clone(model)
     new: dict[int, nnx.Module] = {}
-    for path, layer, scheme in _chosen("quantization_aware", copy, rules):
+    for path, layer, scheme in chosen("quantization_aware", copy, rules, _KINDS):
         if isinstance(layer, nnx.Embed):
             continue
         try:
@@ -276,20 +221,22 @@ def quantization_aware[M: nnx.Module](model: M, rules: Rules, calibration: Calib
             new[id(layer)] = FakeQuantizedLinear(layer, scheme.weights, group_size=scheme.group_size, input_scale=step)
         except (ValueError, TypeError) as error:
             raise type(error)(f"quantization_aware: {path}: {error}") from None
-    _replace(copy, new)
+    replace(copy, new)
     return copy
 
 
 def convert[M: nnx.Module](model: M, *, implementation: Implementation = None) -> M:
-    """A copy of a model of `quantization_aware`, trained, with `QuantizedLinear` in place of `FakeQuantizedLinear`.
+    """A copy of a trained model of `quantization_aware` or `prune_model`, with the layers for inference:
+    `QuantizedLinear` in place of `FakeQuantizedLinear`; of `PrunedLinear` a `BlockSparseLinear`, a `Sparse24Linear`,
+    or for zeros anywhere the dense layer with these zeros.
 
-    Raises `ValueError` if it has none.
+    Raises `ValueError` if it has none of them.
     """
     copy = nnx.clone(model)
-    found = _modules(copy, (FakeQuantizedLinear,))
+    found = modules(copy, (FakeQuantizedLinear, PrunedLinear))
     if not found:
-        raise ValueError("convert: model must hold layers of `quantization_aware`, got none")
-    _replace(copy, {id(layer): layer.quantized(implementation) for _, layer in found})
+        raise ValueError("convert: model must hold layers of `quantization_aware` or `prune_model`, got none")
+    replace(copy, {id(layer): layer.converted(implementation) for _, layer in found})
     return copy
 
 
@@ -302,39 +249,6 @@ class _Observed(nnx.Module):
     def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
         self.sow(nnx.Intermediate, _INPUTS, x)
         return self.layer(x, *args, **options)
-
-
-def _modules(model: nnx.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
-    """(path, module) of those kinds, in the order of their paths, numbers by their value."""
-    found = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, kinds)]
-    found.sort(key=lambda one: tuple((isinstance(part, str), part) for part in one[0]))
-    return [("/".join(map(str, path)), module) for path, module in found]
-
-
-def _replace(model: nnx.Module, new: Mapping[int, nnx.Module]) -> None:
-    """Puts new[id(module)] wherever that module stands."""
-    for _, parent in list(nnx.iter_modules(model)):
-        for name, child in list(nnx.iter_children(parent)):
-            if id(child) in new:
-                if isinstance(parent, nnx.List) and isinstance(name, int):
-                    parent[name] = new[id(child)]
-                else:
-                    setattr(parent, str(name), new[id(child)])
-
-
-def _chosen(what: str, model: nnx.Module, rules: Rules) -> list[tuple[str, Any, Scheme]]:
-    """(path, layer, scheme) of the layers that the rules find."""
-    compiled = [(re.compile(pattern), scheme) for pattern, scheme in rules]
-    found = []
-    modules = _modules(model, (*_LINEAR, nnx.Embed))
-    for path, layer in modules:
-        scheme = next((scheme for pattern, scheme in compiled if pattern.search(path)), None)
-        if scheme is not None:
-            found.append((path, layer, scheme))
-    if not found:
-        names = ", ".join(path for path, _ in modules[:5]) or "none"
-        raise ValueError(f"{what}: the rules find no layer; those of the model: {names}{', …' * (len(modules) > 5)}")
-    return found
 
 
 def _observed(statistics: Statistics | None) -> Statistics:
@@ -397,19 +311,10 @@ def _quantized(
 def _report(path: str, scheme: str, kernel: jax.Array, weights: Quantized, scaled: Any = None) -> LayerReport:
     exact = np.asarray(kernel.astype(jnp.float32)).reshape(weights.values.shape) if scaled is None else scaled
     error = float(np.linalg.norm(np.asarray(dequantize(weights)) - exact))
-    after = sum(_size(x) for x in weights if x is not None)
+    after = sum(size_of(x) for x in weights if x is not None)
     relative = error / max(float(np.linalg.norm(exact)), 1e-30)
-    return LayerReport(path, scheme, tuple(kernel.shape), _size(kernel), after, relative)
+    return LayerReport(path, scheme, tuple(kernel.shape), size_of(kernel), after, relative)
 
 
 def _step(threshold: float) -> float:
     return threshold / 127 if threshold > 0 else 1.0
-
-
-def _bytes(model: nnx.Module) -> int:
-    return sum(_size(x) for x in jax.tree.leaves(nnx.state(model)) if hasattr(x, "dtype"))
-
-
-def _size(x: jax.Array) -> int:
-    """Bytes as they are stored: two int4 in one."""
-    return math.ceil(x.size * (4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize) / 8)

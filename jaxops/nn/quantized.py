@@ -250,7 +250,7 @@ class FakeQuantizedLinear(nnx.Module):
         bias = self.bias[...].reshape(-1).astype(y.dtype) if self.bias is not None else 0
         return self.shapes.columns(y + bias)
 
-    def quantized(self, implementation: Implementation = None) -> QuantizedLinear:
+    def converted(self, implementation: Implementation = None) -> QuantizedLinear:
         """The layer for inference, with the steps that were learned."""
         kernel, scales = self.kernel[...].reshape(self.shapes.flat), _positive(self.scales[...])
         most = int(jnp.iinfo(self.weights).max)

@@ -128,6 +128,18 @@ CASES = (
         "x=16x4096 w=4096x11008:int8 scales=1x11008:float32",
         "x=3x37x1024:int8 x_scales=3x37x1 w=1024x257:int4 scales=8x257 bias=257",
     ),
+    *_two(
+        "block_sparse_matmul",
+        "x=4096x4096 w=205x128x128 rows=205:int32<32 offsets=33:int32<206",
+        "x=3x37x384 w=5x128x256 rows=5:int32<3 offsets=3:int32<6 bias=512 residual=3x37x512",
+        "activation=jaxops.silu",
+    ),
+    *_two(
+        "sparse_2_4_matmul",
+        "x=16x4096 w=2048x11008 indices=512x11008:uint8<256",
+        "x=3x37x1000 w=500x257 indices=125x257:uint8<256 bias=257",
+        kernel=False,
+    ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
 )
 

@@ -54,9 +54,15 @@ _PAGES = {"T": 256, "M": 32, "N": 8, "H": 64}, {"T": 4096, "M": 512, "N": 8, "H"
 _VOCABULARY = {"T": 1024, "D": 256, "V": 16384}, {"T": 8192, "D": 2048, "V": 65536}
 _GROUPS = {"M": 1024, "G": 8, "K": 512, "N": 512}, {"M": 8192, "G": 8, "K": 4096, "N": 4096}
 _ATTENTION = ("query=BxTxNxH", "key=BxTxNxH", "value=BxTxNxH")
+_BLOCKS = (
+    {"M": 512, "K": 2048, "S": 410, "B": 32, "C": 65},
+    {"M": 4096, "K": 4096, "S": 205, "B": 128, "C": 33},
+)
+_PAIRS = tuple({**sizes, "H": sizes["K"] // 2, "P": sizes["K"] // 8} for sizes in _PRODUCT)
 USUAL = {
     "add_layer_norm": Usual(("x=RxD", "residual=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "add_rms_norm": Usual(("x=RxD", "residual=RxD", "scale=D"), (), *_ROWS),
+    "block_sparse_matmul": Usual(("x=MxK", "w=SxBxB", "rows=S:int32", "offsets=C:int32"), (), *_BLOCKS),
     "decode_attention": Usual(("query=BxNxH", *_ATTENTION[1:], "lengths=B:int32"), (), *_HEADS),
     "dot_product_attention": Usual(_ATTENTION, ("is_causal=True",), *_HEADS),
     "gated_linear_unit": Usual(("x=MxK", "w_gate=KxN", "w_up=KxN"), (), *_PRODUCT),
@@ -88,6 +94,7 @@ USUAL = {
     "rope_projection": Usual(("x=BxTxD", "w=DxNxH", "positions=T:int32"), (), *_PROJECTION),
     "silu": Usual(("x=RxD",), (), *_ROWS),
     "softmax": Usual(("x=RxD",), (), *_ROWS),
+    "sparse_2_4_matmul": Usual(("x=MxK", "w=HxN", "indices=PxN:uint8"), (), *_PAIRS),
     "squared_relu": Usual(("x=RxD",), (), *_ROWS),
 }
 
@@ -292,8 +299,8 @@ def random_operands(shapes: Mapping[str, Any], seed: int = 0) -> dict[str, np.nd
     """Numbers for the operands of a call, by their names where these mean something.
 
     Floating: normal, of variance one over the contracted size in a weight; labels below the vocabulary, positions one
-    after the other, lengths up to the length, segments of growing id, pages and rows that there are, groups that take
-    all rows, masks that show nine in ten; other integers are 0 or 1.
+    after the other, lengths up to the length, segments of growing id, pages, rows and blocks that there are, groups
+    that take all rows, masks that show nine in ten; other integers are 0 or 1.
     """
     random = np.random.default_rng(seed)
 
@@ -316,6 +323,12 @@ def random_operands(shapes: Mapping[str, Any], seed: int = 0) -> dict[str, np.nd
             return random.multinomial(rows, np.full(x.size, 1 / x.size)).astype(x.dtype)
         if name in ("lhs_rows", "out_rows"):
             return random.integers(0, shapes["lhs"].shape[0], x.shape).astype(x.dtype)
+        if name == "offsets":  # about as many blocks in every column
+            return np.linspace(0, shapes["rows"].shape[0], x.size).astype(x.dtype)
+        if name == "rows":
+            return random.integers(0, shapes["x"].shape[-1] // shapes["w"].shape[1], x.shape).astype(x.dtype)
+        if name == "indices":
+            return random.integers(0, 256, x.shape).astype(x.dtype)
         if name == "query_starts":  # sequences of about the same number of tokens
             return np.linspace(0, shapes["query"].shape[0], x.size).astype(x.dtype)
         if name == "page_table":

@@ -189,6 +189,24 @@ def jax_quantized_matmul(x, w, scales, zeros=None, *, x_scales=None, bias=None, 
     return y if bias is None else (y + bias).astype(dtype)
 
 
+def jax_block_sparse_matmul(x, w, *, rows, offsets, bias=None, activation=None, residual=None, precision=None):
+    """matmul, of jax.numpy, of the matrix that the blocks are part of."""
+    bk, bn = w.shape[1:]
+    columns = jnp.searchsorted(offsets, jnp.arange(w.shape[0]), side="right") - 1
+    grid = jnp.zeros((x.shape[-1] // bk, offsets.shape[0] - 1, bk, bn), w.dtype).at[rows, columns].add(w)
+    dense = grid.transpose(0, 2, 1, 3).reshape(x.shape[-1], -1)
+    return jax_matmul(x, dense, bias=bias, activation=activation, residual=residual, precision=precision)
+
+
+def jax_sparse_2_4_matmul(x, w, *, indices, bias=None, activation=None, residual=None, precision=None):
+    """matmul, of jax.numpy, of the matrix to which the values are scattered."""
+    rows, columns = w.shape
+    at = jnp.arange(rows)[:, None]
+    places = (indices[at[:, 0] // 4] >> (2 * (at % 4)).astype(jnp.uint8)) & 3
+    dense = jnp.zeros((2 * rows, columns), w.dtype).at[at // 2 * 4 + places, jnp.arange(columns)].add(w)
+    return jax_matmul(x, dense, bias=bias, activation=activation, residual=residual, precision=precision)
+
+
 def jax_ragged_dot(lhs, rhs, group_sizes, precision=None, preferred_element_type=None):
     """y_i = lhs_i · rhs[group of i], of jax.lax."""
     return jax.lax.ragged_dot(lhs, rhs, group_sizes, precision, preferred_element_type)
@@ -469,6 +487,7 @@ PEERS: dict[str, dict[str, Callable]] = {
     "jax": {
         "add_layer_norm": jax_add_layer_norm,
         "add_rms_norm": jax_add_rms_norm,
+        "block_sparse_matmul": jax_block_sparse_matmul,
         "decode_attention": jax_decode_attention,
         "dot_product_attention": jax_dot_product_attention,
         "gated_linear_unit": jax_gated_linear_unit,
@@ -487,6 +506,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "rope_projection": jax_rope_projection,
         "silu": jax_silu,
         "softmax": jax_softmax,
+        "sparse_2_4_matmul": jax_sparse_2_4_matmul,
         "squared_relu": jax_squared_relu,
     },
     "flax": {

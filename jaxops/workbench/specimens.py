@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 USUAL: dict[str, tuple[str, str]] = {
     "add_layer_norm": ("x=40x129 residual=40x129 scale=129 bias=129", ""),
     "add_rms_norm": ("x=40x129 residual=40x129 scale=129", ""),
+    "block_sparse_matmul": ("x=30x384 w=7x128x128 rows=7:int32<3 offsets=3:int32<8 bias=256", ""),
     "decode_attention": ("query=3x2x4x128 key=3x304x2x128 value=3x304x2x128 lengths=3:int32<305", ""),
     "dot_product_attention": ("query=2x70x3x32 key=2x130x1x32 value=2x130x1x32", "is_causal=True"),
     "gated_linear_unit": ("x=30x65 w_gate=65x129 w_up=65x129", ""),
@@ -47,6 +48,7 @@ USUAL: dict[str, tuple[str, str]] = {
     "rope_projection": ("x=2x40x65 w=65x2x64 positions=40:int32<1000 bias=2x64", ""),
     "silu": ("x=30x129", ""),
     "softmax": ("x=40x129", ""),
+    "sparse_2_4_matmul": ("x=30x132 w=66x129 indices=17x129:uint8<256 bias=129", ""),
     "squared_relu": ("x=30x129", ""),
 }
 
@@ -89,7 +91,7 @@ def rising(most: int, count: int) -> Operand:
 
 def named(name: str, shape: Sequence[int], dtype: Any, below: int) -> Operand:
     """`of`, but for an operand that has to rise, up to `below` - 1."""
-    return rising(below - 1, shape[0]) if name == "query_starts" else of(shape, dtype, below)
+    return rising(below - 1, shape[0]) if name in ("query_starts", "offsets") else of(shape, dtype, below)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +411,7 @@ def _matmul(c: _Chance) -> tuple[dict, dict]:
         "residual": normal((*shape[:-1], columns), c.of(dtype, "float32")) if c.of(False, True) else None,
     }
     activation = {"activation": _activation(c)} if c.of(False, True) else {}
-    return operands, {**activation, "precision": c.of(None, "highest")}
+    return operands, {**activation, "precision": c.of(None, "'highest'")}
 
 
 def _quantized(c: _Chance) -> tuple[dict, dict]:
@@ -431,10 +433,39 @@ def _quantized(c: _Chance) -> tuple[dict, dict]:
     return operands, {}
 
 
+def _block_sparse(c: _Chance) -> tuple[dict, dict]:
+    dtype, sides = c.of(*DTYPES, "float16"), (128, 256, 16, 7)
+    bk, bn, height, width, count = c.of(*sides), c.of(*sides), c.of(1, 2, 3), c.of(1, 2, 4), c.of(1, 3, 9)
+    shape, size = c.shape(height * bk), width * bn
+    operands = {
+        "x": normal(shape, dtype),
+        "w": normal((count, bk, bn), dtype),
+        "rows": integers(height, (count,)),
+        "offsets": rising(count, width + 1),
+        "bias": normal((size,), c.of(dtype, "float32")) if c.of(False, True) else None,
+        "residual": normal((*shape[:-1], size), c.of(dtype, "float32")) if c.of(False, True) else None,
+    }
+    activation = {"activation": _activation(c)} if c.of(False, True) else {}
+    return operands, {**activation, "precision": c.of(None, "'highest'")}
+
+
+def _sparse_2_4(c: _Chance) -> tuple[dict, dict]:
+    dtype, inner, columns = c.of(*DTYPES, "float16"), 4 * c.size(130), c.size()
+    shape, packed = c.shape(inner), (-(-inner // 8), columns)
+    operands = {
+        "x": normal(shape, dtype),
+        "w": normal((inner // 2, columns), dtype),
+        "indices": Operand(packed, "uint8", f"random.integers(0, 256, {packed})"),
+        "bias": normal((columns,), c.of(dtype, "float32")) if c.of(False, True) else None,
+    }
+    activation = {"activation": _activation(c)} if c.of(False, True) else {}
+    return operands, {**activation, "precision": c.of(None, "'highest'")}
+
+
 def _gated(c: _Chance) -> tuple[dict, dict]:
     dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
     weights = {name: normal((inner, columns), dtype) for name in ("w_gate", "w_up")}
-    options = {"activation": _activation(c), "precision": c.of(None, "highest")}
+    options = {"activation": _activation(c), "precision": c.of(None, "'highest'")}
     return {"x": normal(c.shape(inner), dtype), **weights}, options
 
 
@@ -493,6 +524,7 @@ def _ragged(c: _Chance) -> tuple[dict, dict]:
 _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "add_layer_norm": functools.partial(_norm, with_bias=True, with_residual=True),
     "add_rms_norm": functools.partial(_norm, with_bias=False, with_residual=True),
+    "block_sparse_matmul": _block_sparse,
     "decode_attention": _decode,
     "dot_product_attention": _attention,
     "gated_linear_unit": _gated,
@@ -511,5 +543,6 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "rope_projection": _rope_projection,
     "silu": _elementwise,
     "softmax": _softmax,
+    "sparse_2_4_matmul": _sparse_2_4,
     "squared_relu": _elementwise,
 }

@@ -10,9 +10,11 @@ from jaxops.ops.activations import squared_relu as squared_relu
 from jaxops.ops.add_layer_norm import add_layer_norm as add_layer_norm
 from jaxops.ops.add_rms_norm import add_rms_norm as add_rms_norm
 from jaxops.ops.attention import dot_product_attention as dot_product_attention
+from jaxops.ops.batch_norm import batch_norm as batch_norm
 from jaxops.ops.decode_attention import decode_attention as decode_attention
 from jaxops.ops.gated_linear_unit import gated_linear_unit as gated_linear_unit
 from jaxops.ops.group_norm import group_norm as group_norm
+from jaxops.ops.group_norm import instance_norm as instance_norm
 from jaxops.ops.layer_norm import layer_norm as layer_norm
 from jaxops.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxops.ops.linear_distillation import linear_distillation as linear_distillation

@@ -57,11 +57,13 @@ _ATTENTION = ("query=BxTxNxH", "key=BxTxNxH", "value=BxTxNxH")
 USUAL = {
     "add_layer_norm": Usual(("x=RxD", "residual=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "add_rms_norm": Usual(("x=RxD", "residual=RxD", "scale=D"), (), *_ROWS),
+    "batch_norm": Usual(("x=BxSxSxC", "scale=C", "bias=C"), (), *_IMAGES),
     "decode_attention": Usual(("query=BxNxH", *_ATTENTION[1:], "lengths=B:int32"), (), *_HEADS),
     "dot_product_attention": Usual(_ATTENTION, ("is_causal=True",), *_HEADS),
     "gated_linear_unit": Usual(("x=MxK", "w_gate=KxN", "w_up=KxN"), (), *_PRODUCT),
     "gelu": Usual(("x=RxD",), (), *_ROWS),
     "group_norm": Usual(("x=BxSxSxC", "scale=C", "bias=C"), ("num_groups=32",), *_IMAGES),
+    "instance_norm": Usual(("x=BxSxSxC", "scale=C", "bias=C"), (), *_IMAGES),
     "layer_norm": Usual(("x=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "linear_cross_entropy": Usual(("x=TxD", "weight=DxV", "labels=T:int32"), (), *_VOCABULARY),
     "linear_distillation": Usual(

@@ -137,6 +137,20 @@ def jax_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+def jax_instance_norm(x, scale=None, bias=None, *, eps=1e-6):
+    """(x - mean) / √(var + eps) · scale + bias for each channel of each entry, of jax.nn and jax.numpy."""
+    return jax_group_norm(x, scale, bias, num_groups=x.shape[-1], eps=eps)
+
+
+def jax_batch_norm(x, scale=None, bias=None, *, eps=1e-5):
+    """((x - mean) / √(var + eps) · scale + bias for each channel, mean, var), of jax.nn and jax.numpy."""
+    axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.float32)
+    mean, var = jnp.mean(wide, axes), jnp.var(wide, axes)
+    y = jax.nn.standardize(wide, axes, mean, var, eps)
+    y = y if scale is None else y * scale.astype(jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype), mean, var
+
+
 def jax_softmax(x, axis=-1, where=None, *, temperature=1.0):
     """exp(x / temperature) / Σ exp(x / temperature), of jax.nn and jax.numpy."""
     return jax.nn.softmax(x / temperature, axis, where)
@@ -284,6 +298,29 @@ def flax_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     return module.apply({"params": parameters}, x)
 
 
+def flax_instance_norm(x, scale=None, bias=None, *, eps=1e-6):
+    """(x - mean) / √(var + eps) · scale + bias for each channel of each entry, of flax.linen."""
+    return flax_group_norm(x, scale, bias, num_groups=x.shape[-1], eps=eps)
+
+
+def flax_batch_norm(x, scale=None, bias=None, *, eps=1e-5):
+    """((x - mean) / √(var + eps) · scale + bias for each channel, mean, var), of flax.linen."""
+    import flax.linen as nn
+
+    parameters = {name: p for name, p in (("scale", scale), ("bias", bias)) if p is not None}
+    module = nn.BatchNorm(
+        use_running_average=False,
+        momentum=0.0,  # the running averages are those of this batch
+        epsilon=eps,
+        dtype=x.dtype,
+        use_scale=scale is not None,
+        use_bias=bias is not None,
+    )
+    stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
+    y, new = module.apply({"params": parameters, "batch_stats": stats}, x, mutable=["batch_stats"])
+    return y, new["batch_stats"]["mean"], new["batch_stats"]["var"]
+
+
 def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"):
     """-log softmax(x · weight)[label], reduced, with the loss of optax."""
     import optax
@@ -416,6 +453,20 @@ def torch_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     return group_norm(x.movedim(-1, 1), num_groups, scale, bias, eps).movedim(1, -1)
 
 
+def torch_instance_norm(x, scale=None, bias=None, *, eps=1e-6):
+    """(x - mean) / √(var + eps) · scale + bias for each channel of each entry, of torch.nn.functional."""
+    return torch_group_norm(x, scale, bias, num_groups=x.shape[-1], eps=eps)
+
+
+def torch_batch_norm(x, scale=None, bias=None, *, eps=1e-5):
+    """((x - mean) / √(var + eps) · scale + bias for each channel, mean, var), of torch.nn.functional."""
+    from torch.nn.functional import batch_norm
+
+    axes, wide = tuple(range(x.ndim - 1)), x.float()
+    y = batch_norm(x.movedim(-1, 1), None, None, scale, bias, training=True, eps=eps).movedim(1, -1)
+    return y, wide.mean(axes), wide.var(axes, correction=0)
+
+
 def torch_softmax(x, axis=-1, *, temperature=1.0):
     """exp(x / temperature) / Σ exp(x / temperature), of torch.nn.functional."""
     return (x / temperature).softmax(axis)
@@ -469,11 +520,13 @@ PEERS: dict[str, dict[str, Callable]] = {
     "jax": {
         "add_layer_norm": jax_add_layer_norm,
         "add_rms_norm": jax_add_rms_norm,
+        "batch_norm": jax_batch_norm,
         "decode_attention": jax_decode_attention,
         "dot_product_attention": jax_dot_product_attention,
         "gated_linear_unit": jax_gated_linear_unit,
         "gelu": jax_gelu,
         "group_norm": jax_group_norm,
+        "instance_norm": jax_instance_norm,
         "layer_norm": jax_layer_norm,
         "linear_cross_entropy": jax_linear_cross_entropy,
         "linear_distillation": jax_linear_distillation,
@@ -492,8 +545,10 @@ PEERS: dict[str, dict[str, Callable]] = {
     "flax": {
         "add_layer_norm": flax_add_layer_norm,
         "add_rms_norm": flax_add_rms_norm,
+        "batch_norm": flax_batch_norm,
         "dot_product_attention": flax_dot_product_attention,
         "group_norm": flax_group_norm,
+        "instance_norm": flax_instance_norm,
         "layer_norm": flax_layer_norm,
         "rms_norm": flax_rms_norm,
     },
@@ -509,10 +564,12 @@ PEERS: dict[str, dict[str, Callable]] = {
     "torch": {
         "add_layer_norm": torch_add_layer_norm,
         "add_rms_norm": torch_add_rms_norm,
+        "batch_norm": torch_batch_norm,
         "dot_product_attention": torch_dot_product_attention,
         "gated_linear_unit": torch_gated_linear_unit,
         "gelu": torch_gelu,
         "group_norm": torch_group_norm,
+        "instance_norm": torch_instance_norm,
         "layer_norm": torch_layer_norm,
         "linear_cross_entropy": torch_linear_cross_entropy,
         "matmul": torch_matmul,

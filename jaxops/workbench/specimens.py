@@ -22,11 +22,13 @@ DTYPES = ("float32", "bfloat16")
 USUAL: dict[str, tuple[str, str]] = {
     "add_layer_norm": ("x=40x129 residual=40x129 scale=129 bias=129", ""),
     "add_rms_norm": ("x=40x129 residual=40x129 scale=129", ""),
+    "batch_norm": ("x=3x5x7x129 scale=129 bias=129", ""),
     "decode_attention": ("query=3x2x4x128 key=3x304x2x128 value=3x304x2x128 lengths=3:int32<305", ""),
     "dot_product_attention": ("query=2x70x3x32 key=2x130x1x32 value=2x130x1x32", "is_causal=True"),
     "gated_linear_unit": ("x=30x65 w_gate=65x129 w_up=65x129", ""),
     "gelu": ("x=30x129", ""),
     "group_norm": ("x=3x5x7x129 scale=129 bias=129", "num_groups=3"),
+    "instance_norm": ("x=3x5x7x129 scale=129 bias=129", ""),
     "layer_norm": ("x=40x129 scale=129 bias=129", ""),
     "linear_cross_entropy": ("x=33x65 weight=65x300 labels=33:int32<300 bias=300", "reduction=none"),
     "linear_distillation": (
@@ -336,14 +338,20 @@ def _norm(c: _Chance, *, with_bias: bool, with_residual: bool = False) -> tuple[
 
 
 def _group_norm(c: _Chance) -> tuple[dict, dict]:
-    dtype, num_groups = c.of(*DTYPES, "float16"), c.of(1, 3, 32)
-    parameters, channels = c.of(dtype, "float32"), num_groups * c.of(1, 2, 5, 16)
+    num_groups = c.of(1, 3, 32)
+    operands, options = _channel_norm(c, num_groups * c.of(1, 2, 5, 16))
+    return operands, {"num_groups": num_groups, **options}
+
+
+def _channel_norm(c: _Chance, channels: int | None = None) -> tuple[dict, dict]:
+    dtype, channels = c.of(*DTYPES, "float16"), channels or c.size()
+    parameters = c.of(dtype, "float32")
     operands = {
         "x": normal((c.size(3), *(c.size(40) for _ in range(c.of(1, 0, 2))), channels), dtype),
         "scale": normal((channels,), parameters) if c.of(True, False) else None,
         "bias": normal((channels,), parameters) if c.of(True, False) else None,
     }
-    return operands, {"num_groups": num_groups, "eps": c.of(1e-6, 1e-3)}
+    return operands, {"eps": c.of(1e-6, 1e-3)}
 
 
 def _cross_entropy(c: _Chance) -> tuple[dict, dict]:
@@ -493,11 +501,13 @@ def _ragged(c: _Chance) -> tuple[dict, dict]:
 _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "add_layer_norm": functools.partial(_norm, with_bias=True, with_residual=True),
     "add_rms_norm": functools.partial(_norm, with_bias=False, with_residual=True),
+    "batch_norm": _channel_norm,
     "decode_attention": _decode,
     "dot_product_attention": _attention,
     "gated_linear_unit": _gated,
     "gelu": _gelu,
     "group_norm": _group_norm,
+    "instance_norm": _channel_norm,
     "layer_norm": functools.partial(_norm, with_bias=True),
     "linear_cross_entropy": _cross_entropy,
     "linear_distillation": _distillation,

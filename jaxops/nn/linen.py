@@ -148,8 +148,8 @@ class InstanceNorm(linen.Module):
 
 
 class BatchNorm(linen.Module):
-    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance of each channel, over all axes but
-    the last: of x in training, the running averages of the collection "batch_stats" in evaluation.
+    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance of each channel, over all axes
+    but the last: of x in training, the running averages of the collection "batch_stats" in evaluation.
 
     Fields as in `flax.linen.BatchNorm`. The call of `init` leaves the running averages as they begin.
     """

@@ -189,8 +189,8 @@ class InstanceNorm(nnx.InstanceNorm):
 
 
 class BatchNorm(nnx.BatchNorm):
-    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance of each channel, over all axes but
-    the last: of x in training, the running averages in evaluation.
+    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance of each channel, over all axes
+    but the last: of x in training, the running averages in evaluation.
 
     A drop-in for `nnx.BatchNorm`: every argument of it is accepted (`use_running_average`, `momentum`, `axis_name`, …),
     the parameters are the same `scale` and `bias` and the statistics the same `mean` and `var`, of [num_features], and
@@ -202,8 +202,8 @@ class BatchNorm(nnx.BatchNorm):
       implementation: None | "pallas" | "xla" | a sequence of them; evaluation is always XLA's.
       **flax_arguments: those of `nnx.BatchNorm`.
 
-    Raises `ValueError` for a strict `implementation` of kernels with a mask, `axis_name`, `axis_index_groups` or another
-    axis. Source: https://arxiv.org/abs/1502.03167
+    Raises `ValueError` for a strict `implementation` of kernels with a mask, `axis_name`, `axis_index_groups` or
+    another axis. Source: https://arxiv.org/abs/1502.03167
     """
 
     def __init__(

@@ -98,8 +98,8 @@ def batch_norm(
         `axis_name` and given statistics.
 
     Returns:
-      (y, mean, var): y[..., channels] in the dtype of x, the others [channels], float32 or wider, all differentiable; var
-      is the biased variance, divided by the number of elements. With `mean` and `var` given: y.
+      (y, mean, var): y[..., channels] in the dtype of x, the others [channels], float32 or wider; all differentiable.
+      var is the biased variance, divided by the number of elements. With `mean` and `var` given: y.
 
     Raises:
       TypeError: an array is not floating, mask not boolean, or eps no Python number.

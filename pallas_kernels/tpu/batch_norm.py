@@ -68,7 +68,8 @@ def backward(
         less = less.at[0].set(dmean / (inverse * load.positions))
     if dvar is not None:
         less = less.at[1].set(2 * dvar / (inverse * inverse * load.positions))
-    flat, statistics = [a.reshape(joined.shape) for a in (x, dy)], [s[None, None] for s in (mean, inverse)]
-    dx, shift, slope = group_norm.gradients(*flat, scale, *statistics, less, load, t, name="batch_norm_backward")
+    flat, dy = x.reshape(joined.shape), dy.reshape(joined.shape)
+    mean, inverse = mean[None, None], inverse[None, None]
+    dx, shift, slope = group_norm.gradients(flat, dy, scale, mean, inverse, less, load, t, name="batch_norm_backward")
     sums = {"scale": slope[0, 0].astype(scale.dtype), "bias": shift[0, 0].astype(bias.dtype)}
     return {"x": dx.reshape(x.shape), **sums}

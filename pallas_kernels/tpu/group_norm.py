@@ -293,7 +293,7 @@ def _backward_kernel(
     positions,
     groups,
 ):
-    """shift = Σ dy and slope = Σ dy · x̂ of every channel; level_ref[0:2] holds the two means of dx, less less_ref[0:2]."""
+    """shift = Σ dy and slope = Σ dy · x̂ of every channel; level_ref[0:2]: the two means of dx, less less_ref[0:2]."""
     rows, channels = x_ref.shape
     blocks, valid = pl.cdiv(positions, rows), _valid(rows, positions)
 
@@ -387,9 +387,9 @@ def backward(
     """Gradients of x, scale and bias from the cotangent of y."""
     load = Load.of("backward", x, num_groups)
     t = tiles or _tiles("backward", x, scale, bias, num_groups=num_groups, eps=eps)
-    flat = [a.reshape(x.shape[0], load.positions, load.channels) for a in (x, cotangents[0])]
-    statistics = [jnp.repeat(s, load.channels // num_groups, 1)[:, None] for s in residuals]
+    flat, dy = (a.reshape(x.shape[0], load.positions, load.channels) for a in (x, cotangents[0]))
+    mean, inverse = (jnp.repeat(s, load.channels // num_groups, 1)[:, None] for s in residuals)
     less = jnp.zeros((SUBLANES, load.channels), f32)
-    dx, shift, slope = gradients(*flat, scale, *statistics, less, load, t, name="group_norm_backward")
+    dx, shift, slope = gradients(flat, dy, scale, mean, inverse, less, load, t, name="group_norm_backward")
     sums = {"scale": slope.sum((0, 1)).astype(scale.dtype), "bias": shift.sum((0, 1)).astype(bias.dtype)}
     return {"x": dx.reshape(x.shape), **sums}

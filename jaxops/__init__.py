@@ -20,6 +20,11 @@ from jaxops.ops.linear_cross_entropy import linear_cross_entropy as linear_cross
 from jaxops.ops.linear_distillation import linear_distillation as linear_distillation
 from jaxops.ops.matmul import matmul as matmul
 from jaxops.ops.paged_attention import paged_attention as paged_attention
+from jaxops.ops.pooling import adaptive_avg_pool as adaptive_avg_pool
+from jaxops.ops.pooling import avg_pool as avg_pool
+from jaxops.ops.pooling import global_avg_pool as global_avg_pool
+from jaxops.ops.pooling import global_max_pool as global_max_pool
+from jaxops.ops.pooling import max_pool as max_pool
 from jaxops.ops.quantized_matmul import quantized_matmul as quantized_matmul
 from jaxops.ops.ragged_dot import ragged_dot as ragged_dot
 from jaxops.ops.rms_norm import rms_norm as rms_norm

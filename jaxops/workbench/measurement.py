@@ -54,7 +54,13 @@ _PAGES = {"T": 256, "M": 32, "N": 8, "H": 64}, {"T": 4096, "M": 512, "N": 8, "H"
 _VOCABULARY = {"T": 1024, "D": 256, "V": 16384}, {"T": 8192, "D": 2048, "V": 65536}
 _GROUPS = {"M": 1024, "G": 8, "K": 512, "N": 512}, {"M": 8192, "G": 8, "K": 4096, "N": 4096}
 _ATTENTION = ("query=BxTxNxH", "key=BxTxNxH", "value=BxTxNxH")
+_POOL = ("window_shape=(2,2)", "strides=(2,2)")
 USUAL = {
+    "adaptive_avg_pool": Usual(("inputs=BxSxSxC",), ("output_shape=(1,1)",), *_IMAGES),
+    "avg_pool": Usual(("inputs=BxSxSxC",), _POOL, *_IMAGES),
+    "global_avg_pool": Usual(("inputs=BxSxSxC",), (), *_IMAGES),
+    "global_max_pool": Usual(("inputs=BxSxSxC",), (), *_IMAGES),
+    "max_pool": Usual(("inputs=BxSxSxC",), _POOL, *_IMAGES),
     "add_layer_norm": Usual(("x=RxD", "residual=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "add_rms_norm": Usual(("x=RxD", "residual=RxD", "scale=D"), (), *_ROWS),
     "batch_norm": Usual(("x=BxSxSxC", "scale=C", "bias=C"), (), *_IMAGES),

@@ -6,6 +6,7 @@ functions is composed here as they would. torch's take and give torch tensors an
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -149,6 +150,45 @@ def jax_batch_norm(x, scale=None, bias=None, *, eps=1e-5):
     y = jax.nn.standardize(wide, axes, mean, var, eps)
     y = y if scale is None else y * scale.astype(jnp.float32)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype), mean, var
+
+
+def jax_max_pool(inputs, window_shape, strides=None, padding="VALID"):
+    """The largest of every window, of jax.lax."""
+    return _reduce_window(inputs, -jnp.inf, jax.lax.max, window_shape, strides, padding)
+
+
+def jax_avg_pool(inputs, window_shape, strides=None, padding="VALID"):
+    """The mean of every window, of jax.lax."""
+    total = _reduce_window(inputs.astype(jnp.float32), 0.0, jax.lax.add, window_shape, strides, padding)
+    return (total / math.prod(window_shape)).astype(inputs.dtype)
+
+
+def _reduce_window(inputs, init, function, window_shape, strides, padding):
+    steps = tuple(strides or (1,) * len(window_shape))
+    if not isinstance(padding, str):
+        padding = ((0, 0), *padding, (0, 0))
+    return jax.lax.reduce_window(inputs, init, function, (1, *window_shape, 1), (1, *steps, 1), padding)
+
+
+def jax_adaptive_avg_pool(inputs, output_shape):
+    """The means of windows that share out every axis, of jax.numpy."""
+    y = inputs.astype(jnp.float32)
+    for axis, n in enumerate(output_shape, 1):
+        size = y.shape[axis]
+        parts = [(i * size // n, -(-(i + 1) * size // n)) for i in range(n)]
+        means = [jax.lax.slice_in_dim(y, *part, axis=axis).mean(axis) for part in parts]
+        y = jnp.stack(means, axis)
+    return y.astype(inputs.dtype)
+
+
+def jax_global_max_pool(inputs):
+    """The largest of each channel, of jax.numpy."""
+    return inputs.max(range(1, inputs.ndim - 1))
+
+
+def jax_global_avg_pool(inputs):
+    """The mean of each channel, of jax.numpy."""
+    return inputs.mean(range(1, inputs.ndim - 1))
 
 
 def jax_softmax(x, axis=-1, where=None, *, temperature=1.0):
@@ -321,6 +361,20 @@ def flax_batch_norm(x, scale=None, bias=None, *, eps=1e-5):
     return y, new["batch_stats"]["mean"], new["batch_stats"]["var"]
 
 
+def flax_max_pool(inputs, window_shape, strides=None, padding="VALID"):
+    """The largest of every window, of flax.linen."""
+    import flax.linen as nn
+
+    return nn.max_pool(inputs, window_shape, strides, padding)
+
+
+def flax_avg_pool(inputs, window_shape, strides=None, padding="VALID", count_include_pad=True):
+    """The mean of every window, of flax.linen."""
+    import flax.linen as nn
+
+    return nn.avg_pool(inputs, window_shape, strides, padding, count_include_pad)
+
+
 def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"):
     """-log softmax(x · weight)[label], reduced, with the loss of optax."""
     import optax
@@ -467,6 +521,27 @@ def torch_batch_norm(x, scale=None, bias=None, *, eps=1e-5):
     return y, wide.mean(axes), wide.var(axes, correction=0)
 
 
+def torch_max_pool(inputs, window_shape, strides):
+    """The largest of every window of images, of torch.nn.functional."""
+    from torch.nn.functional import max_pool2d
+
+    return max_pool2d(inputs.movedim(-1, 1), window_shape, strides).movedim(1, -1)
+
+
+def torch_avg_pool(inputs, window_shape, strides):
+    """The mean of every window of images, of torch.nn.functional."""
+    from torch.nn.functional import avg_pool2d
+
+    return avg_pool2d(inputs.movedim(-1, 1), window_shape, strides).movedim(1, -1)
+
+
+def torch_adaptive_avg_pool(inputs, output_shape):
+    """The means of windows that share out images, of torch.nn.functional."""
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    return adaptive_avg_pool2d(inputs.movedim(-1, 1), output_shape).movedim(1, -1)
+
+
 def torch_softmax(x, axis=-1, *, temperature=1.0):
     """exp(x / temperature) / Σ exp(x / temperature), of torch.nn.functional."""
     return (x / temperature).softmax(axis)
@@ -520,7 +595,12 @@ PEERS: dict[str, dict[str, Callable]] = {
     "jax": {
         "add_layer_norm": jax_add_layer_norm,
         "add_rms_norm": jax_add_rms_norm,
+        "adaptive_avg_pool": jax_adaptive_avg_pool,
+        "avg_pool": jax_avg_pool,
         "batch_norm": jax_batch_norm,
+        "global_avg_pool": jax_global_avg_pool,
+        "global_max_pool": jax_global_max_pool,
+        "max_pool": jax_max_pool,
         "decode_attention": jax_decode_attention,
         "dot_product_attention": jax_dot_product_attention,
         "gated_linear_unit": jax_gated_linear_unit,
@@ -545,7 +625,9 @@ PEERS: dict[str, dict[str, Callable]] = {
     "flax": {
         "add_layer_norm": flax_add_layer_norm,
         "add_rms_norm": flax_add_rms_norm,
+        "avg_pool": flax_avg_pool,
         "batch_norm": flax_batch_norm,
+        "max_pool": flax_max_pool,
         "dot_product_attention": flax_dot_product_attention,
         "group_norm": flax_group_norm,
         "instance_norm": flax_instance_norm,
@@ -564,7 +646,10 @@ PEERS: dict[str, dict[str, Callable]] = {
     "torch": {
         "add_layer_norm": torch_add_layer_norm,
         "add_rms_norm": torch_add_rms_norm,
+        "adaptive_avg_pool": torch_adaptive_avg_pool,
+        "avg_pool": torch_avg_pool,
         "batch_norm": torch_batch_norm,
+        "max_pool": torch_max_pool,
         "dot_product_attention": torch_dot_product_attention,
         "gated_linear_unit": torch_gated_linear_unit,
         "gelu": torch_gelu,

@@ -88,7 +88,9 @@ def flax_batch_norm(o, **call):
     return y, new["batch_stats"]["mean"], new["batch_stats"]["var"]
 
 
-@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize(
+    "case", [name if name in ("positions", "nothing") else pytest.param(name, marks=pytest.mark.slow) for name in MASKS]
+)
 def test_masks(case):
     """As Flax's, with its gradients; where nothing is seen the statistics are 0, not NaN."""
     shape, share = MASKS[case]

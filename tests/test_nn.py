@@ -134,7 +134,9 @@ def test_group_norm_with_a_mask_is_flax_group_norm():
     agree(*layers, data(2, 5, WIDTH), mask=jnp.broadcast_to(jnp.arange(5)[:, None] < 3, (2, 5, WIDTH)))
 
 
-@pytest.mark.parametrize("case", ["plain", "bfloat16", "other axis, served by flax"])
+@pytest.mark.parametrize(
+    "case", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "other axis, by flax"))]
+)
 def test_instance_norm_is_flax_instance_norm(case):
     options = {"plain": {}, "bfloat16": BFLOAT16}.get(case, {"feature_axes": (2, 3)})
     layers = twins(jaxops.nn.InstanceNorm, nnx.InstanceNorm, 5 * WIDTH if "other" in case else WIDTH, **options)
@@ -150,7 +152,10 @@ BATCH_NORMS = {  # constructor, call
 }
 
 
-@pytest.mark.parametrize("case", BATCH_NORMS)
+@pytest.mark.parametrize(
+    "case",
+    [name if name in ("plain", "masked") else pytest.param(name, marks=pytest.mark.slow) for name in BATCH_NORMS],
+)
 def test_batch_norm_is_flax_batch_norm(case):
     """In training, with its gradients and running averages, and in evaluation."""
     options, call = BATCH_NORMS[case]

@@ -105,8 +105,8 @@ def max_pool(
       inputs: floating [..., *spatial, channels], with as many spatial axes as the window has, and any before them.
       window_shape: ints of at least 1.
       strides: from one window to the next; None: 1.
-      padding: "VALID" (whole windows only), "SAME" (as many as size / stride, rounded up), or a pair (low, high) of ints
-        of at least 0 for each spatial axis.
+      padding: "VALID" (whole windows only), "SAME" (as many as size / stride, rounded up), or a pair (low, high) of
+        ints of at least 0 for each spatial axis.
       implementation: None or "xla"; there is no Pallas kernel.
 
     Returns:
@@ -114,8 +114,8 @@ def max_pool(
 
     Raises:
       TypeError: inputs is not floating, or a size no int.
-      ValueError: window_shape, strides, padding and the axes of inputs do not fit together, or `implementation` is unknown
-        or, alone, cannot run.
+      ValueError: window_shape, strides, padding and the axes of inputs do not fit together, or `implementation` is
+        unknown or, alone, cannot run.
     """
     inputs, *how = _checked("max_pool", inputs, window_shape, strides, padding)
     window, steps, pairs = how
@@ -251,8 +251,8 @@ def _sizes(name: str, argument: str, value: Sequence[int]) -> tuple[int, ...]:
 def _rank(name: str, inputs: jax.Array, argument: str, sizes: tuple[int, ...]) -> None:
     if inputs.ndim < len(sizes) + 1:
         raise ValueError(
-            f"{name}: inputs must have {len(sizes)} spatial axes, as many as {argument} {sizes}, and channels, got shape "
-            f"{inputs.shape}"
+            f"{name}: inputs must have {len(sizes)} spatial axes, as many as {argument} {sizes}, and channels, got "
+            f"shape {inputs.shape}"
         )
 
 

@@ -183,12 +183,12 @@ def jax_adaptive_avg_pool(inputs, output_shape):
 
 def jax_global_max_pool(inputs):
     """The largest of each channel, of jax.numpy."""
-    return inputs.max(range(1, inputs.ndim - 1))
+    return jnp.max(inputs, range(1, inputs.ndim - 1))
 
 
 def jax_global_avg_pool(inputs):
     """The mean of each channel, of jax.numpy."""
-    return inputs.mean(range(1, inputs.ndim - 1))
+    return jnp.mean(inputs, range(1, inputs.ndim - 1))
 
 
 def jax_softmax(x, axis=-1, where=None, *, temperature=1.0):

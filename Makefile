@@ -42,7 +42,7 @@ clean:  ## remove everything that was generated
 # Of all that is installed Python compiles what is imported, when it is: --no-compile.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@sh tools/create_venv.sh $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[cli,test,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[cli,data,test,docs]'
 	@touch $@
 
 $(COMPILERS)/installed: pyproject.toml constraints.txt

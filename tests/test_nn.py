@@ -38,7 +38,8 @@ def agree(ours, theirs, *args, tolerance=2e-5, gradients=True, **call):
         graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
 
         def value(parameters, *args):
-            return nnx.merge(graph, parameters, rest)(*args, **call)
+            # Variables of this trace: batch norm changes its own.
+            return nnx.merge(graph, parameters, jax.tree.map(lambda a: a, rest))(*args, **call)
 
         def loss(*args):
             y = value(*args)
@@ -131,6 +132,71 @@ def test_group_norm_is_flax_group_norm(case):
 def test_group_norm_with_a_mask_is_flax_group_norm():
     layers = twins(jaxops.nn.GroupNorm, nnx.GroupNorm, WIDTH, 6)
     agree(*layers, data(2, 5, WIDTH), mask=jnp.broadcast_to(jnp.arange(5)[:, None] < 3, (2, 5, WIDTH)))
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "other axis, by flax"))]
+)
+def test_instance_norm_is_flax_instance_norm(case):
+    options = {"plain": {}, "bfloat16": BFLOAT16}.get(case, {"feature_axes": (2, 3)})
+    layers = twins(jaxops.nn.InstanceNorm, nnx.InstanceNorm, 5 * WIDTH if "other" in case else WIDTH, **options)
+    agree(*layers, data(2, 3, 5, WIDTH), tolerance=2e-2 if case == "bfloat16" else 2e-5)
+
+
+BATCH_NORMS = {  # constructor, call
+    "plain": ({"use_fast_variance": False}, {}),
+    "bfloat16": (BFLOAT16, {}),
+    "no scale": ({"use_scale": False, "momentum": 0.5, "epsilon": 0.1}, {}),
+    "masked": ({"use_fast_variance": False}, {"mask": jnp.arange(5)[:, None] < 3}),
+    "other axis, served by flax": ({"axis": 2}, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [name if name in ("plain", "masked") else pytest.param(name, marks=pytest.mark.slow) for name in BATCH_NORMS],
+)
+def test_batch_norm_is_flax_batch_norm(case):
+    """In training, with its gradients and running averages, and in evaluation."""
+    options, call = BATCH_NORMS[case]
+    tolerance = 2e-2 if case == "bfloat16" else 2e-5
+    width = 5 if "axis" in case else WIDTH
+    ours, theirs = twins(jaxops.nn.BatchNorm, nnx.BatchNorm, width, **options)
+    x = data(2, 3, 5, WIDTH) + 1
+    agree(ours, theirs, x, tolerance=tolerance, gradients=case in ("plain", "masked"), **call)
+    for layer in (ours, theirs):
+        layer(x, **call)
+        layer.eval()
+    for name in ("mean", "var"):
+        want = getattr(theirs, name)[...]
+        np.testing.assert_allclose(getattr(ours, name)[...], want, rtol=1e-5, atol=1e-6)
+    agree(ours, theirs, x, tolerance=tolerance, gradients=False)
+
+
+def test_batch_norm_of_a_layer_is_a_kernel_in_training_only():
+    layer = jaxops.nn.BatchNorm(WIDTH, implementation="pallas", rngs=nnx.Rngs(0))
+    x = data(4, WIDTH)
+    told = jaxops.explain(lambda x: nnx.clone(layer)(x), x, target="v5e")
+    assert [line.implementation for line in told.lines] == ["pallas"]
+    layer.eval()
+    assert layer(x).shape == x.shape
+    with pytest.raises(ValueError, match="no kernel has a mask or axis_name"):
+        layer(x, use_running_average=False, mask=jnp.ones((4, 1), bool))
+
+
+def test_linen_batch_norm_is_flax_linen_batch_norm():
+    x = data(2, 3, WIDTH) + 1
+    ours, theirs = (
+        library.BatchNorm(False, momentum=0.9, **options)
+        for library, options in ((linen, {}), (flax_linen, {"use_fast_variance": False}))
+    )
+    variables = theirs.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x)) == jax.tree.map(jnp.shape, variables)
+    found, expected = (layer.apply(variables, x, mutable=["batch_stats"]) for layer in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    later = {**variables, **found[1]}
+    found, expected = (library.BatchNorm(True).apply(later, x) for library in (linen, flax_linen))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 MASK = jnp.asarray(np.random.default_rng(5).random((2, 1, 7, 7)) < 0.6) | jnp.eye(7, dtype=bool)
@@ -356,6 +422,7 @@ LINEN = {
     "RMSNorm": ((WIDTH,), (), {"scale_offset": 1.0}),
     "LayerNorm": ((WIDTH,), (), {"epsilon": 1e-3}),
     "GroupNorm": ((WIDTH, 6), (6,), {"epsilon": 1e-3}),
+    "InstanceNorm": ((WIDTH,), (), {"epsilon": 1e-3}),
     "MultiHeadAttention": (
         (4, WIDTH),
         (4,),

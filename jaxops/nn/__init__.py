@@ -5,7 +5,9 @@ from jaxops.nn.attention import attention_fn as attention_fn
 from jaxops.nn.block import TransformerBlock as TransformerBlock
 from jaxops.nn.mlp import GatedMLP as GatedMLP
 from jaxops.nn.moe import MoE as MoE
+from jaxops.nn.norms import BatchNorm as BatchNorm
 from jaxops.nn.norms import GroupNorm as GroupNorm
+from jaxops.nn.norms import InstanceNorm as InstanceNorm
 from jaxops.nn.norms import LayerNorm as LayerNorm
 from jaxops.nn.norms import RMSNorm as RMSNorm
 from jaxops.nn.paths import LayerReport as LayerReport

@@ -13,11 +13,11 @@ from jaxops.nn.attention import AttentionOptions, attend, sources
 from jaxops.nn.implementation import without_kernels
 from jaxops.nn.mlp import gated_mlp
 from jaxops.nn.moe import KERNEL_INIT, mixture
-from jaxops.nn.norms import norm_or_add
+from jaxops.nn.norms import batch_norm_or_running, norm_or_add
 from jaxops.ops.activations import silu
 from jaxops.ops.add_layer_norm import add_layer_norm
 from jaxops.ops.add_rms_norm import add_rms_norm
-from jaxops.ops.group_norm import group_norm
+from jaxops.ops.group_norm import group_norm, instance_norm
 from jaxops.ops.layer_norm import layer_norm
 from jaxops.ops.rms_norm import rms_norm
 from jaxops.ops.rope import RopeScaling
@@ -121,6 +121,76 @@ class GroupNorm(linen.Module):
         bias = self.param("bias", self.bias_init, (channels,), self.param_dtype) if self.use_bias else None
         x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
         return group_norm(x, scale, bias, num_groups=num_groups, eps=self.epsilon, implementation=self.implementation)
+
+
+class InstanceNorm(linen.Module):
+    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance of each channel in each entry of
+    the batch: over all axes but the first and the last.
+
+    Fields as in `flax.linen.InstanceNorm`.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = linen.initializers.zeros
+    scale_init: Initializer = linen.initializers.ones
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype) if self.use_bias else None
+        x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
+        return instance_norm(x, scale, bias, eps=self.epsilon, implementation=self.implementation)
+
+
+class BatchNorm(linen.Module):
+    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance of each channel, over all axes
+    but the last: of x in training, the running averages of the collection "batch_stats" in evaluation.
+
+    Fields as in `flax.linen.BatchNorm`. The call of `init` leaves the running averages as they begin.
+    """
+
+    use_running_average: bool | None = None
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = linen.initializers.zeros
+    scale_init: Initializer = linen.initializers.ones
+    axis_name: Any = None
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
+    ) -> jax.Array:
+        evaluating = linen.merge_param("use_running_average", self.use_running_average, use_running_average)
+        channels = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        scale = self.param("scale", self.scale_init, channels, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, channels, self.param_dtype) if self.use_bias else None
+        x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
+        y, statistics = batch_norm_or_running(
+            x,
+            (mean.value, var.value),
+            (scale, bias),
+            evaluating,
+            self.momentum,
+            mask=mask,
+            axis_name=None if self.is_initializing() else self.axis_name,
+            eps=self.epsilon,
+            implementation=self.implementation,
+        )
+        if not evaluating and not self.is_initializing():
+            mean.value, var.value = statistics
+        return y
 
 
 class MultiHeadAttention(linen.Module):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxops.dispatch import Implementation
-from jaxops.nn.implementation import static, strict
+from jaxops.nn.implementation import static, strict, without_kernels
 from jaxops.ops.add_layer_norm import add_layer_norm
 from jaxops.ops.add_rms_norm import add_rms_norm
-from jaxops.ops.group_norm import group_norm
+from jaxops.ops.batch_norm import batch_norm
+from jaxops.ops.group_norm import group_norm, instance_norm
 from jaxops.ops.layer_norm import layer_norm
 from jaxops.ops.rms_norm import rms_norm
 
@@ -157,6 +158,121 @@ class GroupNorm(nnx.GroupNorm):
         )
 
 
+class InstanceNorm(nnx.InstanceNorm):
+    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance of each channel in each entry of
+    the batch: over all axes but the first and the last.
+
+    A drop-in for `nnx.InstanceNorm`: every argument of it is accepted, the parameters are the same
+    `scale[num_features]` and `bias[num_features]`, and the dtypes are promoted in the same way. The variance is always
+    the accurate one. A mask, other axes or a mean over a mapped axis are served by flax's own code.
+
+    Args:
+      num_features: channels, the size of the last axis.
+      implementation: None | "pallas" | "xla" | a sequence of them.
+      **flax_arguments: those of `nnx.InstanceNorm`.
+
+    Raises `ValueError` for a strict `implementation` of kernels. Source: https://arxiv.org/abs/1607.08022
+    """
+
+    def __init__(
+        self, num_features: int, *, implementation: Implementation = None, rngs: nnx.Rngs, **flax_arguments: Any
+    ):
+        super().__init__(num_features, rngs=rngs, **flax_arguments)
+        self.implementation = static(implementation)
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalises `x[batch, ..., num_features]`; the result has its shape, and `dtype` or the promoted dtype."""
+        if _only_flax(self, mask, _axes(self.feature_axes) in [(-1,), (x.ndim - 1,)]):
+            return super().__call__(x, mask=mask)
+        x, scale, bias = self.promote_dtype((x, _value(self.scale), _value(self.bias)), dtype=self.dtype)
+        return instance_norm(x, scale, bias, eps=self.epsilon, implementation=self.implementation)
+
+
+class BatchNorm(nnx.BatchNorm):
+    """y = (x - mean) · rsqrt(var + epsilon) · scale + bias, the mean and the variance of each channel, over all axes
+    but the last: of x in training, the running averages in evaluation.
+
+    A drop-in for `nnx.BatchNorm`: every argument of it is accepted (`use_running_average`, `momentum`, `axis_name`, …),
+    the parameters are the same `scale` and `bias` and the statistics the same `mean` and `var`, of [num_features], and
+    the dtypes are promoted in the same way. The variance is always the accurate one, and the running averages are used
+    unrounded. Another axis or `axis_index_groups` are served by flax's own code.
+
+    Args:
+      num_features: channels, the size of the last axis.
+      implementation: None | "pallas" | "xla" | a sequence of them; evaluation is always XLA's.
+      **flax_arguments: those of `nnx.BatchNorm`.
+
+    Raises `ValueError` for a strict `implementation` of kernels with a mask, `axis_name`, `axis_index_groups` or
+    another axis. Source: https://arxiv.org/abs/1502.03167
+    """
+
+    def __init__(
+        self, num_features: int, *, implementation: Implementation = None, rngs: nnx.Rngs, **flax_arguments: Any
+    ):
+        super().__init__(num_features, rngs=rngs, **flax_arguments)
+        self.implementation = static(implementation)
+
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Normalises `x[..., num_features]`; the result has its shape, and `dtype` or the promoted dtype.
+
+        In training the running averages move: new = momentum · old + (1 - momentum) · that of x.
+        """
+        if self.axis not in (-1, x.ndim - 1) or self.axis_index_groups is not None:
+            if strict(self.implementation):
+                raise ValueError(
+                    "BatchNorm: implementation 'pallas' was asked for, but no kernel has another axis or groups of axes"
+                )
+            return super().__call__(x, use_running_average, mask=mask)
+        evaluating = self.use_running_average if use_running_average is None else use_running_average
+        if evaluating is None:
+            raise ValueError("BatchNorm: use_running_average must be given to the constructor or to the call")
+        running = self.mean[...], self.var[...]
+        x, _, _, scale, bias = self.promote_dtype(
+            (x, *running, _value(self.scale), _value(self.bias)), dtype=self.dtype
+        )
+        y, statistics = batch_norm_or_running(
+            x,
+            running,
+            (scale, bias),
+            evaluating,
+            self.momentum,
+            mask=mask,
+            axis_name=self.axis_name,
+            eps=self.epsilon,
+            implementation=self.implementation,
+        )
+        if not evaluating:
+            self.mean[...], self.var[...] = statistics
+        return y
+
+
+def batch_norm_or_running(
+    x: jax.Array,
+    running: tuple[jax.Array, jax.Array],
+    parameters: tuple[jax.Array | None, jax.Array | None],
+    evaluating: bool,
+    momentum: float,
+    *,
+    mask: jax.Array | None = None,
+    axis_name: Any = None,
+    eps: float,
+    implementation: Implementation,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """(y, the running mean and variance after it): what NNX and Linen layers share. Constants to every derivative."""
+    if evaluating:
+        mean, var = running
+        options: dict[str, Any] = dict(eps=eps, implementation=without_kernels(implementation))
+        return batch_norm(x, *parameters, mean=mean, var=var, **options), running
+    y, *statistics = batch_norm(x, *parameters, mask=mask, axis_name=axis_name, eps=eps, implementation=implementation)
+    mean, var = (
+        (momentum * old + (1 - momentum) * jax.lax.stop_gradient(new)).astype(old.dtype)
+        for old, new in zip(running, statistics, strict=True)
+    )
+    return y, (mean, var)
+
+
 def norm_or_add(
     operators: tuple[Callable[..., Any], Callable[..., Any]],
     x: jax.Array,
@@ -198,7 +314,7 @@ def _over_last_axis(norm: RMSNorm | LayerNorm, x: jax.Array) -> bool:
     return _axes(norm.reduction_axes) in last and _axes(norm.feature_axes) in last
 
 
-def _only_flax(norm: RMSNorm | LayerNorm | GroupNorm, mask: jax.Array | None, usual_axes: bool) -> bool:
+def _only_flax(norm: RMSNorm | LayerNorm | GroupNorm | InstanceNorm, mask: jax.Array | None, usual_axes: bool) -> bool:
     """Whether only flax's code can serve this call. Raises `ValueError` if it cannot either."""
     if mask is None and usual_axes and norm.axis_name is None:
         return False

@@ -130,3 +130,27 @@ def group_norm(
     operands = dict(x=x, scale=scale, bias=bias)
     (y,) = _OPERATOR(operands, implementation=implementation, num_groups=num_groups, eps=eps)
     return y
+
+
+def instance_norm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    eps: float = 1e-6,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """y = (x - mean) · rsqrt(var + eps) · scale + bias, the mean and the variance of each channel in each entry of the
+    batch: over all axes but the first and the last.
+
+    What `flax.nnx.InstanceNorm` and `flax.linen.InstanceNorm` compute: `group_norm` with a group for every channel,
+    whose arguments, result and errors it has.
+
+    Source: Ulyanov, Vedaldi and Lempitsky, "Instance Normalization", arXiv:1607.08022.
+    """
+    x = checks.floating("instance_norm", "x", x)
+    if x.ndim < 2:
+        raise ValueError(f"instance_norm: x must have a batch axis and channels, got shape {x.shape}")
+    if x.shape[-1] == 0:
+        return x
+    return group_norm(x, scale, bias, num_groups=x.shape[-1], eps=eps, implementation=implementation)

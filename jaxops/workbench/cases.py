@@ -51,8 +51,24 @@ CASES = (
         "x=8192x4096 residual=8192x4096 scale=4096 bias=4096",
         "x=3x37x1000 residual=3x37x1000 scale=1000 bias=1000",
     ),
+    *_two("batch_norm", "x=16x64x64x512 scale=512 bias=512", "x=3x37x300 scale=300 bias=300", "eps=0.001"),
     Case("group_norm", "main", ("x=16x64x64x512", "scale=512", "bias=512"), ("num_groups=32",)),
     Case("group_norm", "awkward", ("x=3x37x30", "scale=30", "bias=30"), ("num_groups=6",)),
+    *(
+        Case(name, shape, (operand,), tuple(options.split()), kernel=False)
+        for name, main, awkward in (
+            ("max_pool", "window_shape=(2,2) strides=(2,2)", "window_shape=(3,3) strides=(2,2) padding=SAME"),
+            ("avg_pool", "window_shape=(2,2) strides=(2,2)", "window_shape=(3,3) strides=(2,2) padding=SAME"),
+            ("adaptive_avg_pool", "output_shape=(8,8)", "output_shape=(5,3)"),
+            ("global_max_pool", "", ""),
+            ("global_avg_pool", "", ""),
+        )
+        for shape, operand, options in (
+            ("main", "inputs=16x64x64x512", main),
+            ("awkward", "inputs=3x37x30x129", awkward),
+        )
+    ),
+    *_two("instance_norm", "x=16x64x64x512 scale=512 bias=512", "x=3x37x300 scale=300 bias=300", "eps=0.001"),
     Case(
         "dot_product_attention",
         "main",

@@ -59,15 +59,23 @@ _BLOCKS = (
     {"M": 4096, "K": 4096, "S": 205, "B": 128, "C": 33},
 )
 _PAIRS = tuple({**sizes, "H": sizes["K"] // 2, "P": sizes["K"] // 8} for sizes in _PRODUCT)
+_POOL = ("window_shape=(2,2)", "strides=(2,2)")
 USUAL = {
+    "adaptive_avg_pool": Usual(("inputs=BxSxSxC",), ("output_shape=(1,1)",), *_IMAGES),
+    "avg_pool": Usual(("inputs=BxSxSxC",), _POOL, *_IMAGES),
+    "global_avg_pool": Usual(("inputs=BxSxSxC",), (), *_IMAGES),
+    "global_max_pool": Usual(("inputs=BxSxSxC",), (), *_IMAGES),
+    "max_pool": Usual(("inputs=BxSxSxC",), _POOL, *_IMAGES),
     "add_layer_norm": Usual(("x=RxD", "residual=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "add_rms_norm": Usual(("x=RxD", "residual=RxD", "scale=D"), (), *_ROWS),
     "block_sparse_matmul": Usual(("x=MxK", "w=SxBxB", "rows=S:int32", "offsets=C:int32"), (), *_BLOCKS),
+    "batch_norm": Usual(("x=BxSxSxC", "scale=C", "bias=C"), (), *_IMAGES),
     "decode_attention": Usual(("query=BxNxH", *_ATTENTION[1:], "lengths=B:int32"), (), *_HEADS),
     "dot_product_attention": Usual(_ATTENTION, ("is_causal=True",), *_HEADS),
     "gated_linear_unit": Usual(("x=MxK", "w_gate=KxN", "w_up=KxN"), (), *_PRODUCT),
     "gelu": Usual(("x=RxD",), (), *_ROWS),
     "group_norm": Usual(("x=BxSxSxC", "scale=C", "bias=C"), ("num_groups=32",), *_IMAGES),
+    "instance_norm": Usual(("x=BxSxSxC", "scale=C", "bias=C"), (), *_IMAGES),
     "layer_norm": Usual(("x=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "linear_cross_entropy": Usual(("x=TxD", "weight=DxV", "labels=T:int32"), (), *_VOCABULARY),
     "linear_distillation": Usual(

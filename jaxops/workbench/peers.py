@@ -6,6 +6,7 @@ functions is composed here as they would. torch's take and give torch tensors an
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -135,6 +136,59 @@ def jax_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     y = jax.nn.standardize(grouped, axis=(*range(1, x.ndim - 1), -1), epsilon=eps).reshape(x.shape)
     y = y if scale is None else y * scale.astype(jnp.float32)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def jax_instance_norm(x, scale=None, bias=None, *, eps=1e-6):
+    """(x - mean) / √(var + eps) · scale + bias for each channel of each entry, of jax.nn and jax.numpy."""
+    return jax_group_norm(x, scale, bias, num_groups=x.shape[-1], eps=eps)
+
+
+def jax_batch_norm(x, scale=None, bias=None, *, eps=1e-5):
+    """((x - mean) / √(var + eps) · scale + bias for each channel, mean, var), of jax.nn and jax.numpy."""
+    axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.float32)
+    mean, var = jnp.mean(wide, axes), jnp.var(wide, axes)
+    y = jax.nn.standardize(wide, axes, mean, var, eps)
+    y = y if scale is None else y * scale.astype(jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype), mean, var
+
+
+def jax_max_pool(inputs, window_shape, strides=None, padding="VALID"):
+    """The largest of every window, of jax.lax."""
+    return _reduce_window(inputs, -jnp.inf, jax.lax.max, window_shape, strides, padding)
+
+
+def jax_avg_pool(inputs, window_shape, strides=None, padding="VALID"):
+    """The mean of every window, of jax.lax."""
+    total = _reduce_window(inputs.astype(jnp.float32), 0.0, jax.lax.add, window_shape, strides, padding)
+    return (total / math.prod(window_shape)).astype(inputs.dtype)
+
+
+def _reduce_window(inputs, init, function, window_shape, strides, padding):
+    steps = tuple(strides or (1,) * len(window_shape))
+    if not isinstance(padding, str):
+        padding = ((0, 0), *padding, (0, 0))
+    return jax.lax.reduce_window(inputs, init, function, (1, *window_shape, 1), (1, *steps, 1), padding)
+
+
+def jax_adaptive_avg_pool(inputs, output_shape):
+    """The means of windows that share out every axis, of jax.numpy."""
+    y = inputs.astype(jnp.float32)
+    for axis, n in enumerate(output_shape, 1):
+        size = y.shape[axis]
+        parts = [(i * size // n, -(-(i + 1) * size // n)) for i in range(n)]
+        means = [jax.lax.slice_in_dim(y, *part, axis=axis).mean(axis) for part in parts]
+        y = jnp.stack(means, axis)
+    return y.astype(inputs.dtype)
+
+
+def jax_global_max_pool(inputs):
+    """The largest of each channel, of jax.numpy."""
+    return jnp.max(inputs, range(1, inputs.ndim - 1))
+
+
+def jax_global_avg_pool(inputs):
+    """The mean of each channel, of jax.numpy."""
+    return jnp.mean(inputs, range(1, inputs.ndim - 1))
 
 
 def jax_softmax(x, axis=-1, where=None, *, temperature=1.0):
@@ -302,6 +356,43 @@ def flax_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     return module.apply({"params": parameters}, x)
 
 
+def flax_instance_norm(x, scale=None, bias=None, *, eps=1e-6):
+    """(x - mean) / √(var + eps) · scale + bias for each channel of each entry, of flax.linen."""
+    return flax_group_norm(x, scale, bias, num_groups=x.shape[-1], eps=eps)
+
+
+def flax_batch_norm(x, scale=None, bias=None, *, eps=1e-5):
+    """((x - mean) / √(var + eps) · scale + bias for each channel, mean, var), of flax.linen."""
+    import flax.linen as nn
+
+    parameters = {name: p for name, p in (("scale", scale), ("bias", bias)) if p is not None}
+    module = nn.BatchNorm(
+        use_running_average=False,
+        momentum=0.0,  # the running averages are those of this batch
+        epsilon=eps,
+        dtype=x.dtype,
+        use_scale=scale is not None,
+        use_bias=bias is not None,
+    )
+    stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
+    y, new = module.apply({"params": parameters, "batch_stats": stats}, x, mutable=["batch_stats"])
+    return y, new["batch_stats"]["mean"], new["batch_stats"]["var"]
+
+
+def flax_max_pool(inputs, window_shape, strides=None, padding="VALID"):
+    """The largest of every window, of flax.linen."""
+    import flax.linen as nn
+
+    return nn.max_pool(inputs, window_shape, strides, padding)
+
+
+def flax_avg_pool(inputs, window_shape, strides=None, padding="VALID", count_include_pad=True):
+    """The mean of every window, of flax.linen."""
+    import flax.linen as nn
+
+    return nn.avg_pool(inputs, window_shape, strides, padding, count_include_pad)
+
+
 def optax_linear_cross_entropy(x, weight, labels, *, bias=None, reduction="mean"):
     """-log softmax(x · weight)[label], reduced, with the loss of optax."""
     import optax
@@ -434,6 +525,41 @@ def torch_group_norm(x, scale=None, bias=None, *, num_groups, eps=1e-6):
     return group_norm(x.movedim(-1, 1), num_groups, scale, bias, eps).movedim(1, -1)
 
 
+def torch_instance_norm(x, scale=None, bias=None, *, eps=1e-6):
+    """(x - mean) / √(var + eps) · scale + bias for each channel of each entry, of torch.nn.functional."""
+    return torch_group_norm(x, scale, bias, num_groups=x.shape[-1], eps=eps)
+
+
+def torch_batch_norm(x, scale=None, bias=None, *, eps=1e-5):
+    """((x - mean) / √(var + eps) · scale + bias for each channel, mean, var), of torch.nn.functional."""
+    from torch.nn.functional import batch_norm
+
+    axes, wide = tuple(range(x.ndim - 1)), x.float()
+    y = batch_norm(x.movedim(-1, 1), None, None, scale, bias, training=True, eps=eps).movedim(1, -1)
+    return y, wide.mean(axes), wide.var(axes, correction=0)
+
+
+def torch_max_pool(inputs, window_shape, strides):
+    """The largest of every window of images, of torch.nn.functional."""
+    from torch.nn.functional import max_pool2d
+
+    return max_pool2d(inputs.movedim(-1, 1), window_shape, strides).movedim(1, -1)
+
+
+def torch_avg_pool(inputs, window_shape, strides):
+    """The mean of every window of images, of torch.nn.functional."""
+    from torch.nn.functional import avg_pool2d
+
+    return avg_pool2d(inputs.movedim(-1, 1), window_shape, strides).movedim(1, -1)
+
+
+def torch_adaptive_avg_pool(inputs, output_shape):
+    """The means of windows that share out images, of torch.nn.functional."""
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    return adaptive_avg_pool2d(inputs.movedim(-1, 1), output_shape).movedim(1, -1)
+
+
 def torch_softmax(x, axis=-1, *, temperature=1.0):
     """exp(x / temperature) / Σ exp(x / temperature), of torch.nn.functional."""
     return (x / temperature).softmax(axis)
@@ -488,11 +614,18 @@ PEERS: dict[str, dict[str, Callable]] = {
         "add_layer_norm": jax_add_layer_norm,
         "add_rms_norm": jax_add_rms_norm,
         "block_sparse_matmul": jax_block_sparse_matmul,
+        "adaptive_avg_pool": jax_adaptive_avg_pool,
+        "avg_pool": jax_avg_pool,
+        "batch_norm": jax_batch_norm,
+        "global_avg_pool": jax_global_avg_pool,
+        "global_max_pool": jax_global_max_pool,
+        "max_pool": jax_max_pool,
         "decode_attention": jax_decode_attention,
         "dot_product_attention": jax_dot_product_attention,
         "gated_linear_unit": jax_gated_linear_unit,
         "gelu": jax_gelu,
         "group_norm": jax_group_norm,
+        "instance_norm": jax_instance_norm,
         "layer_norm": jax_layer_norm,
         "linear_cross_entropy": jax_linear_cross_entropy,
         "linear_distillation": jax_linear_distillation,
@@ -512,8 +645,12 @@ PEERS: dict[str, dict[str, Callable]] = {
     "flax": {
         "add_layer_norm": flax_add_layer_norm,
         "add_rms_norm": flax_add_rms_norm,
+        "avg_pool": flax_avg_pool,
+        "batch_norm": flax_batch_norm,
+        "max_pool": flax_max_pool,
         "dot_product_attention": flax_dot_product_attention,
         "group_norm": flax_group_norm,
+        "instance_norm": flax_instance_norm,
         "layer_norm": flax_layer_norm,
         "rms_norm": flax_rms_norm,
     },
@@ -529,10 +666,15 @@ PEERS: dict[str, dict[str, Callable]] = {
     "torch": {
         "add_layer_norm": torch_add_layer_norm,
         "add_rms_norm": torch_add_rms_norm,
+        "adaptive_avg_pool": torch_adaptive_avg_pool,
+        "avg_pool": torch_avg_pool,
+        "batch_norm": torch_batch_norm,
+        "max_pool": torch_max_pool,
         "dot_product_attention": torch_dot_product_attention,
         "gated_linear_unit": torch_gated_linear_unit,
         "gelu": torch_gelu,
         "group_norm": torch_group_norm,
+        "instance_norm": torch_instance_norm,
         "layer_norm": torch_layer_norm,
         "linear_cross_entropy": torch_linear_cross_entropy,
         "matmul": torch_matmul,

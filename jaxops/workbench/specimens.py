@@ -23,17 +23,24 @@ USUAL: dict[str, tuple[str, str]] = {
     "add_layer_norm": ("x=40x129 residual=40x129 scale=129 bias=129", ""),
     "add_rms_norm": ("x=40x129 residual=40x129 scale=129", ""),
     "block_sparse_matmul": ("x=30x384 w=7x128x128 rows=7:int32<3 offsets=3:int32<8 bias=256", ""),
+    "adaptive_avg_pool": ("inputs=3x5x7x33", "output_shape=(3,7)"),
+    "avg_pool": ("inputs=3x5x7x33", "window_shape=(3,2) strides=(2,2) padding=SAME"),
+    "batch_norm": ("x=3x5x7x129 scale=129 bias=129", ""),
     "decode_attention": ("query=3x2x4x128 key=3x304x2x128 value=3x304x2x128 lengths=3:int32<305", ""),
     "dot_product_attention": ("query=2x70x3x32 key=2x130x1x32 value=2x130x1x32", "is_causal=True"),
     "gated_linear_unit": ("x=30x65 w_gate=65x129 w_up=65x129", ""),
     "gelu": ("x=30x129", ""),
+    "global_avg_pool": ("inputs=3x5x7x33", ""),
+    "global_max_pool": ("inputs=3x5x7x33", ""),
     "group_norm": ("x=3x5x7x129 scale=129 bias=129", "num_groups=3"),
+    "instance_norm": ("x=3x5x7x129 scale=129 bias=129", ""),
     "layer_norm": ("x=40x129 scale=129 bias=129", ""),
     "linear_cross_entropy": ("x=33x65 weight=65x300 labels=33:int32<300 bias=300", "reduction=none"),
     "linear_distillation": (
         "x=33x65 weight=65x300 teacher_x=33x40 teacher_weight=40x300 bias=300",
         "temperature=2.0 reduction=none",
     ),
+    "max_pool": ("inputs=3x5x7x33", "window_shape=(2,2) strides=(2,2)"),
     "matmul": ("x=30x65 w=65x129 bias=129 residual=30x129", ""),
     "paged_attention": (
         "query=9x4x128 key_pages=9x32x2x128 value_pages=9x32x2x128 page_table=3x3:int32<9 lengths=3:int32<97"
@@ -338,14 +345,35 @@ def _norm(c: _Chance, *, with_bias: bool, with_residual: bool = False) -> tuple[
 
 
 def _group_norm(c: _Chance) -> tuple[dict, dict]:
-    dtype, num_groups = c.of(*DTYPES, "float16"), c.of(1, 3, 32)
-    parameters, channels = c.of(dtype, "float32"), num_groups * c.of(1, 2, 5, 16)
+    num_groups = c.of(1, 3, 32)
+    operands, options = _channel_norm(c, num_groups * c.of(1, 2, 5, 16))
+    return operands, {"num_groups": num_groups, **options}
+
+
+def _channel_norm(c: _Chance, channels: int | None = None) -> tuple[dict, dict]:
+    dtype, channels = c.of(*DTYPES, "float16"), channels or c.size()
+    parameters = c.of(dtype, "float32")
     operands = {
         "x": normal((c.size(3), *(c.size(40) for _ in range(c.of(1, 0, 2))), channels), dtype),
         "scale": normal((channels,), parameters) if c.of(True, False) else None,
         "bias": normal((channels,), parameters) if c.of(True, False) else None,
     }
-    return operands, {"num_groups": num_groups, "eps": c.of(1e-6, 1e-3)}
+    return operands, {"eps": c.of(1e-6, 1e-3)}
+
+
+def _pool(c: _Chance) -> tuple[dict, dict]:
+    operands, window = _images(c), (c.of(2, 1, 3), c.of(2, 1, 3))
+    strides = c.of(window, (1, 1), (2, 2))
+    return operands, {"window_shape": window, "strides": strides, "padding": c.of("VALID", "SAME")}
+
+
+def _adaptive_pool(c: _Chance) -> tuple[dict, dict]:
+    return _images(c), {"output_shape": (c.size(9), c.size(9))}
+
+
+def _images(c: _Chance) -> dict:
+    shape = (c.size(3), c.size(12), c.size(12), c.size())
+    return {"inputs": normal(shape, c.of(*DTYPES, "float16"))}
 
 
 def _cross_entropy(c: _Chance) -> tuple[dict, dict]:
@@ -525,15 +553,22 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "add_layer_norm": functools.partial(_norm, with_bias=True, with_residual=True),
     "add_rms_norm": functools.partial(_norm, with_bias=False, with_residual=True),
     "block_sparse_matmul": _block_sparse,
+    "adaptive_avg_pool": _adaptive_pool,
+    "avg_pool": _pool,
+    "batch_norm": _channel_norm,
     "decode_attention": _decode,
     "dot_product_attention": _attention,
     "gated_linear_unit": _gated,
     "gelu": _gelu,
+    "global_avg_pool": lambda c: (_images(c), {}),
+    "global_max_pool": lambda c: (_images(c), {}),
     "group_norm": _group_norm,
+    "instance_norm": _channel_norm,
     "layer_norm": functools.partial(_norm, with_bias=True),
     "linear_cross_entropy": _cross_entropy,
     "linear_distillation": _distillation,
     "matmul": _matmul,
+    "max_pool": _pool,
     "paged_attention": _paged,
     "quantized_matmul": _quantized,
     "ragged_dot": _ragged,

@@ -10,6 +10,7 @@ from jaxops.ops.activations import squared_relu as squared_relu
 from jaxops.ops.add_layer_norm import add_layer_norm as add_layer_norm
 from jaxops.ops.add_rms_norm import add_rms_norm as add_rms_norm
 from jaxops.ops.attention import dot_product_attention as dot_product_attention
+from jaxops.ops.conv import conv as conv
 from jaxops.ops.decode_attention import decode_attention as decode_attention
 from jaxops.ops.gated_linear_unit import gated_linear_unit as gated_linear_unit
 from jaxops.ops.group_norm import group_norm as group_norm

@@ -128,6 +128,20 @@ CASES = (
         "x=16x4096 w=4096x11008:int8 scales=1x11008:float32",
         "x=3x37x1024:int8 x_scales=3x37x1 w=1024x257:int4 scales=8x257 bias=257",
     ),
+    Case(
+        "conv",
+        "main",
+        ("lhs=8x28x28x256", "rhs=3x3x256x256", "bias=256"),
+        ("window_strides=(1,1)", "padding=SAME", "dimension_numbers=('NHWC','HWIO','NHWC')", "activation=jaxops.relu"),
+        kernel=False,
+    ),
+    Case(
+        "conv",
+        "awkward",
+        ("lhs=3x9x7x30", "rhs=3x2x30x17", "bias=17", "residual=3x5x7x17"),
+        ("window_strides=(2,1)", "padding=SAME", "dimension_numbers=('NHWC','HWIO','NHWC')"),
+        kernel=False,
+    ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
 )
 

@@ -57,6 +57,12 @@ _ATTENTION = ("query=BxTxNxH", "key=BxTxNxH", "value=BxTxNxH")
 USUAL = {
     "add_layer_norm": Usual(("x=RxD", "residual=RxD", "scale=D", "bias=D"), (), *_ROWS),
     "add_rms_norm": Usual(("x=RxD", "residual=RxD", "scale=D"), (), *_ROWS),
+    "conv": Usual(
+        ("lhs=BxSxSxC", "rhs=3x3xCxC", "bias=C"),
+        ("window_strides=(1,1)", "padding=SAME", "dimension_numbers=('NHWC','HWIO','NHWC')", "activation=jaxops.relu"),
+        {"B": 8, "S": 28, "C": 64},
+        {"B": 8, "S": 28, "C": 256},
+    ),
     "decode_attention": Usual(("query=BxNxH", *_ATTENTION[1:], "lengths=B:int32"), (), *_HEADS),
     "dot_product_attention": Usual(_ATTENTION, ("is_causal=True",), *_HEADS),
     "gated_linear_unit": Usual(("x=MxK", "w_gate=KxN", "w_up=KxN"), (), *_PRODUCT),

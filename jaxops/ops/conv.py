@@ -14,6 +14,7 @@ from jaxops.ops import checks
 from jaxops.ops.matmul import Activation, call_unless_traced, kept, plain_activation, pull_back
 from jaxops.reference.conv import conv as reference
 from jaxops.reference.conv import linear
+from pallas_kernels import tpu
 
 _PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
@@ -52,7 +53,7 @@ _OPERATOR = Operator(
     differentiable=("lhs", "rhs", "bias", "residual"),
     reference=lambda *operands, **named: (reference(*operands, **named),),
     xla=Rules(_forward, _backward),
-    tpu="conv has no Pallas kernel yet",
+    tpu=tpu.conv,
     gpu="conv has no Pallas kernel yet",
     partition=None,
 )
@@ -141,7 +142,7 @@ def conv(
     known = True
     if activation is not None:
         activation, known = plain_activation(name, activation)
-    operands = dict(lhs=lhs, rhs=rhs, bias=bias, residual=residual)
+    operands: dict[str, Any] = dict(lhs=lhs, rhs=rhs, bias=bias, residual=residual)
     static: dict[str, Any] = dict(activation=activation, dtype=dtype.name, **geometry)
     if out_sharding is not None:
         if "xla" not in dispatch.order_of(name, implementation):

@@ -456,8 +456,7 @@ def torch_conv(lhs, rhs, window_strides, padding, *, dimension_numbers=None, bia
     """activation(lhs ∗ rhs + bias) of two axes, of torch; the activation is relu or none."""
     import torch
 
-    shapes = [jax.ShapeDtypeStruct(tuple(x.shape), jnp.float32) for x in (lhs, rhs)]
-    numbers = jax.lax.conv_dimension_numbers(*(x.shape for x in shapes), dimension_numbers)
+    numbers = jax.lax.conv_dimension_numbers(tuple(lhs.shape), tuple(rhs.shape), dimension_numbers)
     relu = activation is not None
     if lhs.ndim != 4 or (relu and getattr(activation, "__name__", "") != "relu"):
         raise NotImplementedError("of two axes, with relu or no activation")

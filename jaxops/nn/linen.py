@@ -10,6 +10,7 @@ from flax import linen
 
 from jaxops.dispatch import Implementation
 from jaxops.nn.attention import AttentionOptions, attend, sources
+from jaxops.nn.conv import convolve
 from jaxops.nn.implementation import without_kernels
 from jaxops.nn.mlp import gated_mlp
 from jaxops.nn.moe import KERNEL_INIT, mixture
@@ -191,6 +192,57 @@ class BatchNorm(linen.Module):
         if not evaluating and not self.is_initializing():
             mean.value, var.value = statistics
         return y
+
+
+class Conv(linen.Module):
+    """y = activation(x ∗ kernel + bias) + residual, channels last.
+
+    Fields as in `flax.linen.Conv`, and `activation`. Called with a `residual` of the shape of the result it is added at
+    the end.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = 1
+    padding: Any = "SAME"
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    mask: jax.Array | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = linen.linear.default_kernel_init
+    bias_init: Initializer = linen.initializers.zeros
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array, *, residual: jax.Array | None = None) -> jax.Array:
+        size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        shape = (*size, x.shape[-1] // self.feature_group_count, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        if self.mask is not None:
+            if self.mask.shape != shape:
+                raise ValueError(f"Conv: mask must have the shape of the kernel, {shape}, got {self.mask.shape}")
+            kernel = kernel * self.mask
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        x, kernel, bias = linen.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return convolve(
+            x,
+            kernel,
+            bias,
+            residual,
+            strides=self.strides,
+            padding=self.padding,
+            input_dilation=self.input_dilation,
+            kernel_dilation=self.kernel_dilation,
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+            activation=self.activation,
+            implementation=self.implementation,
+        )
 
 
 class MultiHeadAttention(linen.Module):

@@ -155,6 +155,17 @@ CASES = (
         "x=16x4096 w=2048x11008 indices=512x11008:uint8<256",
         "x=3x37x1000 w=500x257 indices=125x257:uint8<256 bias=257",
         kernel=False,
+    Case(
+        "conv",
+        "main",
+        ("lhs=8x28x28x256", "rhs=3x3x256x256", "bias=256"),
+        ("window_strides=(1,1)", "padding=SAME", "dimension_numbers=('NHWC','HWIO','NHWC')", "activation=jaxops.relu"),
+    ),
+    Case(
+        "conv",
+        "awkward",
+        ("lhs=3x9x7x30", "rhs=3x2x30x17", "bias=17", "residual=3x9x7x17"),
+        ("window_strides=(1,1)", "padding=SAME", "rhs_dilation=(2,1)", "dimension_numbers=('NHWC','HWIO','NHWC')"),
     ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
 )

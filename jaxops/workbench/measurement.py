@@ -70,6 +70,12 @@ USUAL = {
     "add_rms_norm": Usual(("x=RxD", "residual=RxD", "scale=D"), (), *_ROWS),
     "block_sparse_matmul": Usual(("x=MxK", "w=SxBxB", "rows=S:int32", "offsets=C:int32"), (), *_BLOCKS),
     "batch_norm": Usual(("x=BxSxSxC", "scale=C", "bias=C"), (), *_IMAGES),
+    "conv": Usual(
+        ("lhs=BxSxSxC", "rhs=3x3xCxC", "bias=C"),
+        ("window_strides=(1,1)", "padding=SAME", "dimension_numbers=('NHWC','HWIO','NHWC')", "activation=jaxops.relu"),
+        {"B": 8, "S": 28, "C": 64},
+        {"B": 8, "S": 28, "C": 256},
+    ),
     "decode_attention": Usual(("query=BxNxH", *_ATTENTION[1:], "lengths=B:int32"), (), *_HEADS),
     "dot_product_attention": Usual(_ATTENTION, ("is_causal=True",), *_HEADS),
     "gated_linear_unit": Usual(("x=MxK", "w_gate=KxN", "w_up=KxN"), (), *_PRODUCT),

@@ -233,6 +233,18 @@ def jax_matmul(x, w, *, bias=None, activation=None, residual=None, precision=Non
     return y if residual is None else y + residual
 
 
+def jax_conv(
+    lhs, rhs, window_strides, padding, *, dimension_numbers=None, bias=None, activation=None, residual=None, **more
+):
+    """activation(lhs ∗ rhs + bias) + residual, of jax.lax and jax.numpy."""
+    y = jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, dimension_numbers=dimension_numbers, **more)
+    channels = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers).out_spec[1]
+    if bias is not None:
+        y = y + jnp.expand_dims(bias, [axis for axis in range(y.ndim) if axis != channels])
+    y = y if activation is None else activation(y)
+    return y if residual is None else y + residual
+
+
 def jax_quantized_matmul(x, w, scales, zeros=None, *, x_scales=None, bias=None, dtype=None):
     """(x_scales · x) · (scales · (w - zeros)) + bias, of jax.numpy: the weights are widened, then multiplied."""
     dtype = dtype or (x.dtype if x_scales is None else x_scales.dtype)
@@ -584,6 +596,24 @@ def torch_relu(x):
     return x.relu()
 
 
+def torch_conv(lhs, rhs, window_strides, padding, *, dimension_numbers=None, bias=None, activation=None):
+    """activation(lhs ∗ rhs + bias) of two axes, of torch; the activation is relu or none."""
+    import torch
+
+    numbers = jax.lax.conv_dimension_numbers(tuple(lhs.shape), tuple(rhs.shape), dimension_numbers)
+    relu = activation is not None
+    if lhs.ndim != 4 or (relu and getattr(activation, "__name__", "") != "relu"):
+        raise NotImplementedError("of two axes, with relu or no activation")
+    lhs, rhs = lhs.permute(numbers.lhs_spec), rhs.permute(numbers.rhs_spec)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(lhs.shape[2:], rhs.shape[2:], window_strides, padding)
+    (top, bottom), (left, right) = padding
+    lhs = torch.nn.functional.pad(lhs, (left, right, top, bottom))
+    y = torch.nn.functional.conv2d(lhs, rhs, bias, tuple(window_strides))
+    y = torch.relu(y) if relu else y
+    return y.permute([numbers.out_spec.index(axis) for axis in range(4)])
+
+
 def torch_matmul(x, w, *, bias=None, residual=None):
     """x · w + bias + residual, of torch.nn.functional."""
     y = x @ w
@@ -629,6 +659,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "layer_norm": jax_layer_norm,
         "linear_cross_entropy": jax_linear_cross_entropy,
         "linear_distillation": jax_linear_distillation,
+        "conv": jax_conv,
         "matmul": jax_matmul,
         "paged_attention": jax_paged_attention,
         "quantized_matmul": jax_quantized_matmul,
@@ -677,6 +708,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "instance_norm": torch_instance_norm,
         "layer_norm": torch_layer_norm,
         "linear_cross_entropy": torch_linear_cross_entropy,
+        "conv": torch_conv,
         "matmul": torch_matmul,
         "relu": torch_relu,
         "rms_norm": torch_rms_norm,

@@ -26,6 +26,10 @@ USUAL: dict[str, tuple[str, str]] = {
     "adaptive_avg_pool": ("inputs=3x5x7x33", "output_shape=(3,7)"),
     "avg_pool": ("inputs=3x5x7x33", "window_shape=(3,2) strides=(2,2) padding=SAME"),
     "batch_norm": ("x=3x5x7x129 scale=129 bias=129", ""),
+    "conv": (
+        "lhs=2x9x7x30 rhs=3x2x30x17 bias=17 residual=2x5x7x17",
+        "window_strides=(2,1) padding=SAME dimension_numbers=('NHWC','HWIO','NHWC')",
+    ),
     "decode_attention": ("query=3x2x4x128 key=3x304x2x128 value=3x304x2x128 lengths=3:int32<305", ""),
     "dot_product_attention": ("query=2x70x3x32 key=2x130x1x32 value=2x130x1x32", "is_causal=True"),
     "gated_linear_unit": ("x=30x65 w_gate=65x129 w_up=65x129", ""),
@@ -429,6 +433,31 @@ def _activation(c: _Chance) -> str:
     return c.of("jaxops.silu", "jaxops.gelu", "jaxops.relu", "jaxops.squared_relu")
 
 
+def _conv(c: _Chance) -> tuple[dict, dict]:
+    dtype, rank, per_group, groups = c.of(*DTYPES, "float16"), c.of(2, 1, 3), c.size(20), c.of(1, 3)
+    window, outputs = [c.of(1, 2, 3) for _ in range(rank)], groups * c.size(40)
+    dilation, strides = (tuple(c.of(1, 2) for _ in range(rank)) for _ in range(2))
+    sizes = [c.size(20) + 4 for _ in range(rank)]
+    padding = c.of("SAME", "VALID", tuple((c.of(0, 1), c.of(1, 2)) for _ in range(rank)))
+    axes = "HWD"[:rank]
+    numbers = c.of((f"N{axes}C", f"{axes}IO", f"N{axes}C"), (f"NC{axes}", f"OI{axes}", f"NC{axes}"))
+    sized = dict(zip(axes, sizes, strict=True)) | {"N": c.of(1, 2, 3), "C": groups * per_group}
+    windowed = dict(zip(axes, window, strict=True)) | {"I": per_group, "O": outputs}
+    operands = {
+        "lhs": normal([sized[axis] for axis in numbers[0]], dtype),
+        "rhs": normal([windowed[axis] for axis in numbers[1]], dtype),
+        "bias": normal((outputs,), c.of(dtype, "float32")) if c.of(False, True) else None,
+    }
+    options = {
+        "window_strides": strides,
+        "padding": repr(padding),
+        "rhs_dilation": dilation,
+        "dimension_numbers": numbers,
+        "feature_group_count": groups,
+    }
+    return operands, options | ({"activation": _activation(c)} if c.of(False, True) else {})
+
+
 def _matmul(c: _Chance) -> tuple[dict, dict]:
     dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
     shape = c.shape(inner)
@@ -556,6 +585,7 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "adaptive_avg_pool": _adaptive_pool,
     "avg_pool": _pool,
     "batch_norm": _channel_norm,
+    "conv": _conv,
     "decode_attention": _decode,
     "dot_product_attention": _attention,
     "gated_linear_unit": _gated,

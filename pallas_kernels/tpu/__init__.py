@@ -5,6 +5,7 @@ from pallas_kernels.tpu import add_rms_norm as add_rms_norm
 from pallas_kernels.tpu import attention as attention
 from pallas_kernels.tpu import batch_norm as batch_norm
 from pallas_kernels.tpu import block_sparse_matmul as block_sparse_matmul
+from pallas_kernels.tpu import conv as conv
 from pallas_kernels.tpu import decode_attention as decode_attention
 from pallas_kernels.tpu import gated_linear_unit as gated_linear_unit
 from pallas_kernels.tpu import group_norm as group_norm

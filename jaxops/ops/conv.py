@@ -1,0 +1,261 @@
+"""conv: public function and XLA rules. Beside the convolution it fuses what comes after it, in float32."""
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxops import dispatch
+from jaxops.autodiff import Operator, Rules
+from jaxops.ops import checks
+from jaxops.ops.matmul import Activation, call_unless_traced, kept, plain_activation, pull_back
+from jaxops.reference.conv import conv as reference
+from jaxops.reference.conv import linear
+from pallas_kernels import tpu
+
+_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
+
+
+def _forward(lhs, rhs, bias=None, residual=None, *, activation, dtype, **geometry):
+    z = linear(lhs, rhs, bias, dtype=dtype, **geometry)
+    y = z if activation is None else activation(z)
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    return (y.astype(dtype),), () if activation is None else (kept(z, dtype),)
+
+
+def _backward(lhs, rhs, bias=None, residual=None, *, outputs, residuals, cotangents, activation, dtype, **geometry):
+    """dz = activation'(z) · dy, from which JAX has dlhs and drhs: convolutions, too. dbias = Σ dz, dresidual = dy."""
+    del outputs, dtype
+    dy = cotangents[0]
+    if activation is None:
+        dz = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
+    else:
+        (dz,) = pull_back(activation, residuals, dy)
+    # What the convolutions take is rounded, as for every product; their sums are float32 inside XLA.
+    common = jnp.promote_types(lhs.dtype, rhs.dtype)
+    f = lambda lhs, rhs: lax.conv_general_dilated(lhs.astype(common), rhs.astype(common), **geometry)
+    dlhs, drhs = jax.vjp(f, lhs, rhs)[1](dz.astype(common))
+    gradients = {"lhs": dlhs, "rhs": drhs}
+    if bias is not None:
+        channels = geometry["dimension_numbers"].out_spec[1]
+        gradients["bias"] = jnp.sum(dz, [axis for axis in range(dz.ndim) if axis != channels]).astype(bias.dtype)
+    if residual is not None:
+        gradients["residual"] = dy.astype(residual.dtype)
+    return gradients
+
+
+_OPERATOR = Operator(
+    name="conv",
+    differentiable=("lhs", "rhs", "bias", "residual"),
+    reference=lambda *operands, **named: (reference(*operands, **named),),
+    xla=Rules(_forward, _backward),
+    tpu=tpu.conv,
+    gpu="conv has no Pallas kernel yet",
+    partition=None,
+)
+
+
+def conv(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    *,
+    bias: jax.Array | None = None,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:
+    """y[n, p, o] = activation(Σ_{k, i} lhs[n, s · p + d · k - low, i] · rhs[k, i, o] + bias[o]) + residual[n, p, o].
+
+    A drop-in for `jax.lax.conv_general_dilated`, whose arguments these are up to `out_sharding`. s are the strides, d
+    the dilation of rhs, low the padding before; lhs is 0 outside. Axes are in the order of the dimension numbers.
+
+    Args:
+      lhs: floating; batch, channels and any number of spatial axes, as NCHW unless `dimension_numbers` say otherwise.
+      rhs: floating; output channels, input channels of a group, and as many spatial axes, as OIHW.
+      window_strides: an int for each spatial axis.
+      padding: "SAME", "SAME_LOWER", "VALID", or (low, high) for each spatial axis; negative ones crop.
+      lhs_dilation: 1 more than the zeros between two elements of lhs, for each spatial axis: a transposed convolution.
+      rhs_dilation: the same of rhs: a dilated one.
+      dimension_numbers: three strings as ("NHWC", "HWIO", "NHWC"), a `jax.lax.ConvDimensionNumbers`, or None: NCHW,
+        OIHW, NCHW.
+      feature_group_count, batch_group_count: groups of channels, or of the batch, that are convolved by themselves; at
+        most one is above 1.
+      precision: as in `jax.lax.conv_general_dilated`.
+      preferred_element_type: the floating dtype of the result; None: the common one of lhs and rhs.
+      out_sharding: as in `jax.lax.conv_general_dilated`; where it is given XLA serves.
+      bias: floating [output channels] or None.
+      activation: an elementwise function of a float32 array (float64 for float64) or None. May be your own: JAX derives
+        its gradient.
+      residual: floating, of the shape of the result, or None.
+      implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
+
+    Returns:
+      y, its axes in the order of the last of the dimension numbers. Sums, bias, activation and residual are in float32;
+      y is rounded once, at the end.
+
+    Raises:
+      TypeError: an array or `preferred_element_type` is not floating, or `activation` is not a function.
+      ValueError: shapes, strides, padding, dilations or groups do not fit each other, the dimension numbers are
+        unknown, the activation changes the shape, or `implementation` is unknown or, alone, cannot run.
+
+    Source: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285.
+    """
+    name = "conv"
+    lhs, rhs = (checks.floating(name, which, x) for which, x in (("lhs", lhs), ("rhs", rhs)))
+    if lhs.ndim < 2 or rhs.ndim != lhs.ndim:
+        raise ValueError(f"{name}: lhs and rhs must have the same rank, at least 2, got {lhs.shape} and {rhs.shape}")
+    numbers = _numbers(lhs, rhs, dimension_numbers)
+    geometry: dict[str, Any] = dict(
+        dimension_numbers=numbers,
+        window_strides=_per_axis("window_strides", window_strides, lhs.ndim - 2),
+        lhs_dilation=_per_axis("lhs_dilation", lhs_dilation, lhs.ndim - 2),
+        rhs_dilation=_per_axis("rhs_dilation", rhs_dilation, lhs.ndim - 2),
+        feature_group_count=_positive("feature_group_count", feature_group_count),
+        batch_group_count=_positive("batch_group_count", batch_group_count),
+        precision=precision,
+    )
+    _check_groups(lhs, rhs, numbers, geometry["feature_group_count"], geometry["batch_group_count"])
+    geometry["padding"] = _paddings(lhs, rhs, padding, **geometry)
+    y = _result(lhs, rhs, geometry)
+    dtype = y.dtype if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name}: preferred_element_type must be a floating dtype, got {dtype}")
+    if bias is not None:
+        channels = (y.shape[numbers.out_spec[1]],)
+        bias = checks.floating(name, "bias", bias, shape=channels, of="the output channels of rhs")
+    if residual is not None:
+        residual = checks.floating(name, "residual", residual, shape=y.shape, of="that of the result")
+    known = True
+    if activation is not None:
+        activation, known = plain_activation(name, activation)
+    operands: dict[str, Any] = dict(lhs=lhs, rhs=rhs, bias=bias, residual=residual)
+    static: dict[str, Any] = dict(activation=activation, dtype=dtype.name, **geometry)
+    if out_sharding is not None:
+        if "xla" not in dispatch.order_of(name, implementation):
+            raise ValueError(f"{name}: implementation 'pallas' was asked for, but XLA alone takes an out_sharding")
+        return reference(**operands, **static, out_sharding=out_sharding)
+    return call_unless_traced(_OPERATOR, known, operands, implementation, **static)
+
+
+def _numbers(lhs: jax.Array, rhs: jax.Array, given: Any) -> lax.ConvDimensionNumbers:
+    """The dimension numbers in their canonical form."""
+    try:
+        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "conv: dimension_numbers must be None or three strings, as ('NHWC', 'HWIO', 'NHWC'), "
+            f"for lhs {lhs.shape}, got {given!r}: {error}"
+        ) from error
+    axes = tuple(range(lhs.ndim))
+    if any(tuple(sorted(spec)) != axes for spec in numbers):
+        raise ValueError(f"conv: dimension_numbers must name each axis of lhs {lhs.shape} once, got {given!r}")
+    return lax.ConvDimensionNumbers(*(tuple(map(int, spec)) for spec in numbers))
+
+
+def _positive(argument: str, value: Any) -> int:
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"conv: {argument} must be an int, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"conv: {argument} must be at least 1, got {number}")
+    return number
+
+
+def _per_axis(argument: str, value: Any, rank: int) -> tuple[int, ...]:
+    """`value` as `rank` positive ints; None: all 1."""
+    if value is None and argument != "window_strides":
+        return (1,) * rank
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != rank:
+        raise ValueError(f"conv: {argument} must be a sequence of {rank} ints, one a spatial axis, got {value!r}")
+    return tuple(_positive(argument, one) for one in value)
+
+
+def _check_groups(lhs: jax.Array, rhs: jax.Array, numbers: lax.ConvDimensionNumbers, features: int, batches: int):
+    (batch, channels), (outputs, inputs) = (
+        [lhs.shape[axis] for axis in numbers.lhs_spec[:2]],
+        [rhs.shape[axis] for axis in numbers.rhs_spec[:2]],
+    )
+    if features > 1 and batches > 1:
+        raise ValueError(
+            "conv: at most one of feature_group_count and batch_group_count may be above 1, "
+            f"got {features} and {batches}"
+        )
+    if channels % features or outputs % features:
+        raise ValueError(
+            f"conv: feature_group_count must divide the {channels} channels of lhs and the {outputs} output channels "
+            f"of rhs, got {features}"
+        )
+    if batch % batches or outputs % batches:
+        raise ValueError(
+            f"conv: batch_group_count must divide the batch of {batch} and the {outputs} output channels of rhs, "
+            f"got {batches}"
+        )
+    if inputs * features != channels:
+        raise ValueError(
+            f"conv: rhs must have {channels // features} input channels ({channels} of lhs in {features} groups), "
+            f"got {inputs} in shape {rhs.shape}; do dimension_numbers say which axis they are?"
+        )
+
+
+def _paddings(lhs, rhs, padding, *, dimension_numbers, window_strides, lhs_dilation, rhs_dilation, **_):
+    """`padding` as (low, high) of each spatial axis."""
+    rank = lhs.ndim - 2
+    if isinstance(padding, str):
+        if padding.upper() not in _PADDINGS:
+            raise ValueError(
+                f"conv: padding must be one of {', '.join(_PADDINGS)} or pairs (low, high), got {padding!r}"
+            )
+        if any(one > 1 for one in lhs_dilation):
+            raise ValueError(f"conv: padding must be pairs (low, high) where lhs is dilated, got {padding!r}")
+        window = [
+            (rhs.shape[axis] - 1) * dilation + 1 if rhs.shape[axis] else 0
+            for axis, dilation in zip(dimension_numbers.rhs_spec[2:], rhs_dilation, strict=True)
+        ]
+        sizes = [lhs.shape[axis] for axis in dimension_numbers.lhs_spec[2:]]
+        return tuple((int(low), int(high)) for low, high in lax.padtype_to_pads(sizes, window, window_strides, padding))
+    try:
+        pairs = tuple((index(low), index(high)) for low, high in padding)
+    except (TypeError, ValueError):
+        pairs = ()
+    if len(pairs) != rank:
+        raise ValueError(
+            f"conv: padding must be one of {', '.join(_PADDINGS)} or {rank} pairs (low, high) of ints, got {padding!r}"
+        )
+    return pairs
+
+
+def _result(lhs: jax.Array, rhs: jax.Array, geometry: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    """Shape and common dtype of the result."""
+    common = jnp.promote_types(lhs.dtype, rhs.dtype)
+    numbers = geometry["dimension_numbers"]
+    for axis, (low, high), dilation in zip(
+        numbers.lhs_spec[2:], geometry["padding"], geometry["lhs_dilation"], strict=True
+    ):
+        size = (lhs.shape[axis] - 1) * dilation + 1 if lhs.shape[axis] else 0
+        if size + low + high < 0:
+            raise ValueError(
+                f"conv: padding must not crop more than axis {axis} of lhs {lhs.shape} has, got {(low, high)}"
+            )
+    try:
+        shape = jax.eval_shape(
+            lambda a, b: lax.conv_general_dilated(a, b, **geometry),
+            *(jax.ShapeDtypeStruct(x.shape, common) for x in (lhs, rhs)),
+        )
+    except (TypeError, ValueError) as error:  # what is left: a precision that is none
+        raise ValueError(f"conv: {error}") from error
+    return shape

@@ -155,6 +155,7 @@ CASES = (
         "x=16x4096 w=2048x11008 indices=512x11008:uint8<256",
         "x=3x37x1000 w=500x257 indices=125x257:uint8<256 bias=257",
         kernel=False,
+    ),
     Case(
         "conv",
         "main",

@@ -18,7 +18,7 @@ from tests.compare import check, error, some_and_all
 
 NAMES = ("x", "scale", "bias")
 CASES = [  # shape of x, dtype
-    ((7,), "float32"),
+    pytest.param((7,), "float32", marks=pytest.mark.slow),
     ((3, 9, 11, 129), "bfloat16"),
     pytest.param((127, 129), "float32", marks=pytest.mark.slow),
     pytest.param((2, 3, 5, 7, 8), "float16", marks=pytest.mark.slow),
@@ -89,7 +89,7 @@ def flax_batch_norm(o, **call):
 
 
 @pytest.mark.parametrize(
-    "case", [name if name in ("positions", "nothing") else pytest.param(name, marks=pytest.mark.slow) for name in MASKS]
+    "case", [name if name == "nothing" else pytest.param(name, marks=pytest.mark.slow) for name in MASKS]
 )
 def test_masks(case):
     """As Flax's, with its gradients; where nothing is seen the statistics are 0, not NaN."""
@@ -133,7 +133,7 @@ def test_nothing_to_normalise():
     assert batch_norm(jnp.ones((3, 0)))[0].shape == (3, 0)
 
 
-@pytest.mark.parametrize(("axes", "masked"), [(("d",), False), (("d", "e"), True)])
+@pytest.mark.parametrize(("axes", "masked"), [pytest.param(("d",), False, marks=pytest.mark.slow), (("d", "e"), True)])
 def test_over_devices(axes, masked):
     """y, statistics and every gradient are those of the whole batch on one device."""
     mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(AxisType.Auto,) * 2)

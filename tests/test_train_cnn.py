@@ -27,6 +27,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_folder_of_images(folder, capsys):
     images = train_cnn.load_folder(folder, 8)
     assert images.x.shape == (32, 8, 8, 3) and images.held_out_x.shape == (8, 8, 8, 3)

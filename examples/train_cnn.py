@@ -26,7 +26,6 @@ import jaxops
 import jaxops.nn
 import jaxops.optim
 
-Conv = nnx.Conv  # every convolution of the network: exchange it here
 HELD_OUT = 0.2
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -103,7 +102,7 @@ class Block(nnx.Module):
     """y = relu(x + norm(conv(relu(norm(conv(x)))))); where the width changes x goes through a convolution of 1 by 1."""
 
     def __init__(self, width_in: int, width: int, *, rngs: nnx.Rngs):
-        make = lambda features, kernel: Conv(features, width, kernel, use_bias=False, rngs=rngs)
+        make = lambda features, kernel: jaxops.nn.Conv(features, width, kernel, use_bias=False, rngs=rngs)
         self.conv1, self.norm1 = make(width_in, (3, 3)), jaxops.nn.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.conv2, self.norm2 = make(width, (3, 3)), jaxops.nn.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.shortcut = make(width_in, (1, 1)) if width_in != width else None
@@ -120,7 +119,7 @@ class ResNet(nnx.Module):
     """
 
     def __init__(self, channels: int, classes: int, widths: tuple[int, ...] = (32, 64, 128), *, rngs: nnx.Rngs):
-        self.stem = Conv(channels, widths[0], (3, 3), use_bias=False, rngs=rngs)
+        self.stem = jaxops.nn.Conv(channels, widths[0], (3, 3), use_bias=False, rngs=rngs)
         self.norm = jaxops.nn.BatchNorm(widths[0], momentum=0.9, rngs=rngs)
         pairs = zip((widths[0], *widths), widths, strict=False)
         self.blocks = nnx.List([Block(before, width, rngs=rngs) for before, width in pairs])

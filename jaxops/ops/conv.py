@@ -16,6 +16,7 @@ from jaxops.reference.conv import conv as reference
 from jaxops.reference.conv import linear
 from pallas_kernels import tpu
 
+_FULL = 128  # channels that fill a matrix unit: from there on XLA's own convolution is as fast as the kernel
 _PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 
@@ -101,7 +102,8 @@ def conv(
       activation: an elementwise function of a float32 array (float64 for float64) or None. May be your own: JAX derives
         its gradient.
       residual: floating, of the shape of the result, or None.
-      implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
+      implementation: None, "pallas", "xla", or a sequence tried in order. None: the kernel for windows with fewer than
+        128 input or output channels, as far as it serves them, else XLA, which is as fast there.
 
     Returns:
       y, its axes in the order of the last of the dimension numbers. Sums, bias, activation and residual are in float32;
@@ -148,6 +150,8 @@ def conv(
         if "xla" not in dispatch.order_of(name, implementation):
             raise ValueError(f"{name}: implementation 'pallas' was asked for, but XLA alone takes an out_sharding")
         return reference(**operands, **static, out_sharding=out_sharding)
+    if implementation is None and min(rhs.shape[axis] for axis in numbers.rhs_spec[:2]) >= _FULL:
+        implementation = "xla"
     return call_unless_traced(_OPERATOR, known, operands, implementation, **static)
 
 

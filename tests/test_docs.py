@@ -31,6 +31,7 @@ FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 PAGE_OF = {  # the others have their own
     **dict.fromkeys(("gelu", "silu", "relu", "squared_relu"), "activations"),
     **dict.fromkeys(("add_rms_norm", "add_layer_norm"), "add_norms"),
+    **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool", "global_max_pool", "global_avg_pool"), "pooling"),
 }
 
 
@@ -53,6 +54,7 @@ def _public(module) -> dict:
 
 
 LONG = (
+    "sparsity.md",
     "nn.md",
     "pipeline.md",
     "sharding.md",

@@ -117,7 +117,7 @@ X, W, TX, TW = jnp.ones((4, 3)), jnp.ones((3, 7)), jnp.ones((4, 5)), jnp.ones((5
         ((X, W, TX, TW), dict(temperature=0), ValueError, "temperature must be above 0"),
         ((X, W, TX, TW), dict(token_weights=X), ValueError, r"token_weights must have shape \(4,\)"),
         ((X, W, TX, TW), dict(reduction="avg"), ValueError, "reduction must be one of"),
-        ((X, W, TX, TW), dict(implementation="pallas"), ValueError, "no Mosaic"),
+        ((X.astype("float16"), W, TX, TW), dict(implementation="pallas"), ValueError, "float32 or bfloat16 on a TPU"),
     ],
 )
 def test_bad_input(operands, options, kind, message):

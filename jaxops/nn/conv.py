@@ -69,6 +69,15 @@ def convolve(
     return y.reshape(*batch, *y.shape[1:])
 
 
+def masked(kernel: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """kernel · mask. Raises `ValueError` if they are of different shapes."""
+    if mask is None:
+        return kernel
+    if mask.shape != kernel.shape:
+        raise ValueError(f"Conv: mask must have the shape of the kernel, {kernel.shape}, got {mask.shape}")
+    return kernel * mask
+
+
 class Conv(nnx.Conv):
     """y = activation(x ∗ kernel + bias) + residual, channels last.
 
@@ -84,7 +93,8 @@ class Conv(nnx.Conv):
       implementation: None | "pallas" | "xla" | a sequence of them.
       **flax_arguments: those of `nnx.Conv`.
 
-    Raises `TypeError` for another convolution, `ValueError` for an input that does not fit.
+    Raises `TypeError` for another convolution, `ValueError` for an input that does not fit. Source:
+    https://arxiv.org/abs/1603.07285
     """
 
     def __init__(
@@ -110,11 +120,7 @@ class Conv(nnx.Conv):
 
         residual: of the shape of the result, added at the end.
         """
-        kernel = self.kernel[...]
-        if self.mask is not None:
-            if self.mask.shape != kernel.shape:
-                raise ValueError(f"Conv: mask must have the shape of the kernel, {kernel.shape}, got {self.mask.shape}")
-            kernel = kernel * self.mask
+        kernel = masked(self.kernel[...], self.mask)
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         return convolve(

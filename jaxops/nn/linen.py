@@ -10,7 +10,7 @@ from flax import linen
 
 from jaxops.dispatch import Implementation
 from jaxops.nn.attention import AttentionOptions, attend, sources
-from jaxops.nn.conv import convolve
+from jaxops.nn.conv import convolve, masked
 from jaxops.nn.implementation import without_kernels
 from jaxops.nn.mlp import gated_mlp
 from jaxops.nn.moe import KERNEL_INIT, mixture
@@ -55,6 +55,13 @@ class RMSNorm(linen.Module):
         )
 
 
+def _affine(norm: Any, x: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+    """The parameters scale and bias of the channels of x, as far as the layer has them."""
+    scale = norm.param("scale", norm.scale_init, x.shape[-1:], norm.param_dtype) if norm.use_scale else None
+    bias = norm.param("bias", norm.bias_init, x.shape[-1:], norm.param_dtype) if norm.use_bias else None
+    return scale, bias
+
+
 class LayerNorm(linen.Module):
     """y = (x - mean(x)) · rsqrt(var(x) + epsilon) · (scale + scale_offset) + bias, over the last axis.
 
@@ -73,8 +80,7 @@ class LayerNorm(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array, *, residual: jax.Array | None = None) -> Any:
-        scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype) if self.use_bias else None
+        scale, bias = _affine(self, x)
         return norm_or_add(
             (layer_norm, add_layer_norm),
             x,
@@ -118,8 +124,7 @@ class GroupNorm(linen.Module):
                     "GroupNorm: num_groups or group_size must be a divisor of the "
                     f"{channels} channels of x, and the other None, got {given[0]} and {given[1]}"
                 )
-        scale = self.param("scale", self.scale_init, (channels,), self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, (channels,), self.param_dtype) if self.use_bias else None
+        scale, bias = _affine(self, x)
         x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
         return group_norm(x, scale, bias, num_groups=num_groups, eps=self.epsilon, implementation=self.implementation)
 
@@ -142,8 +147,7 @@ class InstanceNorm(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype) if self.use_bias else None
+        scale, bias = _affine(self, x)
         x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
         return instance_norm(x, scale, bias, eps=self.epsilon, implementation=self.implementation)
 
@@ -175,8 +179,7 @@ class BatchNorm(linen.Module):
         channels = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
-        scale = self.param("scale", self.scale_init, channels, self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, channels, self.param_dtype) if self.use_bias else None
+        scale, bias = _affine(self, x)
         x, scale, bias = linen.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
         y, statistics = batch_norm_or_running(
             x,
@@ -223,10 +226,7 @@ class Conv(linen.Module):
         size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         shape = (*size, x.shape[-1] // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        if self.mask is not None:
-            if self.mask.shape != shape:
-                raise ValueError(f"Conv: mask must have the shape of the kernel, {shape}, got {self.mask.shape}")
-            kernel = kernel * self.mask
+        kernel = masked(kernel, self.mask)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, kernel, bias = linen.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         return convolve(

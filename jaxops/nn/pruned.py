@@ -106,7 +106,29 @@ class PrunedLinear(nnx.Module):
         return self.layer
 
 
-class BlockSparseLinear(nnx.Module):
+class _Stored(nnx.Module):
+    """y = x · w + bias, of a w of which some is stored: what such layers have in common."""
+
+    def __init__(
+        self, shape: tuple[int, int], bias: jax.Array | None, dtype: Any, shapes: Shapes | None, implementation: Any
+    ):
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.shapes = shapes or Shapes(shape[:1], shape[1:])
+        self.dtype, self.implementation = dtype, static(implementation)
+
+    def _product(self, x: jax.Array, **options: Any) -> jax.Array:
+        raise TypeError(f"{type(self).__name__} has no weights")
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """`x[…, *inputs]` to `[…, *outputs]`; `out_sharding` must be None."""
+        if out_sharding is not None:
+            raise ValueError(f"{type(self).__name__}: out_sharding must be None, got {out_sharding}")
+        x = self.shapes.rows(jnp.asarray(x, self.dtype))
+        bias = None if self.bias is None else self.bias[...]
+        return self.shapes.columns(self._product(x, bias=bias, implementation=self.implementation))
+
+
+class BlockSparseLinear(_Stored):
     """y = x · w + bias, of a block-sparse w, by `jaxops.block_sparse_matmul`.
 
     The variables are the parameters `blocks[s, bk, bn]` and `bias[out]` (or None), and `rows[s]` and
@@ -133,28 +155,14 @@ class BlockSparseLinear(nnx.Module):
         self.blocks = nnx.Param(weights.blocks)
         self.rows = SparsityMask(jnp.asarray(weights.pattern.rows))
         self.offsets = SparsityMask(jnp.asarray(weights.pattern.offsets))
-        self.bias = None if bias is None else nnx.Param(bias)
-        k, n = weights.shape
-        self.shapes = shapes or Shapes((k,), (n,))
-        self.dtype, self.implementation = dtype, static(implementation)
+        super().__init__(weights.shape, bias, dtype, shapes, implementation)
 
-    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """`x[…, *inputs]` to `[…, *outputs]`; `out_sharding` must be None."""
-        if out_sharding is not None:
-            raise ValueError(f"BlockSparseLinear: out_sharding must be None, got {out_sharding}")
-        x = self.shapes.rows(jnp.asarray(x, self.dtype))
-        y = block_sparse_matmul(
-            x,
-            self.blocks[...].astype(x.dtype),
-            rows=self.rows[...],
-            offsets=self.offsets[...],
-            bias=None if self.bias is None else self.bias[...],
-            implementation=self.implementation,
-        )
-        return self.shapes.columns(y)
+    def _product(self, x: jax.Array, **options: Any) -> jax.Array:
+        blocks = self.blocks[...].astype(x.dtype)
+        return block_sparse_matmul(x, blocks, rows=self.rows[...], offsets=self.offsets[...], **options)
 
 
-class Sparse24Linear(nnx.Module):
+class Sparse24Linear(_Stored):
     """y = x · w + bias, of a w that is 2:4, by `jaxops.sparse_2_4_matmul`.
 
     The variables are the parameters `values[in / 2, out]` and `bias[out]` (or None), and `indices[in / 8, out]`, which
@@ -175,21 +183,7 @@ class Sparse24Linear(nnx.Module):
         implementation: Implementation = None,
     ):
         self.values, self.indices = nnx.Param(weights.values), SparsityMask(weights.indices)
-        self.bias = None if bias is None else nnx.Param(bias)
-        k, n = weights.shape
-        self.shapes = shapes or Shapes((k,), (n,))
-        self.dtype, self.implementation = dtype, static(implementation)
+        super().__init__(weights.shape, bias, dtype, shapes, implementation)
 
-    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """`x[…, *inputs]` to `[…, *outputs]`; `out_sharding` must be None."""
-        if out_sharding is not None:
-            raise ValueError(f"Sparse24Linear: out_sharding must be None, got {out_sharding}")
-        x = self.shapes.rows(jnp.asarray(x, self.dtype))
-        y = sparse_2_4_matmul(
-            x,
-            self.values[...].astype(x.dtype),
-            indices=self.indices[...],
-            bias=None if self.bias is None else self.bias[...],
-            implementation=self.implementation,
-        )
-        return self.shapes.columns(y)
+    def _product(self, x: jax.Array, **options: Any) -> jax.Array:
+        return sparse_2_4_matmul(x, self.values[...].astype(x.dtype), indices=self.indices[...], **options)

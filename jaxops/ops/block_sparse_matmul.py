@@ -1,7 +1,6 @@
 """block_sparse_matmul: public function and XLA rules."""
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxops import dispatch, sparsity
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
-from jaxops.ops.matmul import Activation, call_unless_traced, kept, plain_activation, pull_back
+from jaxops.ops.matmul import Activation, activated, after_product, before, call_unless_traced, gradients_beside
 from jaxops.reference.block_sparse_matmul import block_sparse_matmul as reference
 from jaxops.reference.block_sparse_matmul import columns_of, expanded
 from pallas_kernels import tpu
@@ -94,10 +93,7 @@ def _forward(x, w, rows, columns, bias=None, residual=None, *, size, activation,
     z = _product(_flat(x), w, rows, columns, size, precision).reshape(*x.shape[:-1], size)
     if bias is not None:
         z = z + bias.astype(z.dtype)
-    y = z if activation is None else activation(z)
-    if residual is not None:
-        y = y + residual.astype(y.dtype)
-    return (y.astype(dtype),), () if activation is None else (kept(z, dtype),)
+    return activated(z, residual, activation, dtype)
 
 
 def _backward(
@@ -106,29 +102,12 @@ def _backward(
     """dz = activation'(z) · dy,  dx = dz · wᵀ,  dw_i = x_rowᵀ · dz_column,  dbias = Σ dz,  dresidual = dy."""
     del outputs
     dy = cotangents[0]
-    dz = wide_gradient(activation, residuals, dy)
+    dz = before(activation, residuals, dy)
     gradients = gradients_beside(dy, dz, bias, residual)
     dz = _flat(dz).astype(jnp.promote_types(x.dtype, w.dtype))
     dx = _product(dz, w, columns, rows, x.shape[-1], precision, transposed=True)
     dw = _products_of_blocks(_flat(x), dz, w, rows, columns, precision)
     return gradients | {"x": dx.reshape(x.shape).astype(x.dtype), "w": dw.astype(w.dtype)}
-
-
-def wide_gradient(activation: Callable | None, residuals, dy: jax.Array) -> jax.Array:
-    """dz in float32 or more."""
-    if activation is None:
-        return dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
-    return pull_back(activation, residuals, dy)[0]
-
-
-def gradients_beside(dy, dz, bias, residual) -> dict[str, jax.Array]:
-    """The gradients of bias and residual, as far as these are there."""
-    gradients = {}
-    if bias is not None:
-        gradients["bias"] = jnp.sum(dz, tuple(range(dz.ndim - 1))).astype(bias.dtype)
-    if residual is not None:
-        gradients["residual"] = dy.astype(residual.dtype)
-    return gradients
 
 
 def _cost(x, w, *_, **__):
@@ -215,15 +194,9 @@ def block_sparse_matmul(
     size, height = (offsets.shape[0] - 1) * bn, x.shape[-1] // bk
     if not isinstance(rows, jax.core.Tracer) and not isinstance(offsets, jax.core.Tracer):
         sparsity.check_indices(name, np.asarray(rows), np.asarray(offsets), height, offsets.shape[0] - 1)
-    if bias is not None:
-        bias = checks.floating(name, "bias", bias, shape=(size,), of="the columns of w")
-    if residual is not None:
-        residual = checks.floating(name, "residual", residual, shape=(*x.shape[:-1], size), of="that of x · w")
-    known = True
-    if activation is not None:
-        activation, known = plain_activation(name, activation)
+    beside, activation, known = after_product(name, (*x.shape[:-1], size), bias, residual, activation)
     rows = jnp.clip(rows.astype(jnp.int32), 0, max(height - 1, 0))
     columns = columns_of(offsets.astype(jnp.int32), count)
-    operands = dict(x=x, w=w, rows=rows, columns=columns, bias=bias, residual=residual)
+    operands = dict(x=x, w=w, rows=rows, columns=columns, **beside)
     static = dict(size=size, activation=activation, precision=precision)
     return call_unless_traced(_OPERATOR, known, operands, implementation, **static)

@@ -11,7 +11,7 @@ from jax import lax
 from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
-from jaxops.ops.matmul import Activation, call_unless_traced, kept, plain_activation, pull_back
+from jaxops.ops.matmul import Activation, activated, after_product, before, call_unless_traced, gradients_beside
 from jaxops.reference.conv import conv as reference
 from jaxops.reference.conv import linear
 from pallas_kernels import tpu
@@ -21,32 +21,20 @@ _PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 
 def _forward(lhs, rhs, bias=None, residual=None, *, activation, dtype, **geometry):
-    z = linear(lhs, rhs, bias, dtype=dtype, **geometry)
-    y = z if activation is None else activation(z)
-    if residual is not None:
-        y = y + residual.astype(y.dtype)
-    return (y.astype(dtype),), () if activation is None else (kept(z, dtype),)
+    return activated(linear(lhs, rhs, bias, dtype=dtype, **geometry), residual, activation, dtype)
 
 
 def _backward(lhs, rhs, bias=None, residual=None, *, outputs, residuals, cotangents, activation, dtype, **geometry):
     """dz = activation'(z) · dy, from which JAX has dlhs and drhs: convolutions, too. dbias = Σ dz, dresidual = dy."""
     del outputs, dtype
     dy = cotangents[0]
-    if activation is None:
-        dz = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
-    else:
-        (dz,) = pull_back(activation, residuals, dy)
+    dz = before(activation, residuals, dy)
     # What the convolutions take is rounded, as for every product; their sums are float32 inside XLA.
     common = jnp.promote_types(lhs.dtype, rhs.dtype)
     f = lambda lhs, rhs: lax.conv_general_dilated(lhs.astype(common), rhs.astype(common), **geometry)
     dlhs, drhs = jax.vjp(f, lhs, rhs)[1](dz.astype(common))
-    gradients = {"lhs": dlhs, "rhs": drhs}
-    if bias is not None:
-        channels = geometry["dimension_numbers"].out_spec[1]
-        gradients["bias"] = jnp.sum(dz, [axis for axis in range(dz.ndim) if axis != channels]).astype(bias.dtype)
-    if residual is not None:
-        gradients["residual"] = dy.astype(residual.dtype)
-    return gradients
+    channels = geometry["dimension_numbers"].out_spec[1]
+    return {"lhs": dlhs, "rhs": drhs} | gradients_beside(dy, dz, bias, residual, channels)
 
 
 _OPERATOR = Operator(
@@ -136,15 +124,11 @@ def conv(
     dtype = y.dtype if preferred_element_type is None else jnp.dtype(preferred_element_type)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name}: preferred_element_type must be a floating dtype, got {dtype}")
-    if bias is not None:
-        channels = (y.shape[numbers.out_spec[1]],)
-        bias = checks.floating(name, "bias", bias, shape=channels, of="the output channels of rhs")
-    if residual is not None:
-        residual = checks.floating(name, "residual", residual, shape=y.shape, of="that of the result")
-    known = True
-    if activation is not None:
-        activation, known = plain_activation(name, activation)
-    operands: dict[str, Any] = dict(lhs=lhs, rhs=rhs, bias=bias, residual=residual)
+    words: dict[str, Any] = dict(of="the output channels of rhs", like="that of the result")
+    beside, activation, known = after_product(
+        name, y.shape, bias, residual, activation, channels=numbers.out_spec[1], **words
+    )
+    operands: dict[str, Any] = dict(lhs=lhs, rhs=rhs, **beside)
     static: dict[str, Any] = dict(activation=activation, dtype=dtype.name, **geometry)
     if out_sharding is not None:
         if "xla" not in dispatch.order_of(name, implementation):

@@ -63,6 +63,36 @@ def pull_back(f: Callable[..., jax.Array], saved: tuple[jax.Array, ...], dy: jax
     return transposed(dy.astype(y.dtype))
 
 
+def activated(
+    z: jax.Array, residual: jax.Array | None, activation: Activation | None, dtype: Any
+) -> tuple[tuple[jax.Array], tuple[jax.Array, ...]]:
+    """((activation(z) + residual in `dtype`,), what `before` needs of it), of z in float32 or more."""
+    y = z if activation is None else activation(z)
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    return (y.astype(dtype),), () if activation is None else (kept(z, dtype),)
+
+
+def before(activation: Activation | None, saved: tuple[jax.Array, ...], dy: jax.Array) -> jax.Array:
+    """dz = activation'(z) · dy, in float32 or more."""
+    if activation is None:
+        return dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
+    return pull_back(activation, saved, dy)[0]
+
+
+def gradients_beside(
+    dy: jax.Array, dz: jax.Array, bias: jax.Array | None, residual: jax.Array | None, channels: int = -1
+) -> dict[str, jax.Array]:
+    """dbias = Σ dz over all axes but that of the `channels`, dresidual = dy, as far as these are there."""
+    gradients = {}
+    if bias is not None:
+        others = [axis for axis in range(dz.ndim) if axis != channels % dz.ndim]
+        gradients["bias"] = jnp.sum(dz, others).astype(bias.dtype)
+    if residual is not None:
+        gradients["residual"] = dy.astype(residual.dtype)
+    return gradients
+
+
 def product_gradients(
     x: jax.Array, pairs: list[tuple[jax.Array, jax.Array]], precision: Any
 ) -> tuple[jax.Array, list[jax.Array]]:
@@ -88,27 +118,16 @@ def _forward(x, w, bias=None, residual=None, *, activation, precision):
     z = jnp.dot(x, w, precision=precision, preferred_element_type=wide)
     if bias is not None:
         z = z + bias.astype(wide)
-    y = activation(z)
-    if residual is not None:
-        y = y + residual.astype(wide)
-    return (y.astype(dtype),), (kept(z, dtype),)
+    return activated(z, residual, activation, dtype)
 
 
 def _backward(x, w, bias=None, residual=None, *, outputs, residuals, cotangents, activation, precision):
     """dz = activation'(z) · dy,  dx = dz · wᵀ,  dw = xᵀ · dz,  dbias = Σ dz,  dresidual = dy."""
     del outputs
     dy = cotangents[0]
-    if activation is None:
-        dz = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
-    else:
-        (dz,) = pull_back(activation, residuals, dy)
+    dz = before(activation, residuals, dy)
     dx, (dw,) = product_gradients(x, [(w, dz)], precision)
-    gradients = {"x": dx, "w": dw}
-    if bias is not None:
-        gradients["bias"] = jnp.sum(dz, tuple(range(dz.ndim - 1))).astype(bias.dtype)
-    if residual is not None:
-        gradients["residual"] = dy.astype(residual.dtype)
-    return gradients
+    return {"x": dx, "w": dw} | gradients_beside(dy, dz, bias, residual)
 
 
 _OPERATOR = Operator(
@@ -156,15 +175,31 @@ def matmul(
     name = "matmul"
     x = checks.floating(name, "x", x)
     w = checks.weight(name, "w", w, x)
+    beside, activation, known = after_product(name, (*x.shape[:-1], w.shape[1]), bias, residual, activation)
+    operands = dict(x=x, w=w, **beside)
+    return call_unless_traced(_OPERATOR, known, operands, implementation, activation=activation, precision=precision)
+
+
+def after_product(
+    operator: str,
+    shape: tuple[int, ...],
+    bias: Any,
+    residual: Any,
+    activation: Any,
+    *,
+    channels: int = -1,
+    of: str = "the columns of w",
+    like: str = "that of x · w",
+) -> tuple[dict[str, jax.Array | None], Activation | None, bool]:
+    """({"bias", "residual"}, activation, whether an operator can take that), checked for a product of `shape`."""
     if bias is not None:
-        bias = checks.floating(name, "bias", bias, shape=w.shape[1:], of="the last axis of w")
+        bias = checks.floating(operator, "bias", bias, shape=(shape[channels],), of=of)
     if residual is not None:
-        residual = checks.floating(name, "residual", residual, shape=(*x.shape[:-1], w.shape[1]), of="that of x · w")
+        residual = checks.floating(operator, "residual", residual, shape=shape, of=like)
     known = True
     if activation is not None:
-        activation, known = plain_activation(name, activation)
-    operands = dict(x=x, w=w, bias=bias, residual=residual)
-    return call_unless_traced(_OPERATOR, known, operands, implementation, activation=activation, precision=precision)
+        activation, known = plain_activation(operator, activation)
+    return dict(bias=bias, residual=residual), activation, known
 
 
 def call_unless_traced(

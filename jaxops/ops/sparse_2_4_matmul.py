@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxops import dispatch, sparsity
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
-from jaxops.ops.matmul import Activation, call_unless_traced, plain_activation
+from jaxops.ops.matmul import Activation, after_product, call_unless_traced
 from jaxops.reference.sparse_2_4_matmul import sparse_2_4_matmul as reference
 
 
@@ -87,12 +87,6 @@ def sparse_2_4_matmul(
         raise TypeError(f"{name}: indices must be uint8, got {indices.dtype}")
     if indices.shape != (-(-k // 8), size):
         raise ValueError(f"{name}: indices must have shape {(-(-k // 8), size)}, 2 bits a value, got {indices.shape}")
-    if bias is not None:
-        bias = checks.floating(name, "bias", bias, shape=(size,), of="the columns of w")
-    if residual is not None:
-        residual = checks.floating(name, "residual", residual, shape=(*x.shape[:-1], size), of="that of x · w")
-    known = True
-    if activation is not None:
-        activation, known = plain_activation(name, activation)
-    operands = dict(x=x, values=values, indices=indices, bias=bias, residual=residual)
+    beside, activation, known = after_product(name, (*x.shape[:-1], size), bias, residual, activation)
+    operands = dict(x=x, values=values, indices=indices, **beside)
     return call_unless_traced(_OPERATOR, known, operands, implementation, activation=activation, precision=precision)

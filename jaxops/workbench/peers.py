@@ -603,7 +603,7 @@ def torch_conv(lhs, rhs, window_strides, padding, *, dimension_numbers=None, bia
     numbers = jax.lax.conv_dimension_numbers(tuple(lhs.shape), tuple(rhs.shape), dimension_numbers)
     relu = activation is not None
     if lhs.ndim != 4 or (relu and getattr(activation, "__name__", "") != "relu"):
-        raise NotImplementedError("of two axes, with relu or no activation")
+        raise NotImplementedError("torch's convolution is taken for two spatial axes, with relu or no activation")
     lhs, rhs = lhs.permute(numbers.lhs_spec), rhs.permute(numbers.rhs_spec)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(lhs.shape[2:], rhs.shape[2:], window_strides, padding)

@@ -507,9 +507,10 @@ def _reduced(how, leaves: _Leaves, groups, gradients, state: ReductionState, fac
                     f"{_NAME}: {path} must be the device's own gradient, got one that is the same on all devices of "
                     f"{_written(missing)}: summed already. Differentiate with respect to local(params)"
                 )
-        x = _packed(group, members, how.travels_as(functools.reduce(jnp.promote_types, (g.dtype for g in members))))
-        if _served(how, group, leaves.every[group.members[0]], x):
-            shards.append(factor * x if factor != 1 else x)
+        dtype = how.travels_as(functools.reduce(jnp.promote_types, (g.dtype for g in members)))
+        if _served(how, group, leaves.every[group.members[0]], dtype):
+            whole = _packed(group, members, dtype)
+            shards.append(factor * whole if factor != 1 else whole)
             continue
         error = errors[group.members[0]] if how.feedback else None
         shard, error = _summed(how, group, members, factor, error)
@@ -518,15 +519,17 @@ def _reduced(how, leaves: _Leaves, groups, gradients, state: ReductionState, fac
     return Gradients(tuple(shards), tuple(left) if how.feedback else ())
 
 
-def _served(how: _How, group: _Group, p: Any, g: Any) -> bool:
-    """Whether the kernel sums the gradients of a group, updates it and gathers it."""
-    return (
-        how.implementation == "pallas"
-        and group.dimension == 0
-        and group.parts > 1
-        and collectives.kernel_chip()[0] is not None
-        and reduce_update.unsupported(g, p, [jax.ShapeDtypeStruct((), d or p.dtype) for d in how.recipe.dtypes]) is None
-    )
+def _served(how: _How, group: _Group, p: Any, dtype: Any) -> bool:
+    """Whether the kernel sums the gradients of a group, sent as `dtype`, updates it and gathers it."""
+    if (
+        how.implementation != "pallas"
+        or group.dimension != 0
+        or group.parts == 1
+        or collectives.kernel_chip()[0] is None
+    ):
+        return False
+    gradient, *moments = (jax.ShapeDtypeStruct(p.shape, d or p.dtype) for d in (dtype, *how.recipe.dtypes))
+    return reduce_update.unsupported(gradient, p, moments) is None
 
 
 def _summed(how: _How, group: _Group, gradients, factor, error) -> tuple[jax.Array, jax.Array | None]:

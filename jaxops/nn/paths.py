@@ -17,8 +17,9 @@ LINEAR = (nnx.Linear, nnx.LinearGeneral)
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What quantisation or pruning did to a layer: bytes of its kernel or table, ‖w' - w‖ / ‖w‖, the same of its outputs on rows
-    of the calibration data (None without), and what it alone costs the model (None unless `sensitivity` measured).
+    """What quantisation or pruning did to a layer: bytes of its kernel or table, ‖w' - w‖ / ‖w‖, the same of its outputs
+    on rows of the calibration data (None without), and what it alone costs the model (None unless `sensitivity`
+    measured).
     """
 
     path: str
@@ -33,7 +34,8 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationReport:
-    """Of a model that was quantised or pruned: every layer that a rule found, in the order of the model; bytes of all variables before and after."""
+    """Of a model that was quantised or pruned: every layer that a rule found, in the order of the model; bytes of all
+    variables before and after."""
 
     layers: tuple[LayerReport, ...]
     bytes_before: int

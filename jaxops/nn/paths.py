@@ -17,8 +17,8 @@ LINEAR = (nnx.Linear, nnx.LinearGeneral)
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What quantisation or pruning did to a layer: bytes of its kernel or table, ‖w' - w‖ / ‖w‖, the same of its outputs
-    on rows of the calibration data (None without), and what it alone costs the model (None unless `sensitivity`
+    """What quantisation or pruning did to a layer: bytes of its kernel or table, ‖w' - w‖ / ‖w‖, the same of its
+    outputs on rows of the calibration data (None without), and what it alone costs the model (None unless `sensitivity`
     measured).
     """
 

@@ -109,21 +109,36 @@ class Cut:
 # ---- products of groups of rows, around their kernels ---------------------------------------------------------------
 
 
-def forward(product: Callable, lhs, lhs_rows, out_rows, out_weights, out_size: int, dtype) -> jax.Array:
-    """out of `ragged_dot` by product(x, dtype), the rows x_i · rhs_g. XLA gathers before and scatters after."""
-    dtype, x = jnp.dtype(dtype), _gathered(lhs, lhs_rows)
+def filled(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """The rows of x at `indices`, zeros for those past the end."""
+    return x.at[indices].get(mode="fill", fill_value=0)
+
+
+def filled_if_needed(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """The same in one pass where no index is past the end: XLA for the TPU fills in a second one, out of place."""
+    if not len(x):
+        return filled(x, indices)
+    inside = indices < len(x)
+    rows = x.at[indices].get(mode="clip")
+    return lax.cond(jnp.all(inside), lambda rows: rows, lambda rows: jnp.where(inside[:, None], rows, 0), rows)
+
+
+def forward(product: Callable, lhs, lhs_rows, out_rows, out_weights, out_size: int, dtype, gather=filled) -> jax.Array:
+    """out of `ragged_dot` by product(x, dtype), the rows x_i · rhs_g, of what `gather` makes of lhs."""
+    dtype, x = jnp.dtype(dtype), lhs if lhs_rows is None else gather(lhs, lhs_rows)
     if out_rows is None and out_weights is None:
         return product(x, dtype)
     return _scattered(product(x, jnp.dtype(jnp.float32)), out_rows, out_weights, out_size).astype(dtype)
 
 
 def backward(
-    product: Callable, sums: Callable, lhs, lhs_rows, out_rows, out_weights, cotangent
+    product: Callable, sums: Callable, lhs, lhs_rows, out_rows, out_weights, cotangent, gather=filled
 ) -> dict[str, jax.Array]:
     """Gradients of lhs, rhs and out_weights (if present) by product(dy, dtype), the rows dy_i · rhs_gᵀ, and
     sums(x, dy), Σ x_iᵀ · dy_i over each group."""
     f32 = jnp.float32
-    x, dy = _gathered(lhs, lhs_rows), _gathered(cotangent, out_rows)
+    x = lhs if lhs_rows is None else gather(lhs, lhs_rows)
+    dy = cotangent if out_rows is None else gather(cotangent, out_rows)
     plain = lhs_rows is None and out_weights is None
     # A gradient that is still to be weighted and added up stays float32.
     dx = product(dy.astype(lhs.dtype), jnp.dtype(lhs.dtype if plain else f32))
@@ -134,10 +149,6 @@ def backward(
     gradients["lhs"] = _scattered(dx, lhs_rows, out_weights, lhs.shape[0]).astype(lhs.dtype)
     gradients["rhs"] = sums(x, dy.astype(x.dtype))
     return gradients
-
-
-def _gathered(x, indices):
-    return x if indices is None else x.at[indices].get(mode="fill", fill_value=0)
 
 
 def _scattered(y, indices, weights, size):

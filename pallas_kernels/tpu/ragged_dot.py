@@ -365,7 +365,8 @@ def forward(
     def product_of(x, dtype):
         return product(x, rhs, bounds, dtype, precision, tiles)
 
-    return (ragged.forward(product_of, lhs, lhs_rows, out_rows, out_weights, out_size, dtype),), ()
+    gather = ragged.filled_if_needed
+    return (ragged.forward(product_of, lhs, lhs_rows, out_rows, out_weights, out_size, dtype, gather),), ()
 
 
 # ------------------------------------------------------------------------------------------------ backward
@@ -480,4 +481,5 @@ def backward(
     def sums_of(x, dy):
         return sums(x, dy, bounds, jnp.dtype(rhs.dtype), precision, tiles)
 
-    return ragged.backward(product_of, sums_of, lhs, lhs_rows, out_rows, out_weights, cotangents[0])
+    gather = ragged.filled_if_needed
+    return ragged.backward(product_of, sums_of, lhs, lhs_rows, out_rows, out_weights, cotangents[0], gather)

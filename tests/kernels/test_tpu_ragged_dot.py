@@ -57,11 +57,12 @@ def test_groups_that_begin_after_the_first_row():
     check(operands | {"bounds": operands["bounds"] + 40}, g, tiles=SMALL, chip="v5e")
 
 
-def test_gathered_and_scattered():
+@pytest.mark.parametrize("rows", [60, 61])  # 60 is a row that is not there
+def test_gathered_and_scattered(rows):
     operands, _ = data(60, 32, 40, (70, 0, 60), bf16)
     random = np.random.default_rng(1)
     for name in ("lhs_rows", "out_rows"):
-        operands[name] = jnp.asarray(random.integers(0, 61, 140), jnp.int32)  # 60 is a row that is not there
+        operands[name] = jnp.asarray(random.integers(0, rows, 140), jnp.int32)
     operands["out_weights"] = jnp.asarray(random.standard_normal(140), f32)
     operands["bounds"] = jnp.array([0, 70, 70, 130])
     check(operands, jnp.asarray(random.standard_normal((60, 40)), bf16), out_size=60)

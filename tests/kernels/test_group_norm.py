@@ -1,4 +1,4 @@
-"""group_norm on the TPU: interpreted, races detected, against float64."""
+"""group_norm on the TPU and on Mosaic GPU: interpreted, races detected, against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxops.reference.group_norm import group_norm as reference
-from pallas_kernels import chips, tpu
+from jaxops import interpreter
+from pallas_kernels import chips, gpu, tpu
 
 f32, bf16 = "float32", "bfloat16"
 slow = pytest.mark.slow
@@ -22,6 +23,15 @@ TPU = [
     pytest.param(((3, 7), 7, f32, bf16, None), marks=slow),  # no positions but one
     pytest.param(((2, 70, 320), 32, bf16, bf16, Tiles(32, 16, 256)), marks=slow),
     pytest.param(((2, 8, 8, 512), 4, bf16, f32, Tiles(64, 32, 128)), marks=slow),
+]
+FEW = gpu.group_norm.Tiles(blocks=8, groups=2, steps=1, stages=2, stores=1)  # slots are used again
+GPU = [
+    ((2, 50, 24), 6, f32, f32, FEW),  # a group is half of what is read at once
+    pytest.param(((2, 5, 7, 30), 6, bf16, f32, None), marks=slow),  # channels are filled up
+    pytest.param(((2, 90, 16), 16, bf16, f32, FEW), marks=slow),  # each channel by itself
+    pytest.param(((3, 8), 1, f32, bf16, None), marks=slow),  # no positions but one
+    pytest.param(((2, 70, 96), 2, "float16", bf16, FEW), marks=slow),  # 48 channels of a group
+    pytest.param(((1, 64, 64), 4, f32, f32, FEW), marks=slow),  # all tiles are whole
 ]
 
 
@@ -71,6 +81,12 @@ def tpu_interpreter():
 @pytest.mark.parametrize("case", TPU, ids=str)
 def test_tpu(case):
     compared(tpu.group_norm, tpu_interpreter, *case)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("case", GPU, ids=str)
+def test_gpu(case):
+    compared(gpu.group_norm, interpreter.gpu, *case)
 
 
 REFUSED = [

@@ -1,7 +1,7 @@
 """batch_norm on Mosaic GPU: the kernels of `group_norm` with all positions in one batch and a group for every channel.
 
-    dx = r · (h - mean(h) - x̂ · mean(h · x̂)) + dmean / n + 2 · dvar · (x - mean) / n,   r = rsqrt(var + eps),
-    h = dy · scale,   x̂ = (x - mean) · r,   n the number of positions
+dx = r · (h - mean(h) - x̂ · mean(h · x̂)) + dmean / n + 2 · dvar · (x - mean) / n,   r = rsqrt(var + eps),
+h = dy · scale,   x̂ = (x - mean) · r,   n the number of positions
 """
 
 from collections.abc import Iterator

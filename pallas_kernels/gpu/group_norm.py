@@ -18,6 +18,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -305,14 +306,10 @@ class Share:
 
     def tall(self, line, rows: int):
         """The same for so many rows, to be joined."""
-        return plgpu.layout_cast(
-            lax.broadcast_in_dim(line, (rows, self.columns.width), [1]), self.columns.joined
-        )
+        return plgpu.layout_cast(lax.broadcast_in_dim(line, (rows, self.columns.width), [1]), self.columns.joined)
 
     def zeros(self):
-        return plgpu.layout_cast(
-            jnp.zeros((self.columns.rows, self.columns.across), f32), self.columns.layout
-        )
+        return plgpu.layout_cast(jnp.zeros((self.columns.rows, self.columns.across), f32), self.columns.layout)
 
     def no_line(self):
         return plgpu.layout_cast(jnp.zeros(self.columns.width, f32), self.columns.joined.reduce(0))
@@ -402,7 +399,7 @@ class Share:
     def call(self, body, name, out_type, slots, leaving, vectors, summed, operands):
         """The kernel. Scratch: tiles that arrive, that leave; what warpgroups join; lines of numbers of channels."""
         tiles, columns = self.tiles, self.columns
-        scratch = dict(
+        scratch: dict[str, Any] = dict(
             arrived=[plgpu.SMEM((tiles.groups, tiles.stages, self.height, columns.width), a.dtype) for a in slots],
             leaving=[plgpu.SMEM((tiles.groups, tiles.stores, self.height, columns.width), a.dtype) for a in leaving],
             ready=plgpu.Barrier(num_barriers=(tiles.groups, tiles.stages), num_arrivals=len(slots)),
@@ -460,8 +457,8 @@ def _statistics(share: Share, x, name: str):
 
         def collect(i, slot, carry):
             row, before = (s.first + i) * s.height, (i * steps).astype(f32)
-            count, inverse = float(steps), 1 / steps
-            weight = count / (before + count)
+            count: Any = float(steps)
+            inverse, weight = 1 / count, count / (before + count)
             if ragged:
                 count = s.positions(row, columns.rows, steps, columns.layout, shape)
                 inverse, weight = 1 / jnp.maximum(count, 1.0), count / jnp.maximum(before + count, 1.0)

@@ -224,8 +224,8 @@ def share(rows: int, tiles: Tiles) -> tuple[int, int]:
 def stream(sources, slots, ready, count, stages, body, init):
     """Folds `body(i, slot, carry)` over i < count while the next rows are on their way.
 
-    Copies go from `sources[k](i)` to `slots[k](slot)` and arrive on the barrier `ready(slot)`. `init` may be a function,
-    called once the first are on their way.
+    Copies go from `sources[k](i)` to `slots[k](slot)` and arrive on the barrier `ready(slot)`. `init` may be a
+    function, called once the first are on their way.
     """
 
     def fetch(i):

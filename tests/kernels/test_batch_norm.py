@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxops.reference.batch_norm import batch_norm as reference
 from jaxops import interpreter
+from jaxops.reference.batch_norm import batch_norm as reference
 from pallas_kernels import chips, gpu
 from pallas_kernels.gpu.group_norm import Tiles as GpuTiles
 from pallas_kernels.tpu import batch_norm as kernel

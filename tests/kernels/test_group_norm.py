@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxops.reference.group_norm import group_norm as reference
 from jaxops import interpreter
+from jaxops.reference.group_norm import group_norm as reference
 from pallas_kernels import chips, gpu, tpu
 
 f32, bf16 = "float32", "bfloat16"
@@ -92,6 +92,9 @@ def test_gpu(case):
 REFUSED = [
     ("v5e", (8, 64, 64), "float16", 4, "float32 or bfloat16"),
     ("v5p", (2, 64, 1 << 17), f32, 2, "got 131072 channels in 2 groups"),
+    ("a100", (8, 64, 64), bf16, 4, "compute capability 9.0, got 8.0"),
+    ("h100", (8, 64, 64), "float64", 4, "x must be float32, bfloat16 or float16, got float64"),
+    ("h100", (8, 64, 1024), bf16, 2, "got groups of 512 channels"),
 ]
 
 
@@ -100,13 +103,15 @@ def test_refused(chip, shape, dtype, num_groups, reason):
     chip = chips.named(chip)
     x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], f32)
     with chips.target(chip):
-        told = tpu.group_norm.unsupported(x, vector, vector, num_groups=num_groups, eps=1e-5)
+        told = {"tpu": tpu, "gpu": gpu}[chip.platform].group_norm.unsupported(
+            x, vector, vector, num_groups=num_groups, eps=1e-5
+        )
     assert told is not None and reason in told
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "tpu7x"])
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "tpu7x", "h100", "b200"])
 def test_default_tiles_fit_or_are_refused(chip):
-    vector = jax.ShapeDtypeStruct((1,), f32)
+    vector, kernel = jax.ShapeDtypeStruct((1,), f32), {"tpu": tpu, "gpu": gpu}[chips.named(chip).platform].group_norm
     with chips.target(chips.named(chip)):
         for positions, channels, num_groups in (
             (1, 8, 8),
@@ -117,7 +122,7 @@ def test_default_tiles_fit_or_are_refused(chip):
         ):
             x = jax.ShapeDtypeStruct((2, positions, channels), f32)
             options = dict(num_groups=num_groups, eps=1e-5)
-            if tpu.group_norm.unsupported(x, vector, vector, **options) is None:
+            if kernel.unsupported(x, vector, vector, **options) is None:
                 for phase in ("forward", "backward"):
-                    load = tpu.group_norm.Load.of(phase, x, num_groups)
-                    assert tpu.group_norm.tiles(phase, x, vector, vector, **options).allowed(load)
+                    load = kernel.Load.of(phase, x, num_groups)
+                    assert kernel.tiles(phase, x, vector, vector, **options).allowed(load)

@@ -524,9 +524,10 @@ def normalized(x, scale, bias, load: Load, tiles: Tiles, *, eps: float, name: st
             def read(i):
                 shape, start = (size, columns.width), i * size
                 index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=columns.joined)
-                left = load.positions - (index + start) * s.span
+                left = load.positions - jnp.minimum(index + start, s.chunks) * s.span
                 numbers = lax.clamp(0, left, s.span).astype(f32)
-                total = lax.clamp(0, load.positions - start * s.span, size * s.span).astype(f32)
+                most = min(size * s.span, load.positions)  # in 32 bits
+                total = lax.clamp(0, load.positions - start * s.span, most).astype(f32)
                 row, rows = s.batch * s.chunks + start, s.chunks - start
                 return numbers, total, *(s.rows_of(partials_ref, which, row, rows) for which in (0, 1))
 

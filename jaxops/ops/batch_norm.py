@@ -13,7 +13,7 @@ from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation, order_of
 from jaxops.ops import checks
 from jaxops.reference import batch_norm as plain
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 _SAVED = ("batch_norm mean", "batch_norm var")
 
@@ -45,7 +45,7 @@ _OPERATOR = Operator(
     reference=plain.batch_norm,
     xla=Rules(_forward, _backward),
     tpu=tpu.batch_norm,
-    gpu="no Mosaic GPU kernel for batch_norm yet",
+    gpu=gpu.batch_norm,
     partition=lambda spec: (spec, PartitionSpec(*spec[-1:]), PartitionSpec(*spec[-1:])),
     differentiable_outputs=3,
 )

@@ -11,7 +11,7 @@ from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation
 from jaxops.ops import checks
 from jaxops.reference.group_norm import group_norm as reference
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 
 def _forward(x, scale, bias, *, num_groups, eps):
@@ -76,7 +76,7 @@ _OPERATOR = Operator(
     reference=reference,
     xla=Rules(_forward, _backward),
     tpu=tpu.group_norm,
-    gpu="no Mosaic GPU kernel for group_norm yet",
+    gpu=gpu.group_norm,
 )
 
 

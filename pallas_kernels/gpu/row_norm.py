@@ -224,7 +224,8 @@ def share(rows: int, tiles: Tiles) -> tuple[int, int]:
 def stream(sources, slots, ready, count, stages, body, init):
     """Folds `body(i, slot, carry)` over i < count while the next rows are on their way.
 
-    Copies go from `sources[k](i)` to `slots[k](slot)` and arrive on the barrier `ready(slot)`.
+    Copies go from `sources[k](i)` to `slots[k](slot)` and arrive on the barrier `ready(slot)`. `init` may be a
+    function, called once the first are on their way.
     """
 
     def fetch(i):
@@ -241,7 +242,7 @@ def stream(sources, slots, ready, count, stages, body, init):
 
     for i in range(stages - 1):
         pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
-    return lax.fori_loop(0, count, step, init)
+    return lax.fori_loop(0, count, step, init() if callable(init) else init)
 
 
 class Piece:

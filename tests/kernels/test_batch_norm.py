@@ -1,4 +1,4 @@
-"""batch_norm on the TPU: interpreted, races detected, against float64."""
+"""batch_norm on the TPU and on Mosaic GPU: interpreted, races detected, against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxops import interpreter
 from jaxops.reference.batch_norm import batch_norm as reference
-from pallas_kernels import chips
+from pallas_kernels import chips, gpu
+from pallas_kernels.gpu.group_norm import Tiles as GpuTiles
 from pallas_kernels.tpu import batch_norm as kernel
 
 f32, bf16 = "float32", "bfloat16"
@@ -19,6 +21,14 @@ CASES = [  # shape of x, dtype of x, of the parameters, tiles, whether the stati
     pytest.param(((4, 16, 200), f32, bf16, Tiles(32, 16, 128), True), marks=slow),  # two blocks, all whole
     pytest.param(((70, 384), bf16, bf16, Tiles(70, 32, 128, 256), True), marks=slow),  # x in one block of positions
     pytest.param(((3, 1, 300), f32, f32, None, True), marks=slow),
+]
+FEW = GpuTiles(blocks=4, groups=2, steps=1, stages=2, stores=1)  # slots are used again, blocks are joined
+GPU = [
+    ((3, 50, 16), f32, f32, FEW, True),
+    pytest.param(((5, 7, 30), bf16, f32, None, True), marks=slow),  # channels are filled up
+    pytest.param(((2, 500, 8), "float16", bf16, FEW, False), marks=slow),  # the last tile is partial
+    pytest.param(((64, 128), f32, f32, FEW, True), marks=slow),  # all tiles are whole
+    pytest.param(((1, 40), bf16, bf16, None, True), marks=slow),
 ]
 
 
@@ -33,9 +43,22 @@ def plain(operands, dys):
     return dict(zip(("y", "mean", "var"), outputs, strict=True)) | pull(dys)[0]
 
 
+def tpu_interpreter():
+    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_tpu(case):
-    shape, dtype, parameter_dtype, tiles, moving = case
+    compared(kernel, tpu_interpreter, *case)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("case", GPU, ids=str)
+def test_gpu(case):
+    compared(gpu.batch_norm, interpreter.gpu, *case)
+
+
+def compared(kernel, interpreter, shape, dtype, parameter_dtype, tiles, moving):
     random = np.random.default_rng(0)
     draw = lambda shape, dtype, shift=0: jnp.asarray(random.standard_normal(shape) + shift, dtype)
     channels = shape[-1:]
@@ -49,7 +72,7 @@ def test_tpu(case):
         found = kernel.backward(**operands, **saved, eps=1e-5, tiles=tiles)
         return dict(zip(("y", "mean", "var"), outputs, strict=True)) | found
 
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
+    with interpreter():
         got = results(both, operands, dys)
     theirs = results(plain, operands, dys)
     with jax.enable_x64():

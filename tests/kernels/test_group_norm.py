@@ -1,4 +1,4 @@
-"""group_norm on the TPU: interpreted, races detected, against float64."""
+"""group_norm on the TPU and on Mosaic GPU: interpreted, races detected, against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxops import interpreter
 from jaxops.reference.group_norm import group_norm as reference
-from pallas_kernels import chips, tpu
+from pallas_kernels import chips, gpu, tpu
 
 f32, bf16 = "float32", "bfloat16"
 slow = pytest.mark.slow
@@ -22,6 +23,15 @@ TPU = [
     pytest.param(((3, 7), 7, f32, bf16, None), marks=slow),  # no positions but one
     pytest.param(((2, 70, 320), 32, bf16, bf16, Tiles(32, 16, 256)), marks=slow),
     pytest.param(((2, 8, 8, 512), 4, bf16, f32, Tiles(64, 32, 128)), marks=slow),
+]
+FEW = gpu.group_norm.Tiles(blocks=8, groups=2, steps=1, stages=2, stores=1)  # slots are used again
+GPU = [
+    ((2, 50, 24), 6, f32, f32, FEW),  # a group is half of what is read at once
+    pytest.param(((2, 5, 7, 30), 6, bf16, f32, None), marks=slow),  # channels are filled up
+    pytest.param(((2, 90, 16), 16, bf16, f32, FEW), marks=slow),  # each channel by itself
+    pytest.param(((3, 8), 1, f32, bf16, None), marks=slow),  # no positions but one
+    pytest.param(((2, 70, 96), 2, "float16", bf16, FEW), marks=slow),  # 48 channels of a group
+    pytest.param(((1, 64, 64), 4, f32, f32, FEW), marks=slow),  # all tiles are whole
 ]
 
 
@@ -73,9 +83,18 @@ def test_tpu(case):
     compared(tpu.group_norm, tpu_interpreter, *case)
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("case", GPU, ids=str)
+def test_gpu(case):
+    compared(gpu.group_norm, interpreter.gpu, *case)
+
+
 REFUSED = [
     ("v5e", (8, 64, 64), "float16", 4, "float32 or bfloat16"),
     ("v5p", (2, 64, 1 << 17), f32, 2, "got 131072 channels in 2 groups"),
+    ("a100", (8, 64, 64), bf16, 4, "compute capability 9.0, got 8.0"),
+    ("h100", (8, 64, 64), "float64", 4, "x must be float32, bfloat16 or float16, got float64"),
+    ("h100", (8, 64, 1024), bf16, 2, "got groups of 512 channels"),
 ]
 
 
@@ -84,13 +103,15 @@ def test_refused(chip, shape, dtype, num_groups, reason):
     chip = chips.named(chip)
     x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], f32)
     with chips.target(chip):
-        told = tpu.group_norm.unsupported(x, vector, vector, num_groups=num_groups, eps=1e-5)
+        told = {"tpu": tpu, "gpu": gpu}[chip.platform].group_norm.unsupported(
+            x, vector, vector, num_groups=num_groups, eps=1e-5
+        )
     assert told is not None and reason in told
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "tpu7x"])
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "tpu7x", "h100", "b200"])
 def test_default_tiles_fit_or_are_refused(chip):
-    vector = jax.ShapeDtypeStruct((1,), f32)
+    vector, kernel = jax.ShapeDtypeStruct((1,), f32), {"tpu": tpu, "gpu": gpu}[chips.named(chip).platform].group_norm
     with chips.target(chips.named(chip)):
         for positions, channels, num_groups in (
             (1, 8, 8),
@@ -101,7 +122,7 @@ def test_default_tiles_fit_or_are_refused(chip):
         ):
             x = jax.ShapeDtypeStruct((2, positions, channels), f32)
             options = dict(num_groups=num_groups, eps=1e-5)
-            if tpu.group_norm.unsupported(x, vector, vector, **options) is None:
+            if kernel.unsupported(x, vector, vector, **options) is None:
                 for phase in ("forward", "backward"):
-                    load = tpu.group_norm.Load.of(phase, x, num_groups)
-                    assert tpu.group_norm.tiles(phase, x, vector, vector, **options).allowed(load)
+                    load = kernel.Load.of(phase, x, num_groups)
+                    assert kernel.tiles(phase, x, vector, vector, **options).allowed(load)

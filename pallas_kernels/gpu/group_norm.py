@@ -1,0 +1,685 @@
+"""group_norm on Mosaic GPU: y = (x - mean) · r · scale + bias, r = rsqrt(var + eps), over all axes but the first and
+the last and over the channels of a group.
+
+    dx = r · (h - mean(h) - x̂ · mean(h · x̂)),   h = dy · scale,   x̂ = (x - mean) · r
+    dscale = Σ dy · x̂,   dbias = Σ dy
+
+x[batch, positions, channels] is read twice, by two kernels: for the sums, then for the result. A block has a share of
+the positions and of the channels, whole groups; its warpgroups stream tiles of it by TMA. Every thread keeps the
+statistics of what it sees of its channels, and joins those of each tile as Chan, Golub and LeVeque do (1983): nothing
+cancels. Threads, warpgroups and blocks are joined in the same way; the last by the second kernel, which also writes the
+parameters' gradients, so that nothing is left to XLA.
+
+`batch_norm` is the same with all its positions in one batch and a group for every channel.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import chips, tuned
+from pallas_kernels.gpu import row_norm
+from pallas_kernels.gpu.row_norm import DTYPES, GROUPS, MAX_COPY, PHASES, THREADS
+from pallas_kernels.padding import pad_to, round_up
+
+__all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported"]
+HELD = 16  # channels of which a thread keeps sums: twice as many registers, and as many kilobytes to join them in
+f32 = jnp.float32
+
+
+def _tiled(tiles, warps: int, lanes: tuple[int, int]):
+    """Dimensions `warps` and `lanes` of the tiles, counted from the end, across the warps and their lanes."""
+    layout = fragmented_array.TiledLayout(
+        fragmented_array.Tiling(tiles), (warps,), lanes, -1, _check_canonical=False
+    ).canonicalize()
+    return plgpu.Layout.TILED(
+        layout.tiling, warp_dims=layout.warp_dims, lane_dims=layout.lane_dims, vector_dim=layout.vector_dim
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """`width` channels of a tile, of which a thread reads `vector` at once; `across` of them lie across the threads."""
+
+    width: int
+    vector: int
+
+    @property
+    def across(self) -> int:
+        return min(self.width & -self.width, THREADS // 4 * self.vector)
+
+    @property
+    def held(self) -> int:
+        """Channels of a thread."""
+        return self.width // self.across * self.vector
+
+    @property
+    def rows(self) -> int:
+        """Rows that a warpgroup reads at once."""
+        return THREADS * self.vector // self.across
+
+    @property
+    def layout(self):
+        """Of [rows, across]: consecutive threads along a row."""
+        return _tiled(((self.rows, self.across), (self.rows // 4, self.across), (1, self.vector)), -6, (-4, -3))
+
+    @property
+    def joined_rows(self) -> int:
+        return THREADS // min(self.width & -self.width, THREADS)
+
+    @property
+    def joined(self):
+        """Of [multiple of joined_rows, width]: the rows of a column are in one warp, which adds them up."""
+        across = THREADS // self.joined_rows
+        tile = (self.joined_rows, across)
+        return _tiled((tile, (self.joined_rows, across // 4), (1, 1)), -5, (-4, -3))
+
+    @property
+    def piece(self) -> int:
+        """Rows that are joined at once: 32 numbers of a thread."""
+        return max(round_up(32 * THREADS // self.width, self.joined_rows), self.joined_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """x[batch, positions, channels] in groups of `size` channels; forward x is read, backward dy, too."""
+
+    batch: int
+    positions: int
+    channels: int
+    size: int
+    itemsize: int
+    arriving: int
+
+    @staticmethod
+    def of(phase: str, x, num_groups: int) -> "Load":
+        """Of x[batch, ..., channels]; `channels` is filled up to what TMA copies, multiples of 16 bytes."""
+        size, itemsize = x.shape[-1] // num_groups, x.dtype.itemsize
+        channels = x.shape[-1]
+        if channels * itemsize % 16:
+            channels = round_up(channels, math.lcm(size, 16 // itemsize))
+        positions = math.prod(x.shape[1:-1])
+        return Load(x.shape[0], positions, channels, size, itemsize, 2 if phase == "backward" else 1)
+
+    @functools.cached_property
+    def columns(self) -> Columns | None:
+        """Whole groups, that divide the channels, 128 bytes wide or what is nearest; None: a group is too wide."""
+        unit = math.lcm(self.size, 16 // self.itemsize)
+        found = [
+            Columns(width, vector)
+            for width in range(unit, min(self.channels, MAX_COPY) + 1, unit)
+            for vector in (8, 4, 2, 1)
+            if self.channels % width == 0 and width % vector == 0 and vector * self.itemsize <= 16
+        ]
+        fit = [columns for columns in found if columns.held <= HELD]
+        wide = [columns for columns in fit if columns.width * self.itemsize >= 128]
+        if wide:
+            return min(wide, key=lambda c: (c.width, -c.vector))
+        return max(fit, key=lambda c: (c.width, c.vector), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """`blocks` of `groups` warpgroups, each with `stages` slots for tiles to arrive in and `stores` to leave; a tile is
+    `steps` reads of a warpgroup high."""
+
+    blocks: int
+    groups: int
+    steps: int
+    stages: int
+    stores: int
+
+    def smem_bytes(self, load: Load) -> int:
+        """Shared memory of a block: of the kernel that takes more."""
+        columns = load.columns
+        assert columns is not None
+        part = THREADS * columns.held
+        slot = self.steps * part * load.itemsize
+        sums = self.stages * load.arriving * slot + 2 * part * 4
+        write = (self.stages * load.arriving + self.stores) * slot
+        return self.groups * max(sums, write) + 32 * (columns.width + columns.piece) + 4096
+
+    def allowed(self, load: Load) -> bool:
+        """Whether the copies are short enough, and shared memory and registers suffice."""
+        columns = load.columns
+        if columns is None or min(dataclasses.astuple(self)) < 1 or self.groups > 8 or self.stages < 2:
+            return False
+        if self.steps * columns.rows > MAX_COPY or self.steps * columns.held * self.groups > 64 * GROUPS:
+            return False
+        share = pl.cdiv(self.blocks, chips.current("gpu").cores)
+        return self.smem_bytes(load) * share <= chips.current("gpu").smem_bytes
+
+    @staticmethod
+    def default(load: Load) -> "Tiles | None":
+        """One block on every multiprocessor, tiles as high as fit: what a tile costs is then shared by most rows.
+
+        None: nothing fits.
+        """
+        blocks = chips.current("gpu").cores
+        for steps, stages, stores in ((8, 2, 1), (4, 3, 2), (4, 2, 1), (2, 3, 2), (2, 2, 1), (1, 4, 2), (1, 2, 1)):
+            tiles = Tiles(blocks, GROUPS, steps, stages, stores)
+            if tiles.allowed(load):
+                return tiles
+        return None
+
+
+def unsupported(x, scale, bias, *, num_groups: int, eps: float) -> str | None:
+    """Why these kernels do not take x[batch, ..., channels], scale[channels], bias[channels]; None if they do."""
+    return refusal(x, scale, bias, num_groups)
+
+
+def refusal(x, scale, bias, num_groups: int) -> str | None:
+    """Why these kernels do not take the operands, or None."""
+    chip = chips.current("gpu")
+    if chip.capability < (9, 0):
+        capability = ".".join(map(str, chip.capability))
+        return f"tiles are streamed by TMA, which needs compute capability 9.0, got {capability}"
+    for name, operand in (("x", x), ("scale", scale), ("bias", bias)):
+        if operand.dtype not in DTYPES:
+            return f"{name} must be float32, bfloat16 or float16, got {operand.dtype}"
+    if any(Tiles.default(Load.of(phase, x, num_groups)) is None for phase in PHASES):
+        size, bytes_ = x.shape[-1] // num_groups, 16 // x.dtype.itemsize
+        return (
+            f"groups that together are a multiple of {bytes_} channels must be at most {MAX_COPY} channels wide and "
+            f"lie across the threads {HELD} to each, got groups of {size} channels"
+        )
+    return None
+
+
+def tiles(phase: str, x, scale, bias, *, num_groups: int, eps: float) -> Tiles:
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
+    return best("group_norm", phase, x, num_groups)
+
+
+def best(operator: str, phase: str, x, num_groups: int) -> Tiles:
+    """The tuned tiles of an operator for x[batch, ..., channels], else the default."""
+    load = Load.of(phase, x, num_groups)
+    default = Tiles.default(load)
+    assert default is not None, "`unsupported` refuses what no tiles fit"
+    return tuned.choose(
+        f"gpu.{operator}.{phase}",
+        chips.current("gpu"),
+        {"batch": load.batch, "positions": load.positions, "features": load.channels},
+        jnp.dtype(x.dtype).name,
+        Tiles,
+        lambda tiles: tiles.allowed(load),
+        default,
+    )
+
+
+_tiles = tiles  # where an argument has this name
+
+
+def candidates(phase: str, x, scale, bias, *, num_groups: int, eps: float) -> Iterator[Tiles]:
+    """The default, then lower tiles, more of them on their way, and two blocks on a multiprocessor."""
+    load, cores = Load.of(phase, x, num_groups), chips.current("gpu").cores
+    found = [
+        Tiles(share * cores, groups, steps, *depth)
+        for share, groups, steps in itertools.product((1, 2), (GROUPS, 2, 8), (8, 4, 2, 1))
+        for depth in ((2, 1), (2, 2), (3, 2), (4, 2))
+    ]
+    yield from (t for t in dict.fromkeys([Tiles.default(load), *found]) if t is not None and t.allowed(load))
+
+
+def memory(phase: str, tiles: Tiles, x, scale, bias, *, num_groups: int, eps: float) -> int:
+    """Bytes of shared memory that a block of `phase` is estimated to take."""
+    return tiles.smem_bytes(Load.of(phase, x, num_groups))
+
+
+class Share:
+    """What a warpgroup has of x: `count` tiles of its block's positions and channels, from the tile `first` on."""
+
+    def __init__(self, load: Load, tiles: Tiles):
+        assert load.columns is not None
+        self.load, self.tiles, self.columns = load, tiles, load.columns
+        self.height = tiles.steps * self.columns.rows
+        self.slices = load.channels // self.columns.width
+        total = pl.cdiv(load.positions, self.height)
+        chunks = max(1, tiles.blocks // (load.batch * self.slices))
+        self.each = pl.cdiv(total, chunks * tiles.groups)
+        self.chunks, self.total = pl.cdiv(total, self.each * tiles.groups), total
+        self.span = self.each * tiles.groups * self.height  # positions of a block
+        self.blocks = load.batch * self.slices * self.chunks
+        self.partials = load.batch * self.chunks + self.columns.piece  # pieces are read past the end
+
+    def enter(self):
+        """Inside the kernel: who this is."""
+        block, self.group = lax.axis_index("block"), lax.axis_index("group")
+        self.chunk, rest = lax.rem(block, self.chunks), lax.div(block, self.chunks)
+        self.slice, self.batch = lax.rem(rest, self.slices), lax.div(rest, self.slices)
+        self.over = pl.ds(self.slice * self.columns.width, self.columns.width)
+        self.first = self.first_of(self.group)
+        self.count = self.count_of(self.first)
+        return self
+
+    def first_of(self, group):
+        return (self.chunk * self.tiles.groups + group) * self.each
+
+    def count_of(self, first):
+        return lax.clamp(0, self.total - first, self.each)
+
+    def tile(self, ref):
+        """Where the i-th tile is in x or its like."""
+        return lambda i: ref.at[self.batch, pl.ds((self.first + i) * self.height, self.height), self.over]
+
+    def stream(self, refs, slots, ready, body, init):
+        return row_norm.stream(
+            [self.tile(ref) for ref in refs],
+            [lambda slot, smem=smem: smem.at[self.group, slot] for smem in slots],
+            lambda slot: ready.at[self.group, slot],
+            self.count,
+            self.tiles.stages,
+            body,
+            init,
+        )
+
+    def parts(self):
+        """The columns of each part of a tile that lies across the threads."""
+        return [pl.ds(start, self.columns.across) for start in range(0, self.columns.width, self.columns.across)]
+
+    def step(self, k: int):
+        return pl.ds(k * self.columns.rows, self.columns.rows)
+
+    def read(self, slot, k, columns):
+        """One part in float32."""
+        return plgpu.load(slot.at[self.step(k), columns], layout=self.columns.layout, optimized=False).astype(f32)
+
+    def along(self, vectors, which: int, columns):
+        """A number of every channel, for a part."""
+        line = plgpu.load(vectors.at[which, columns], layout=self.columns.layout.reduce(0), optimized=False)
+        part = lax.broadcast_in_dim(line, (self.columns.rows, self.columns.across), [1])
+        return plgpu.layout_cast(part, self.columns.layout)
+
+    def line(self, ref):
+        """A number of every channel, to be computed with."""
+        return plgpu.load(ref, layout=self.columns.joined.reduce(0), optimized=False).astype(f32)
+
+    def tall(self, line, rows: int):
+        """The same for so many rows, to be joined."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(line, (rows, self.columns.width), [1]), self.columns.joined)
+
+    def zeros(self):
+        return plgpu.layout_cast(jnp.zeros((self.columns.rows, self.columns.across), f32), self.columns.layout)
+
+    def no_line(self):
+        return plgpu.layout_cast(jnp.zeros(self.columns.width, f32), self.columns.joined.reduce(0))
+
+    def positions(self, row, rows: int, limit, layout, shape):
+        """How many of the rows row, row + rows … of the first `limit` that each of the rows of a tile meets are
+        positions, in float32."""
+        each = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+        left = self.load.positions - row + rows - 1 - each  # at least 0, or the quotient is of no use
+        return lax.clamp(0, lax.div(jnp.maximum(left, 0), rows), limit).astype(f32)
+
+    def joined(self, pieces, read):
+        """(mean, Σ (x - mean)²) of every channel: of read(i) = (numbers, their sum, means, squares), each but the sum
+        [rows, width], joined over i < pieces."""
+
+        def join(i, carry):
+            before, mean, square = carry
+            numbers, count, means, squares = read(i)
+            rows = numbers.shape[0]
+            add = functools.partial(jnp.sum, axis=0)
+            here = add(numbers * means) * (1 / jnp.maximum(count, 1.0))
+            apart = means - self.tall(here, rows)
+            inside = add(squares + numbers * apart * apart)
+            share = count / jnp.maximum(before + count, 1.0)
+            delta = here - mean
+            return before + count, mean + delta * share, square + inside + delta * delta * (before * share)
+
+        return lax.fori_loop(0, pieces, join, (jnp.float32(0), self.no_line(), self.no_line()))[1:]
+
+    def rows_of(self, partials_ref, which, start, count):
+        """Rows start … of the partial sums, 0 where there are not so many."""
+        shape = (self.columns.piece, self.columns.width)
+        value = plgpu.load(
+            partials_ref.at[pl.ds(start, shape[0]), which, self.over], layout=self.columns.joined, optimized=False
+        )
+        return jnp.where(plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=self.columns.joined) < count, value, 0.0)
+
+    def added(self, partials_ref, which, start, count):
+        """Σ of `count` rows of the partial sums."""
+        size = self.columns.piece
+
+        def add(i, total):
+            return total + jnp.sum(self.rows_of(partials_ref, which, start + i * size, count - i * size), axis=0)
+
+        return lax.fori_loop(0, lax.div(count + size - 1, size), add, self.no_line())
+
+    def over_group(self, line, lines):
+        """The sum over the channels of its group, for every channel. `lines`: a line of shared memory, longer than the
+        width by a piece."""
+        size, width = self.load.size, self.columns.width
+        if size == 1:
+            return line
+        rows, layout = self.columns.piece, self.columns.joined
+        plgpu.store(lines.at[pl.ds(0, width)], line, optimized=False)
+        shape = (rows, width)
+        mine = lax.div(plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout), size)
+
+        def add(i, total):
+            theirs = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + i * rows
+            value = plgpu.load(lines.at[pl.ds(i * rows, rows)], layout=layout.reduce(1), optimized=False)
+            value = plgpu.layout_cast(lax.broadcast_in_dim(value, shape, [0]), layout)
+            return total + jnp.sum(jnp.where(lax.div(theirs, size) == mine, value, 0.0), axis=0)
+
+        return lax.fori_loop(0, pl.cdiv(width, rows), add, self.no_line())
+
+    def from_groups(self, ref):
+        """The number of its group for every channel, from ref[batch, groups]."""
+        size, width = self.load.size, self.columns.width
+        if size == 1:
+            return self.line(ref.at[self.batch, self.over])
+        channel = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=self.columns.joined.reduce(0))
+        line, first = self.no_line(), self.slice * (width // size)
+        for group in range(width // size):
+            line = jnp.where(channel >= group * size, ref[self.batch, first + group], line)
+        return line
+
+    def to_groups(self, ref, line, lines):
+        """The inverse of `from_groups`."""
+        size, width = self.load.size, self.columns.width
+        if size == 1:
+            plgpu.store(ref.at[self.batch, self.over], line, optimized=False)
+            return
+        plgpu.store(lines.at[pl.ds(0, width)], line, optimized=False)
+        for group in range(width // size):
+            ref[self.batch, self.slice * (width // size) + group] = lines[group * size]
+
+    def call(self, body, name, out_type, slots, leaving, vectors, summed, operands):
+        """The kernel. Scratch: tiles that arrive, that leave; what warpgroups join; lines of numbers of channels."""
+        tiles, columns = self.tiles, self.columns
+        scratch: dict[str, Any] = dict(
+            arrived=[plgpu.SMEM((tiles.groups, tiles.stages, self.height, columns.width), a.dtype) for a in slots],
+            leaving=[plgpu.SMEM((tiles.groups, tiles.stores, self.height, columns.width), a.dtype) for a in leaving],
+            ready=plgpu.Barrier(num_barriers=(tiles.groups, tiles.stages), num_arrivals=len(slots)),
+            met=plgpu.Barrier(num_arrivals=tiles.groups),
+            vectors=plgpu.SMEM((max(vectors, 1), columns.width), f32),
+            sums=plgpu.SMEM((tiles.groups, 2, columns.rows, columns.width) if summed else (1,), f32),
+            lines=plgpu.SMEM((columns.width + columns.piece,), f32),
+        )
+        return plgpu.kernel(
+            body,
+            kernel_name=name,
+            out_type=out_type,
+            scratch_types=scratch,
+            grid=(self.blocks,),
+            grid_names=("block",),
+            num_threads=tiles.groups,
+            thread_name="group",
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        )(*operands)
+
+    def first_group(self, met, compute):
+        """compute() in one warpgroup; then all go on."""
+        pl.when(self.group == 0)(compute)
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+
+    def write(self, refs, ref, arrived, leaving, ready, init, result):
+        """Streams tiles and writes result(parts of the arrays, columns) to where they came from."""
+
+        def one(i, slot, _):
+            out = lax.rem(i, self.tiles.stores)
+            target = leaving.at[self.group, out]
+            plgpu.wait_smem_to_gmem(self.tiles.stores - 1, wait_read_only=True)  # the slot's last store has left
+            for columns in self.parts():
+                compute = result(columns)
+                for k in range(self.tiles.steps):
+                    value = compute(*(self.read(smem.at[self.group, slot], k, columns) for smem in arrived))
+                    plgpu.store(target.at[self.step(k), columns], value.astype(ref.dtype), optimized=False)
+            plgpu.commit_smem()  # orders the reads of x and the writes of y before the copies that follow
+            plgpu.copy_smem_to_gmem(target, self.tile(ref)(i))
+            return ()
+
+        self.stream(refs, arrived, ready, one, init)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _statistics(share: Share, x, name: str):
+    """float32 [partials, 2, channels]: mean and Σ (x - mean)² of the positions of each block."""
+    tiles, columns, positions = share.tiles, share.columns, share.load.positions
+    steps, ragged = tiles.steps, positions % share.height > 0
+    shape = (columns.rows, columns.across)
+
+    def body(x_ref, partials_ref, *, arrived, leaving, ready, met, vectors, sums, lines):
+        s = share.enter()
+
+        def collect(i, slot, carry):
+            row, before = (s.first + i) * s.height, (i * steps).astype(f32)
+            count: Any = float(steps)
+            inverse, weight = 1 / count, count / (before + count)
+            if ragged:
+                count = s.positions(row, columns.rows, steps, columns.layout, shape)
+                inverse, weight = 1 / jnp.maximum(count, 1.0), count / jnp.maximum(before + count, 1.0)
+                index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=columns.layout)
+            found = []
+            for over, (mean, square) in zip(s.parts(), carry, strict=True):
+                values = [s.read(arrived[0].at[s.group, slot], k, over) for k in range(steps)]
+                here = functools.reduce(jnp.add, values) * inverse  # past the end x is 0
+                apart = [value - here for value in values]
+                if ragged:
+                    apart = [
+                        jnp.where(index + (row + k * columns.rows) < positions, value, 0.0)
+                        for k, value in enumerate(apart)
+                    ]
+                delta = here - mean
+                square += functools.reduce(jnp.add, [value * value for value in apart])
+                found.append((mean + delta * weight, square + delta * delta * (before * weight)))
+            plgpu.commit_smem()  # orders the reads before the copies that follow
+            return tuple(found)
+
+        init = tuple((s.zeros(), s.zeros()) for _ in s.parts())
+        for over, pair in zip(s.parts(), s.stream([x_ref], arrived, ready, collect, init), strict=True):
+            for which, value in enumerate(pair):
+                plgpu.store(sums.at[s.group, which, :, over], value, optimized=False)
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+
+        @pl.when(s.group == 0)
+        def _():
+            whole = (columns.rows, columns.width)
+
+            def read(group):
+                first = s.first_of(group)
+                count = s.count_of(first)
+                numbers = s.positions(first * s.height, columns.rows, count * steps, columns.joined, whole)
+                total = lax.clamp(0, positions - first * s.height, count * s.height).astype(f32)
+                load = lambda which: plgpu.load(sums.at[group, which], layout=columns.joined, optimized=False)
+                return numbers, total, load(0), load(1)
+
+            for which, line in enumerate(s.joined(tiles.groups, read)):
+                plgpu.store(partials_ref.at[s.batch * s.chunks + s.chunk, which, s.over], line, optimized=False)
+
+    like = jax.ShapeDtypeStruct((share.partials, 2, share.load.channels), f32)
+    return share.call(body, f"{name}_statistics", like, [x], [], 0, True, [x])
+
+
+def normalized(x, scale, bias, load: Load, tiles: Tiles, *, eps: float, name: str, inverse: bool):
+    """(y like x[batch, positions, channels], mean, var), both float32 [batch, groups]; r for var if `inverse`."""
+    share = Share(load, tiles)
+    columns, count = share.columns, load.size * load.positions
+    partials = _statistics(share, x, name)
+
+    def body(
+        x_ref, scale_ref, bias_ref, partials_ref, y_ref, mean_ref, var_ref,
+        *, arrived, leaving, ready, met, vectors, sums, lines,
+    ):  # fmt: skip
+        s = share.enter()
+        MEAN, GAIN, BIAS = range(3)
+
+        def finish():
+            size = columns.piece
+
+            def read(i):
+                shape, start = (size, columns.width), i * size
+                index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=columns.joined)
+                left = load.positions - jnp.minimum(index + start, s.chunks) * s.span
+                numbers = lax.clamp(0, left, s.span).astype(f32)
+                most = min(size * s.span, load.positions)  # in 32 bits
+                total = lax.clamp(0, load.positions - start * s.span, most).astype(f32)
+                row, rows = s.batch * s.chunks + start, s.chunks - start
+                return numbers, total, *(s.rows_of(partials_ref, which, row, rows) for which in (0, 1))
+
+            mean, square = s.joined(pl.cdiv(s.chunks, size), read)
+            if load.size > 1:
+                own, mean = mean, s.over_group(mean, lines) * (1 / load.size)
+                square = s.over_group(square + float(load.positions) * (own - mean) * (own - mean), lines)
+            var = square * (1 / count)
+            r = lax.rsqrt(var + eps)
+
+            @pl.when(s.chunk == 0)
+            def _():
+                s.to_groups(mean_ref, mean, lines)
+                s.to_groups(var_ref, r if inverse else var, lines)
+
+            found = (mean, r * s.line(scale_ref.at[s.over]), s.line(bias_ref.at[s.over]))
+            for which, line in enumerate(found):
+                plgpu.store(vectors.at[which], line, optimized=False)
+
+        def result(over):
+            mean, gain, add = (s.along(vectors, which, over) for which in (MEAN, GAIN, BIAS))
+            return lambda x: (x - mean) * gain + add
+
+        s.write([x_ref], y_ref, arrived, leaving[0], ready, lambda: s.first_group(met, finish) or (), result)
+
+    statistic = jax.ShapeDtypeStruct((load.batch, load.channels // load.size), f32)
+    return share.call(body, name, [x, statistic, statistic], [x], [x], 3, False, [x, scale, bias, partials])
+
+
+def _products(share: Share, x, dy, mean, spread, eps, name):
+    """float32 [partials, 2, channels]: Σ dy and Σ dy · x̂ of the positions of each block."""
+    tiles, columns = share.tiles, share.columns
+
+    def body(x_ref, dy_ref, mean_ref, spread_ref, partials_ref, *, arrived, leaving, ready, met, vectors, sums, lines):
+        s = share.enter()
+        means = lambda: plgpu.store(vectors.at[0], s.from_groups(mean_ref), optimized=False)
+
+        def collect(i, slot, carry):
+            del i
+            found = []
+            for over, (shift, slope) in zip(s.parts(), carry, strict=True):
+                mean = s.along(vectors, 0, over)
+                for k in range(tiles.steps):
+                    x, dy = (s.read(smem.at[s.group, slot], k, over) for smem in arrived)
+                    shift, slope = shift + dy, slope + dy * (x - mean)  # past the end dy is 0
+                found.append((shift, slope))
+            plgpu.commit_smem()  # orders the reads before the copies that follow
+            return tuple(found)
+
+        def init():
+            s.first_group(met, means)
+            return tuple((s.zeros(), s.zeros()) for _ in s.parts())
+
+        for over, pair in zip(s.parts(), s.stream([x_ref, dy_ref], arrived, ready, collect, init), strict=True):
+            for which, value in enumerate(pair):
+                plgpu.store(sums.at[s.group, which, :, over], value, optimized=False)
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+
+        @pl.when(s.group == 0)
+        def _():
+            def add(group, totals):
+                load = lambda which: plgpu.load(sums.at[group, which], layout=columns.joined, optimized=False)
+                return tuple(total + jnp.sum(load(which), axis=0) for which, total in enumerate(totals))
+
+            shift, slope = lax.fori_loop(0, tiles.groups, add, (s.no_line(), s.no_line()))
+            slope *= _inverse(s.from_groups(spread_ref), eps)
+            for which, line in enumerate((shift, slope)):
+                plgpu.store(partials_ref.at[s.batch * s.chunks + s.chunk, which, s.over], line, optimized=False)
+
+    like = jax.ShapeDtypeStruct((share.partials, 2, share.load.channels), f32)
+    return share.call(body, f"{name}_sums", like, [x, dy], [], 1, True, [x, dy, mean, spread])
+
+
+def _inverse(spread, eps: float | None):
+    """The inverse deviation, where it is a variance: eps is not None."""
+    return spread if eps is None else lax.rsqrt(spread + eps)
+
+
+def gradients(
+    x, dy, scale, mean, spread, load: Load, tiles: Tiles, *, bias_dtype, name: str, eps=None, dmean=None, dvar=None
+):
+    """(dx like x[batch, positions, channels], dscale, dbias). spread: r, or with `eps` the variance; both it and mean
+    are float32 [batch, groups], as dmean and dvar, the cotangents of mean and variance, or None."""
+    share = Share(load, tiles)
+    partials = _products(share, x, dy, mean, spread, eps, name)
+    more = [a for a in (dmean, dvar) if a is not None]
+    count = load.size * load.positions
+
+    def body(x_ref, dy_ref, scale_ref, mean_ref, spread_ref, partials_ref, *refs, **scratch):
+        arrived, leaving, ready, met, vectors, lines = (
+            scratch[name] for name in ("arrived", "leaving", "ready", "met", "vectors", "lines")
+        )
+        *more_refs, dx_ref, dscale_ref, dbias_ref = refs
+        s = share.enter()
+        MEAN, GAIN, LEVEL, SLOPE = range(4)
+
+        def finish():
+            mean, r = s.from_groups(mean_ref), _inverse(s.from_groups(spread_ref), eps)
+            weight, first = s.line(scale_ref.at[s.over]), s.batch * s.chunks
+            shift, slope = (s.added(partials_ref, which, first, s.chunks) for which in (0, 1))
+            level = r * s.over_group(shift * weight, lines) * (1 / count)
+            slope = r * r * s.over_group(slope * weight, lines) * (1 / count)
+            left = list(more_refs)
+            if dmean is not None:
+                level -= s.from_groups(left.pop(0)) * (1 / count)
+            if dvar is not None:
+                slope -= s.from_groups(left.pop(0)) * (2 / count)
+            for which, line in ((MEAN, mean), (GAIN, r * weight), (LEVEL, level), (SLOPE, slope)):
+                plgpu.store(vectors.at[which], line, optimized=False)
+
+        def result(over):
+            mean, gain, level, slope = (s.along(vectors, which, over) for which in (MEAN, GAIN, LEVEL, SLOPE))
+            return lambda x, dy: dy * gain - level - (x - mean) * slope
+
+        init = lambda: s.first_group(met, finish) or ()
+        s.write([x_ref, dy_ref], dx_ref, arrived, leaving[0], ready, init, result)
+
+        @pl.when((s.group == 0) & (s.batch == 0) & (s.chunk == 0))
+        def _():
+            for which, ref in ((1, dscale_ref), (0, dbias_ref)):
+                line = s.added(partials_ref, which, 0, load.batch * s.chunks)
+                plgpu.store(ref.at[s.over], line.astype(ref.dtype), optimized=False)
+
+    outs = [x, *(jax.ShapeDtypeStruct((load.channels,), dtype) for dtype in (scale.dtype, bias_dtype))]
+    operands = [x, dy, scale, mean, spread, partials, *more]
+    return share.call(body, f"{name}_backward", outs, [x, dy], [x], 4, False, operands)
+
+
+def flat(a, load: Load):
+    """a[batch, ..., channels] as [batch, positions, channels], filled up."""
+    return pad_to(a.reshape(load.batch, load.positions, a.shape[-1]), 2, load.channels)
+
+
+def forward(x, scale, bias, *, num_groups: int, eps: float, tiles: Tiles | None = None):
+    """((y like x,), (mean, inverse deviation)), both float32 [batch, num_groups]."""
+    load = Load.of("forward", x, num_groups)
+    t = tiles or _tiles("forward", x, scale, bias, num_groups=num_groups, eps=eps)
+    scale, bias = (pad_to(a, 0, load.channels) for a in (scale, bias))
+    y, *statistics = normalized(flat(x, load), scale, bias, load, t, eps=eps, name="group_norm", inverse=True)
+    return (y[..., : x.shape[-1]].reshape(x.shape),), tuple(s[:, :num_groups] for s in statistics)
+
+
+def backward(
+    x, scale, bias, *, outputs, residuals, cotangents, num_groups: int, eps: float, tiles: Tiles | None = None
+) -> dict[str, jax.Array]:
+    """Gradients of x, scale and bias from the cotangent of y."""
+    load, channels = Load.of("backward", x, num_groups), x.shape[-1]
+    t = tiles or _tiles("backward", x, scale, bias, num_groups=num_groups, eps=eps)
+    mean, inverse = (pad_to(s, 1, load.channels // load.size) for s in residuals)
+    dx, dscale, dbias = gradients(
+        flat(x, load), flat(cotangents[0], load), pad_to(scale, 0, load.channels), mean, inverse, load, t,
+        bias_dtype=bias.dtype, name="group_norm",
+    )  # fmt: skip
+    return {"x": dx[..., :channels].reshape(x.shape), "scale": dscale[:channels], "bias": dbias[:channels]}

@@ -99,8 +99,8 @@ def quantize(
             zero = jnp.clip(low - jnp.round(bottom / scale), low, high)
         values = jnp.round(grouped / scale) + (0 if zero is None else zero)
         values = jnp.clip(values, low, high).astype(kind)
-    scales, zeros = (None if one is None else one.squeeze(axis + 1).astype(jnp.float32) for one in (scale, zero))
-    return Quantized(values.reshape(x.shape), scales, zeros)
+    scales, zeros = scale.squeeze(axis + 1), None if zero is None else zero.squeeze(axis + 1).astype(jnp.float32)
+    return Quantized(values.reshape(x.shape), scales.astype(jnp.float32), zeros)
 
 
 def fake_quantize(

@@ -508,7 +508,8 @@ def _learned(scale: jax.Array, numbers: int, largest: int) -> jax.Array:
     """`scale`, positive, with its gradient divided by √(numbers · largest)."""
     share = 1 / math.sqrt(max(numbers, 1) * largest)
     scale = _positive(scale)
-    return scale * share + jax.lax.stop_gradient(scale * (1 - share))
+    constant = jax.lax.stop_gradient(scale)
+    return constant + share * (scale - constant)  # exactly `scale`, so that ties are rounded as after `convert`
 
 
 def _positive(scale: jax.Array) -> jax.Array:

@@ -466,32 +466,53 @@ class FakeQuantizedLinear(nnx.Module):
         """`x[…, *inputs]` to `[…, *outputs]`; `out_sharding` must be None."""
         if out_sharding is not None:
             raise ValueError(f"FakeQuantizedLinear: out_sharding must be None, got {out_sharding}")
-        kernel = self.kernel[...].reshape(self.shapes.flat)
-        x = self.shapes.rows(jnp.asarray(x, self.dtype))
-        if self.input_scale is not None:
-            step = _learned(self.input_scale[...], x.size, 127)
-            x = fake_quantize(x, step.reshape((1,) * x.ndim))
-        numbers = kernel.size // max(self.scales[...].size, 1)
-        kernel = fake_quantize(kernel, _learned(self.scales[...], numbers, jnp.iinfo(self.weights).max), self.weights)
-        y = x @ kernel.astype(x.dtype)
-        bias = self.bias[...].reshape(-1).astype(y.dtype) if self.bias is not None else 0
-        return self.shapes.columns(y + bias)
+        y = fake_quantized_product(
+            self.shapes.rows(jnp.asarray(x, self.dtype)),
+            self.kernel[...].reshape(self.shapes.flat),
+            flat_bias(self),
+            self.scales[...],
+            None if self.input_scale is None else self.input_scale[...],
+            self.weights,
+        )
+        return self.shapes.columns(y)
 
     def converted(self, implementation: Implementation = None) -> QuantizedLinear:
         """The layer for inference, with the steps that were learned."""
-        kernel, scales = self.kernel[...].reshape(self.shapes.flat), _positive(self.scales[...])
-        most = int(jnp.iinfo(self.weights).max)
-        rows = jnp.repeat(scales, kernel.shape[0] // scales.shape[0], axis=0)
-        values = jnp.clip(jnp.round(kernel.astype(jnp.float32) / rows), -most, most).astype(self.weights)
+        step = None if self.input_scale is None else positive(self.input_scale[...])
         return QuantizedLinear(
-            Quantized(values, scales),
+            rounded(self.kernel[...].reshape(self.shapes.flat), self.scales[...], self.weights),
             flat_bias(self),
             dtype=self.dtype,
-            activations=None if self.input_scale is None else "int8",
-            activation_scale=None if self.input_scale is None else _positive(self.input_scale[...]),
+            activations=None if step is None else "int8",
+            activation_scale=step,
             shapes=self.shapes,
             implementation=implementation,
         )
+
+
+def fake_quantized_product(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    scales: jax.Array,
+    input_scale: jax.Array | None,
+    weights: str,
+) -> jax.Array:
+    """q(x; input_scale) · q(kernel; scales) + bias, of rows x[…, k]: what NNX and Linen layers share."""
+    if input_scale is not None:
+        x = fake_quantize(x, _learned(input_scale, x.size, 127).reshape((1,) * x.ndim))
+    numbers = kernel.size // max(scales.size, 1)
+    kernel = fake_quantize(kernel, _learned(scales, numbers, jnp.iinfo(weights).max), weights)
+    y = x @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def rounded(kernel: jax.Array, scales: jax.Array, dtype: str) -> Quantized:
+    """kernel[k, n] by steps that were learned."""
+    most, scales = int(jnp.iinfo(dtype).max), positive(scales)
+    rows = jnp.repeat(scales, kernel.shape[0] // scales.shape[0], axis=0)
+    values = jnp.clip(jnp.round(kernel.astype(jnp.float32) / rows), -most, most).astype(dtype)
+    return Quantized(values, scales)
 
 
 def kernel_of(layer: Any) -> jax.Array:
@@ -507,11 +528,11 @@ def flat_bias(linear: Any) -> jax.Array | None:
 def _learned(scale: jax.Array, numbers: int, largest: int) -> jax.Array:
     """`scale`, positive, with its gradient divided by √(numbers · largest)."""
     share = 1 / math.sqrt(max(numbers, 1) * largest)
-    scale = _positive(scale)
+    scale = positive(scale)
     constant = jax.lax.stop_gradient(scale)
     return constant + share * (scale - constant)  # exactly `scale`, so that ties are rounded as after `convert`
 
 
-def _positive(scale: jax.Array) -> jax.Array:
+def positive(scale: jax.Array) -> jax.Array:
     """A step that training pushed to 0 or below would divide by 0."""
     return jnp.maximum(scale, jnp.finfo(jnp.float32).tiny * 1e8)

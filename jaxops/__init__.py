@@ -27,6 +27,7 @@ from jaxops.ops.pooling import avg_pool as avg_pool
 from jaxops.ops.pooling import global_avg_pool as global_avg_pool
 from jaxops.ops.pooling import global_max_pool as global_max_pool
 from jaxops.ops.pooling import max_pool as max_pool
+from jaxops.ops.quantized_conv import quantized_conv as quantized_conv
 from jaxops.ops.quantized_matmul import quantized_matmul as quantized_matmul
 from jaxops.ops.ragged_dot import ragged_dot as ragged_dot
 from jaxops.ops.rms_norm import rms_norm as rms_norm

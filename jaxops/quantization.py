@@ -3,6 +3,7 @@
 x ≈ scales · (values - zeros), one scale, and one zero point if any, for each group along one axis
 """
 
+from collections.abc import Sequence
 from operator import index
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ def quantize(
     x: ArrayLike,
     dtype: Any = jnp.int8,
     *,
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     group_size: int | None = None,
     symmetric: bool = True,
 ) -> Quantized:
@@ -45,14 +46,16 @@ def quantize(
     Args:
       x: floating, of at least one axis, finite.
       dtype: int8, int4, float8_e4m3fn or float8_e5m2.
-      axis: whose elements share scales. 0 for weights [k, n]; -1 for the rows of activations.
-      group_size: how many consecutive elements share a scale, a divisor of the axis; None: all.
+      axis: whose elements share scales. 0 for weights [k, n]; -1 for the rows of activations; several for windows:
+        (0, 1, 2) for [h, w, in, out].
+      group_size: how many consecutive elements share a scale, a divisor of the (last) axis; None: all.
       symmetric: without zero points; float8 has none.
 
     Returns:
       Quantized(values of x's shape, scales, zeros or None); scales and zeros in float32 with the number of groups for
-      `axis`. A group of zeros has scale 1. |x - scales · (values - zeros)| ≤ scales / 2 for integers. Values have no
-      gradient; `scales` is constant to derivatives.
+      `axis` (of several axes for the last, 1 for the others). A group of zeros has scale 1.
+      |x - scales · (values - zeros)| ≤ scales / 2 for integers. Values have no gradient; `scales` is constant to
+      derivatives.
 
     Raises:
       TypeError: x is not floating, dtype none of those, axis or group_size no integer, symmetric no bool.
@@ -65,7 +68,7 @@ def quantize(
     kind = _kind(name, dtype)
     if not isinstance(symmetric, bool):
         raise TypeError(f"{name}: symmetric must be a bool, got {type(symmetric).__name__}")
-    (axis,) = checks.axes(name, "axis", axis, x.ndim)
+    *whole, axis = checks.axes(name, "axis", axis, x.ndim)
     size = x.shape[axis]
     if group_size is None:
         group_size = max(size, 1)
@@ -79,7 +82,7 @@ def quantize(
         )
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     grouped = wide.reshape(*x.shape[:axis], size // group_size, group_size, *x.shape[axis + 1 :])
-    along = axis + 1
+    along = (*whole, axis + 1)
     if kind in _FLOATS:
         if not symmetric:
             raise ValueError(f"{name}: symmetric must be True for {kind}, which has a sign and a zero, got False")
@@ -96,8 +99,8 @@ def quantize(
             zero = jnp.clip(low - jnp.round(bottom / scale), low, high)
         values = jnp.round(grouped / scale) + (0 if zero is None else zero)
         values = jnp.clip(values, low, high).astype(kind)
-    scales = scale.squeeze(along).astype(jnp.float32)
-    return Quantized(values.reshape(x.shape), scales, None if zero is None else zero.squeeze(along).astype(jnp.float32))
+    scales, zeros = scale.squeeze(axis + 1), None if zero is None else zero.squeeze(axis + 1).astype(jnp.float32)
+    return Quantized(values.reshape(x.shape), scales.astype(jnp.float32), zeros)
 
 
 def fake_quantize(

@@ -451,6 +451,67 @@ def test_linen_twin(name, dtype):
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-5, atol=1e-5)
 
 
+FEW_BITS = {
+    "int8": dict(weights="int8"),
+    "int4, groups and zeros": dict(weights="int4", group_size=12, symmetric=False),
+    "int8 activations": dict(weights="int8", activations="int8"),
+}
+
+
+@pytest.mark.parametrize("case", FEW_BITS)
+@pytest.mark.parametrize("window", [False, True])
+def test_linen_quantised_twin(window, case):
+    """Of the same kernel they have the same variables and give the same."""
+    options = dict(FEW_BITS[case])
+    rngs, x = nnx.Rngs(params=0), data(2, 7, WIDTH)
+    if window:
+        trained = jaxops.nn.Conv(WIDTH, 10, 3, strides=2, activation=jaxops.relu, rngs=rngs)
+        twin = linen.QuantizedConv(10, 3, strides=2, activation=jaxops.relu, **options)
+        layer = jaxops.nn.QuantizedConv.of(trained, options.pop("weights"), **options)
+    else:
+        trained = nnx.Linear(WIDTH, 10, rngs=rngs)
+        twin = linen.QuantizedLinear(10, **options)
+        layer = jaxops.nn.QuantizedLinear.of(trained, options.pop("weights"), **options)
+    variables = twin.of({"kernel": trained.kernel[...], "bias": trained.bias[...] + 1})
+    layer.bias[...] += 1
+    kept = nnx.to_pure_dict(nnx.state(layer, jaxops.nn.QuantizedWeight))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, variables["quantized"], kept))
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(twin.init(jax.random.key(0), x)) == shapes(variables)
+    np.testing.assert_allclose(twin.apply(variables, x), layer(x), rtol=1e-6, atol=1e-6)
+    more = {"activation_scale": jnp.float32(0.1)} if "activations" in options else {}
+    more |= {"input_scales": jnp.full(WIDTH, 0.5)}
+    other = twin.apply({**variables, "quantized": variables["quantized"] | more}, x)
+    for name, value in more.items():
+        setattr(layer, name, nnx.data(jaxops.nn.QuantizedWeight(value)))
+    np.testing.assert_allclose(other, layer(x), rtol=1e-6, atol=1e-6)
+
+
+def test_linen_quantised_table():
+    embed, tokens = nnx.Embed(20, WIDTH, rngs=nnx.Rngs(0)), jnp.asarray([[3, 19], [0, 3]])
+    layer, twin = jaxops.nn.QuantizedEmbed.of(embed), linen.QuantizedEmbed(20, WIDTH)
+    variables = twin.of({"embedding": embed.embedding[...]})
+    assert jnp.array_equal(twin.apply(variables, tokens), layer(tokens))
+    assert jnp.array_equal(twin.apply(variables, data(3, WIDTH), method="attend"), layer.attend(data(3, WIDTH)))
+    assert twin.init(jax.random.key(0), tokens)["quantized"]["values"].shape == (20, WIDTH)
+
+
+def test_linen_training_that_knows_of_rounding():
+    linear, x = nnx.Linear(WIDTH, 10, rngs=nnx.Rngs(0)), data(5, WIDTH)
+    layer = jaxops.nn.FakeQuantizedLinear(linear, "int4", group_size=12, input_scale=0.05)
+    twin = linen.FakeQuantizedLinear(10, "int4", group_size=12, input_scale=0.05)
+    params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    fresh = twin.init(jax.random.key(0), x)["params"]
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
+    loss = lambda params: jnp.sum(twin.apply({"params": params}, x) ** 2)
+    want = nnx.to_pure_dict(nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), jax.grad(loss)(params), want)
+    kept = linen.QuantizedLinear(10, "int4", activations="int8")
+    np.testing.assert_allclose(kept.apply(kept.of(params), x), layer.converted()(x), rtol=1e-6)
+    with pytest.raises(TypeError, match="weights must be one of int8, int4, got float8_e5m2"):
+        linen.FakeQuantizedLinear(10, "float8_e5m2").init(jax.random.key(0), x)
+
+
 def test_linen_norm_of_a_sum():
     x, residual = data(2, 7, WIDTH), data(2, 7, WIDTH, seed=1)
     for name in ("RMSNorm", "LayerNorm"):

@@ -13,7 +13,7 @@ import sentence_encoder
 import train_gpt
 from flax import nnx
 
-from jaxops.nn import QuantizedLinear
+from jaxops.nn import QuantizedConv, QuantizedLinear
 
 
 @pytest.mark.slow
@@ -33,9 +33,22 @@ def test_a_trained_gpt_keeps_what_it_knows(tmp_path, capsys, monkeypatch):
     assert quantize.main([str(out), "--text", str(book)]) == 1
 
 
+@pytest.mark.slow
+def test_a_trained_cnn_keeps_what_it_knows(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'jaxops[data]'")
+    drawn = tmp_path / "costs.svg"
+    assert quantize.main(["--cnn", "--epochs", "4", "--report", str(drawn)]) == 0
+    printed = capsys.readouterr().out
+    assert "8 bits" in printed and "4 bits" in printed and "costs most: " in printed and drawn.exists()
+    assert all(name in printed for name in ("stem", "blocks/2/conv2", "blocks/1/shortcut", "head"))
+    quantize_model = quantize.quantize_model
+    monkeypatch.setattr(quantize, "quantize_model", lambda *given: ruined(*quantize_model(*given)))
+    assert quantize.main(["--cnn", "--epochs", "1"]) == 1
+
+
 def ruined(model, report):
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | QuantizedConv):
             module.values.set_value(module.values[...] * 0)
     return model, report
 
@@ -45,6 +58,9 @@ def test_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
     assert "there is no checkpoint in" in capsys.readouterr().err
     assert quantize.main(["--encoder", str(tmp_path)]) == 2
     assert "--encoder takes no directory" in capsys.readouterr().err
+    for more in (["--epochs", "0"], ["--encoder"], [str(tmp_path)]):
+        assert quantize.main(["--cnn", *more]) == 2
+        assert "--cnn takes no directory and no --encoder" in capsys.readouterr().err
     monkeypatch.setattr(sentence_encoder, "PACKAGE", "no_such_package")
     assert quantize.main(["--encoder"]) == 2
     assert "no_such_package" in capsys.readouterr().err

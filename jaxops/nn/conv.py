@@ -25,11 +25,13 @@ def convolve(
     padding: Any,
     input_dilation: int | Sequence[int] | None,
     kernel_dilation: int | Sequence[int] | None,
+    function: Callable[..., jax.Array] = conv,
     **options: Any,
 ) -> jax.Array:
     """A convolution of channels-last x with kernel[..., in, out]: what NNX and Linen layers share.
 
-    Sizes and paddings as in `nnx.Conv`, any number of batch axes; options: those of `jaxops.conv`.
+    Sizes and paddings as in `nnx.Conv`, any number of batch axes; options: those of `function`, which takes the
+    arguments of `jaxops.conv`.
     """
     rank = kernel.ndim - 2
 
@@ -54,7 +56,7 @@ def convolve(
             raise ValueError(f"Conv: padding 'CAUSAL' must have one spatial axis, got {rank}")
         padding = [(windows[0], 0)]
     spatial = "".join(chr(ord("a") + axis) for axis in range(rank))
-    y = conv(
+    y = function(
         x,
         kernel,
         per_axis(strides),

@@ -1,7 +1,7 @@
 """The layers of `jaxops.nn` as Linen modules: the same mathematics, parameter names and shapes."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen
 
 from jaxops.dispatch import Implementation
+from jaxops.nn import quantized
 from jaxops.nn.attention import AttentionOptions, attend, sources
 from jaxops.nn.conv import convolve, masked
 from jaxops.nn.implementation import without_kernels
@@ -22,6 +23,7 @@ from jaxops.ops.group_norm import group_norm, instance_norm
 from jaxops.ops.layer_norm import layer_norm
 from jaxops.ops.rms_norm import rms_norm
 from jaxops.ops.rope import RopeScaling
+from jaxops.quantization import INTEGERS, Quantized, quantize
 
 Initializer = Callable[..., jax.Array]
 
@@ -243,6 +245,186 @@ class Conv(linen.Module):
             activation=self.activation,
             implementation=self.implementation,
         )
+
+
+def _variables(weights: Quantized, bias: jax.Array | None, **steps: jax.Array) -> dict[str, Any]:
+    """Those of a quantised layer."""
+    kept = {name: x for name, x in (weights._asdict() | steps).items() if x is not None}
+    return {"quantized": kept} | ({} if bias is None else {"params": {"bias": bias}})
+
+
+def _few_bits(layer: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Of what the NNX layer is made: the collection "quantized", for which `init` draws a kernel, and the bias."""
+    if not layer.has_variable("quantized", "values"):
+        kernel = layer.kernel_init(layer.make_rng("params"), shape, layer.param_dtype)
+        for name, x in layer.of({"kernel": kernel})["quantized"].items():
+            layer.variable("quantized", name, lambda x=x: x)
+    kept = lambda name: layer.get_variable("quantized", name)
+    bias = layer.param("bias", layer.bias_init, shape[-1:], layer.param_dtype) if layer.use_bias else None
+    return dict(
+        weights=Quantized(kept("values"), kept("scales"), kept("zeros")),
+        bias=bias,
+        dtype=layer.dtype,
+        activations=layer.activations,
+        activation_scale=kept("activation_scale"),
+        input_scales=kept("input_scales"),
+        implementation=layer.implementation,
+    )
+
+
+class QuantizedLinear(linen.Module):
+    """y = (x / input_scales) · (scales · (values - zeros)) + bias.
+
+    Fields as in `flax.linen.Dense`; `weights`, `group_size` and `symmetric` as in `jaxops.quantize(kernel, weights,
+    axis=0, …)`, and `activations`, None or "int8". The collection "quantized" holds the variables of
+    `jaxops.nn.QuantizedLinear`; `init` makes them of a kernel drawn by chance, `of` of a trained one.
+    """
+
+    features: int
+    weights: Any = "int8"
+    group_size: int | None = None
+    symmetric: bool = True
+    activations: str | None = None
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = linen.linear.default_kernel_init
+    bias_init: Initializer = linen.initializers.zeros
+    implementation: Implementation = None
+
+    @linen.nowrap
+    def of(self, params: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """The variables, of the trained parameters of a `linen.Dense`, or of a `FakeQuantizedLinear`, whose steps they
+        keep."""
+        kernel, bias = params["kernel"], params.get("bias")
+        if "scales" in params:
+            steps = {"activation_scale": quantized.positive(params["input_scale"])} if "input_scale" in params else {}
+            return _variables(quantized.rounded(kernel, params["scales"], self.weights), bias, **steps)
+        options: dict[str, Any] = dict(group_size=self.group_size, symmetric=self.symmetric)
+        return _variables(quantize(kernel, self.weights, axis=0, **options), bias)
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return quantized.QuantizedLinear(**_few_bits(self, (x.shape[-1], self.features)))(x)
+
+
+class QuantizedConv(linen.Module):
+    """y = activation((x / input_scales) ∗ (scales · (values - zeros)) + bias) + residual, channels last.
+
+    Fields as in `Conv`, and as in `QuantizedLinear`; a group is of input channels at each place of the window. The
+    collection "quantized" holds the variables of `jaxops.nn.QuantizedConv`; `init` makes them of a kernel drawn by
+    chance, `of` of a trained one.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = 1
+    padding: Any = "SAME"
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
+    feature_group_count: int = 1
+    weights: Any = "int8"
+    group_size: int | None = None
+    symmetric: bool = True
+    activations: str | None = None
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = linen.linear.default_kernel_init
+    bias_init: Initializer = linen.initializers.zeros
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    implementation: Implementation = None
+
+    @linen.nowrap
+    def _window(self, kernel: tuple[int, ...]) -> quantized.Window:
+        names = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count")
+        return quantized.Window(kernel, *(getattr(self, name) for name in names))
+
+    @linen.nowrap
+    def of(self, params: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """The variables, of the trained parameters of a `linen.Conv`."""
+        window = self._window(params["kernel"].shape)
+        options: dict[str, Any] = dict(group_size=self.group_size, symmetric=self.symmetric)
+        flat = quantize(params["kernel"].reshape(window.flat), self.weights, axis=0, **options)
+        return _variables(window.spread(flat), params.get("bias"))
+
+    @linen.compact
+    def __call__(self, x: jax.Array, *, residual: jax.Array | None = None) -> jax.Array:
+        size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        shape = (*size, x.shape[-1] // self.feature_group_count, self.features)
+        made = _few_bits(self, shape)
+        layer = quantized.QuantizedConv(**made, window=self._window(shape), activation=self.activation)
+        return layer(x, residual=residual)
+
+
+class QuantizedEmbed(linen.Module):
+    """y_i = scales[i] · values[i]: a table of vectors, each with its own scale.
+
+    Fields as in `flax.linen.Embed`, and `weights` as in `jaxops.quantize`. The collection "quantized" holds `values`
+    and `scales`; `init` makes them of a table drawn by chance, `of` of a trained one.
+    """
+
+    num_embeddings: int
+    features: int
+    weights: Any = "int8"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    embedding_init: Initializer = linen.linear.default_embed_init
+
+    def setup(self) -> None:
+        shape = (self.num_embeddings, self.features)
+        if not self.has_variable("quantized", "values"):
+            table = self.embedding_init(self.make_rng("params"), shape, self.param_dtype)
+            made = self.of({"embedding": table})["quantized"]
+        kept = lambda name: self.variable("quantized", name, lambda: made[name]).value
+        weights = Quantized(kept("values"), kept("scales"))
+        self.table = quantized.QuantizedEmbed(weights, dtype=self.dtype or self.param_dtype)
+
+    @linen.nowrap
+    def of(self, params: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """The variables, of the trained parameter of a `linen.Embed`."""
+        return _variables(quantize(params["embedding"], self.weights), None)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return self.table(inputs)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """query[…, features] · tableᵀ."""
+        return self.table.attend(query)
+
+
+class FakeQuantizedLinear(linen.Module):
+    """y = q(x; input_scale) · q(kernel; scales) + bias, q being `jaxops.fake_quantize`: what rounding will do, trained.
+
+    Fields as in `flax.linen.Dense`; `weights` ("int8" or "int4"), `group_size`, and `input_scale`, the first step of
+    the inputs, or None: they are not quantised. Its parameters are those of `jaxops.nn.FakeQuantizedLinear`;
+    `QuantizedLinear(…).of(params)` makes the variables for inference of them.
+    """
+
+    features: int
+    weights: Any = "int8"
+    group_size: int | None = None
+    input_scale: float | None = None
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = linen.linear.default_kernel_init
+    bias_init: Initializer = linen.initializers.zeros
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weights = jnp.dtype(self.weights).name
+        if weights not in INTEGERS:
+            raise TypeError(f"FakeQuantizedLinear: weights must be one of {', '.join(INTEGERS)}, got {weights}")
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        steps = lambda _: quantize(kernel, weights, axis=0, group_size=self.group_size).scales
+        scales = self.param("scales", steps)
+        step = None
+        if self.input_scale is not None:
+            step = self.param("input_scale", lambda _: jnp.float32(self.input_scale))
+        x = jnp.asarray(x, self.dtype)
+        return quantized.fake_quantized_product(x, kernel, bias, scales, step, weights)
 
 
 class MultiHeadAttention(linen.Module):

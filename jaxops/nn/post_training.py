@@ -16,11 +16,22 @@ from jaxops.calibration import OBSERVERS, Statistics, balance, round_for_outputs
 from jaxops.dispatch import Implementation
 from jaxops.nn.paths import LINEAR, LayerReport, QuantizationReport, bytes_of, chosen, modules, replace, size_of
 from jaxops.nn.pruned import PrunedLinear
-from jaxops.nn.quantized import FakeQuantizedLinear, Linear, QuantizedEmbed, QuantizedLinear, Shapes, flat_bias
+from jaxops.nn.quantized import (
+    FakeQuantizedLinear,
+    Linear,
+    QuantizedConv,
+    QuantizedEmbed,
+    QuantizedLinear,
+    Shapes,
+    Window,
+    flat_bias,
+    kernel_of,
+)
 from jaxops.quantization import Quantized, dequantize, quantize
 
 Calibration = Mapping[str, Statistics]
-_KINDS = (*LINEAR, nnx.Embed)
+_OBSERVED = (*LINEAR, nnx.Conv)
+_KINDS = (*_OBSERVED, nnx.Embed)
 _INPUTS = "inputs"  # under which what a layer was given is kept
 
 
@@ -28,10 +39,11 @@ _INPUTS = "inputs"  # under which what a layer was given is kept
 class Scheme:
     """How a layer is quantised.
 
-    weights: int8, int4, float8_e4m3fn or float8_e5m2. group_size, symmetric: as in `jaxops.quantize`.
+    weights: int8, int4, float8_e4m3fn or float8_e5m2. group_size, symmetric: as in `jaxops.quantize`; of a convolution,
+      groups are of the input channels at each place of the window.
     activations: None, or "int8" for products of integers. observer: how the one scale of all activations is chosen from
-      calibration, "min_max", "moving_average", "percentile", "entropy" or "mean_squared_error"; None: each row has its
-      own, at run time.
+      calibration, "min_max", "moving_average", "percentile", "entropy" or "mean_squared_error"; None: each row, or each
+      image of a convolution, has its own, at run time.
     balance: how much of the difficulty of quantising inputs is moved into the weights, from 0 to 1 (SmoothQuant's α);
       None: nothing is.
     rounding: "nearest", or "outputs" to keep the outputs on the calibration data (GPTQ).
@@ -77,7 +89,9 @@ class Scheme:
         parts += [] if self.symmetric else ["zero points"]
         parts += [] if self.balance is None else [f"balance {self.balance:g}"]
         parts += [] if self.rounding == "nearest" else ["rounded for outputs"]
-        parts += [] if self.activations is None else [f"{self.activations} activations, {self.observer or 'by rows'}"]
+        parts += (
+            [] if self.activations is None else [f"{self.activations} activations, {self.observer or 'at run time'}"]
+        )
         return ", ".join(parts)
 
 
@@ -92,7 +106,8 @@ def calibrate(
     layers: str = "",
     hessian: bool = False,
 ) -> dict[str, Statistics]:
-    """What the linear layers of `model` were given, by path ("blocks/0/mlp/up").
+    """What the linear layers and convolutions of `model` were given, by path ("blocks/0/mlp/up"): of a convolution the
+    windows, or where it has groups, the pixels.
 
     Args:
       model: any `nnx` model; it is not changed. Its layers must be called, not only their kernels be read.
@@ -106,12 +121,13 @@ def calibrate(
         batch are named).
     """
     copy = nnx.clone(model)
-    found = {path: layer for path, layer in modules(copy, LINEAR) if re.search(layers, path)}
+    found = {path: layer for path, layer in modules(copy, _OBSERVED) if re.search(layers, path)}
     if not found:
-        raise ValueError(f"calibrate: no nnx.Linear or nnx.LinearGeneral of the model has a path with {layers!r}")
+        kinds = "nnx.Linear, nnx.LinearGeneral or nnx.Conv"
+        raise ValueError(f"calibrate: no {kinds} of the model has a path with {layers!r}")
     replace(copy, {id(layer): _Observed(layer) for layer in found.values()})
-    shapes = {path: Shapes.of(f"calibrate: {path}", layer) for path, layer in found.items()}
-    gathered = {path: Statistics.of(shapes[path].flat[0], hessian=hessian) for path in found}
+    shapes = {path: _shapes(f"calibrate: {path}", layer) for path, layer in found.items()}
+    gathered = {path: Statistics.of(shapes[path].observed, hessian=hessian) for path in found}
     graph, state = nnx.split(copy)
 
     @jax.jit
@@ -136,22 +152,23 @@ def calibrate(
 def quantize_model[M: nnx.Module](
     model: M, rules: Rules, calibration: Calibration | None = None, *, implementation: Implementation = None
 ) -> tuple[M, QuantizationReport]:
-    """A copy of `model` whose linear layers and embeddings are in few bits, and what that did to each.
+    """A copy of `model` whose linear layers, convolutions and embeddings are in few bits, and what that did to each.
 
     Args:
       model: any `nnx` model; it is not changed.
       rules: (regular expression, `Scheme` or None) in their order: the first that is found in the path of an
-        `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Embed` decides; None, or no rule, leaves it as it is. Of a scheme an
-        embedding takes the weights alone, a scale for each row.
+        `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Conv` or `nnx.Embed` decides; None, or no rule, leaves it as it is. Of
+        a scheme an embedding takes the weights alone, a scale for each row.
       calibration: from `calibrate`; schemes with an observer, a balance or rounding="outputs" need it.
       implementation: of the products.
 
     Returns:
-      The copy, with `QuantizedLinear` and `QuantizedEmbed` in it, and the report.
+      The copy, with `QuantizedLinear`, `QuantizedConv` and `QuantizedEmbed` in it, and the report.
 
     Raises:
-      ValueError: no layer is found by the rules, a layer that needs calibration was not observed, or a group size does
-        not divide its rows (the path is named).
+      ValueError: no layer is found by the rules, a layer that needs calibration was not observed, a group size does not
+        divide its rows or channels, or a convolution with groups has a balance or rounding="outputs" (the path is
+        named).
     """
     copy = nnx.clone(model)
     new: dict[int, nnx.Module] = {}
@@ -199,8 +216,8 @@ def quantization_aware[M: nnx.Module](model: M, rules: Rules, calibration: Calib
 
     Args:
       model: any `nnx` model; it is not changed.
-      rules: as in `quantize_model`, with symmetric integer weights; embeddings are left as they are. Of a scheme with
-        activations the observer chooses the first step ("min_max" if there is none).
+      rules: as in `quantize_model`, with symmetric integer weights; embeddings and convolutions are left as they are.
+        Of a scheme with activations the observer chooses the first step ("min_max" if there is none).
       calibration: from `calibrate`; for schemes with activations.
 
     Raises:
@@ -208,9 +225,7 @@ def quantization_aware[M: nnx.Module](model: M, rules: Rules, calibration: Calib
     """
     copy = nnx.clone(model)
     new: dict[int, nnx.Module] = {}
-    for path, layer, scheme in chosen("quantization_aware", copy, rules, _KINDS):
-        if isinstance(layer, nnx.Embed):
-            continue
+    for path, layer, scheme in chosen("quantization_aware", copy, rules, LINEAR):
         try:
             if scheme.balance is not None or scheme.rounding != "nearest" or not scheme.symmetric:
                 raise ValueError(f"balance, rounding and zero points are not trained, got {scheme}")
@@ -243,12 +258,16 @@ def convert[M: nnx.Module](model: M, *, implementation: Implementation = None) -
 class _Observed(nnx.Module):
     """A layer, and what it was given: kept as an intermediate."""
 
-    def __init__(self, layer: Linear):
+    def __init__(self, layer: Linear | nnx.Conv):
         self.layer = layer
 
     def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
         self.sow(nnx.Intermediate, _INPUTS, x)
         return self.layer(x, *args, **options)
+
+
+def _shapes(name: str, layer: Any) -> Shapes | Window:
+    return Window.of(name, layer) if isinstance(layer, nnx.Conv) else Shapes.of(name, layer)
 
 
 def _observed(statistics: Statistics | None) -> Statistics:
@@ -264,16 +283,23 @@ def _quantized(
         embed = QuantizedEmbed.of(layer, scheme.weights)
         weights = Quantized(embed.values[...], embed.scales[...])
         return embed, _report(path, scheme.weights, layer.embedding[...], weights)
-    shapes = Shapes.of("layer", layer)
-    kernel = np.asarray(layer.kernel[...].astype(jnp.float32)).reshape(shapes.flat)
+    shapes = _shapes("layer", layer)
+    grouped = isinstance(shapes, Window) and shapes.feature_group_count > 1
+    if grouped and (scheme.balance is not None or scheme.rounding == "outputs"):
+        raise ValueError("a convolution with groups takes no balance and no rounding='outputs'")
+    exact = kernel_of(layer)
+    kernel = np.asarray(exact.astype(jnp.float32)).reshape(shapes.flat)
     options: dict[str, Any] = {"group_size": scheme.group_size, "symmetric": scheme.symmetric}
     if scheme.needs_data:
         statistics = _observed(statistics)
     factors = None
     if scheme.balance is not None:
         assert statistics is not None
-        factors = balance(statistics.channels, kernel, scheme.balance)
-        kernel, statistics = kernel * factors[:, None], statistics.divided(factors)
+        positions, (k, n) = shapes.positions, shapes.flat
+        by_channel = kernel.reshape(positions, k // positions, n).swapaxes(0, 1).reshape(k // positions, -1)
+        factors = balance(statistics.channels.reshape(positions, -1).max(0), by_channel, scheme.balance)
+        rows = np.tile(factors, positions)
+        kernel, statistics = kernel * rows[:, None], statistics.divided(rows)
     if scheme.rounding == "outputs":
         assert statistics is not None
         if statistics.hessian is None:
@@ -286,18 +312,23 @@ def _quantized(
     if scheme.observer is not None:
         assert statistics is not None
         step = jnp.float32(_step(statistics.threshold(scheme.observer, 127)))
-    new = QuantizedLinear(
-        weights,
-        flat_bias(layer),
+    same: dict[str, Any] = dict(
         dtype=layer.dtype,
         activations=scheme.activations,
         activation_scale=step,
         input_scales=None if factors is None else jnp.asarray(factors),
-        shapes=shapes,
         implementation=implementation,
     )
-    report = _report(path, str(scheme), layer.kernel[...], weights, scaled=kernel)
-    if statistics is not None and len(statistics.samples):
+    new: nnx.Module
+    if isinstance(shapes, Window):
+        activation = getattr(layer, "activation", None)
+        new = QuantizedConv(shapes.spread(weights), flat_bias(layer), window=shapes, activation=activation, **same)
+    else:
+        new = QuantizedLinear(weights, flat_bias(layer), shapes=shapes, **same)
+    report = _report(path, str(scheme), exact, weights, scaled=kernel)
+    if statistics is not None and len(statistics.samples) and not grouped:
+        if isinstance(shapes, Window) and scheme.activations and step is None:  # as of one image, not of each window
+            step = jnp.float32(_step(float(np.abs(statistics.samples).max())))
         # the rows are already divided by the factors, so the layer's own division is left out
         bare = QuantizedLinear(
             weights, dtype=jnp.float32, activations=scheme.activations, activation_scale=step, implementation="xla"

@@ -106,27 +106,27 @@ def conv(
     """
     name = "conv"
     lhs, rhs = (checks.floating(name, which, x) for which, x in (("lhs", lhs), ("rhs", rhs)))
-    if lhs.ndim < 2 or rhs.ndim != lhs.ndim:
-        raise ValueError(f"{name}: lhs and rhs must have the same rank, at least 2, got {lhs.shape} and {rhs.shape}")
-    numbers = _numbers(lhs, rhs, dimension_numbers)
-    geometry: dict[str, Any] = dict(
-        dimension_numbers=numbers,
-        window_strides=_per_axis("window_strides", window_strides, lhs.ndim - 2),
-        lhs_dilation=_per_axis("lhs_dilation", lhs_dilation, lhs.ndim - 2),
-        rhs_dilation=_per_axis("rhs_dilation", rhs_dilation, lhs.ndim - 2),
-        feature_group_count=_positive("feature_group_count", feature_group_count),
-        batch_group_count=_positive("batch_group_count", batch_group_count),
-        precision=precision,
+    shape, geometry = geometry_of(
+        name,
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+        precision,
     )
-    _check_groups(lhs, rhs, numbers, geometry["feature_group_count"], geometry["batch_group_count"])
-    geometry["padding"] = _paddings(lhs, rhs, padding, **geometry)
-    y = _result(lhs, rhs, geometry)
-    dtype = y.dtype if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    numbers = geometry["dimension_numbers"]
+    common = jnp.promote_types(lhs.dtype, rhs.dtype)
+    dtype = common if preferred_element_type is None else jnp.dtype(preferred_element_type)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name}: preferred_element_type must be a floating dtype, got {dtype}")
     words: dict[str, Any] = dict(of="the output channels of rhs", like="that of the result")
     beside, activation, known = after_product(
-        name, y.shape, bias, residual, activation, channels=numbers.out_spec[1], **words
+        name, shape, bias, residual, activation, channels=numbers.out_spec[1], **words
     )
     operands: dict[str, Any] = dict(lhs=lhs, rhs=rhs, **beside)
     static: dict[str, Any] = dict(activation=activation, dtype=dtype.name, **geometry)
@@ -139,77 +139,113 @@ def conv(
     return call_unless_traced(_OPERATOR, known, operands, implementation, **static)
 
 
-def _numbers(lhs: jax.Array, rhs: jax.Array, given: Any) -> lax.ConvDimensionNumbers:
+def geometry_of(
+    operator: str,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Any,
+    padding: Any,
+    lhs_dilation: Any,
+    rhs_dilation: Any,
+    dimension_numbers: Any,
+    feature_group_count: Any,
+    batch_group_count: Any = 1,
+    precision: Any = None,
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """(shape of the result, the arguments of `lax.conv_general_dilated` in their canonical form), all checked."""
+    if lhs.ndim < 2 or rhs.ndim != lhs.ndim:
+        raise ValueError(
+            f"{operator}: lhs and rhs must have the same rank, at least 2, got {lhs.shape} and {rhs.shape}"
+        )
+    numbers = _numbers(operator, lhs, rhs, dimension_numbers)
+    geometry: dict[str, Any] = dict(
+        dimension_numbers=numbers,
+        window_strides=_per_axis(operator, "window_strides", window_strides, lhs.ndim - 2),
+        lhs_dilation=_per_axis(operator, "lhs_dilation", lhs_dilation, lhs.ndim - 2),
+        rhs_dilation=_per_axis(operator, "rhs_dilation", rhs_dilation, lhs.ndim - 2),
+        feature_group_count=_positive(operator, "feature_group_count", feature_group_count),
+        batch_group_count=_positive(operator, "batch_group_count", batch_group_count),
+        precision=precision,
+    )
+    groups = geometry["feature_group_count"], geometry["batch_group_count"]
+    _check_groups(operator, lhs, rhs, numbers, *groups)
+    geometry["padding"] = _paddings(operator, lhs, rhs, padding, **geometry)
+    return _shape(operator, lhs, rhs, geometry), geometry
+
+
+def _numbers(operator: str, lhs: jax.Array, rhs: jax.Array, given: Any) -> lax.ConvDimensionNumbers:
     """The dimension numbers in their canonical form."""
     try:
         numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, given)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "conv: dimension_numbers must be None or three strings, as ('NHWC', 'HWIO', 'NHWC'), "
+            f"{operator}: dimension_numbers must be None or three strings, as ('NHWC', 'HWIO', 'NHWC'), "
             f"for lhs {lhs.shape}, got {given!r}: {error}"
         ) from error
     axes = tuple(range(lhs.ndim))
     if any(tuple(sorted(spec)) != axes for spec in numbers):
-        raise ValueError(f"conv: dimension_numbers must name each axis of lhs {lhs.shape} once, got {given!r}")
+        raise ValueError(f"{operator}: dimension_numbers must name each axis of lhs {lhs.shape} once, got {given!r}")
     return lax.ConvDimensionNumbers(*(tuple(map(int, spec)) for spec in numbers))
 
 
-def _positive(argument: str, value: Any) -> int:
+def _positive(operator: str, argument: str, value: Any) -> int:
     try:
         number = index(value)
     except TypeError:
-        raise TypeError(f"conv: {argument} must be an int, got {value!r}") from None
+        raise TypeError(f"{operator}: {argument} must be an int, got {value!r}") from None
     if number < 1:
-        raise ValueError(f"conv: {argument} must be at least 1, got {number}")
+        raise ValueError(f"{operator}: {argument} must be at least 1, got {number}")
     return number
 
 
-def _per_axis(argument: str, value: Any, rank: int) -> tuple[int, ...]:
+def _per_axis(operator: str, argument: str, value: Any, rank: int) -> tuple[int, ...]:
     """`value` as `rank` positive ints; None: all 1."""
     if value is None and argument != "window_strides":
         return (1,) * rank
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != rank:
-        raise ValueError(f"conv: {argument} must be a sequence of {rank} ints, one a spatial axis, got {value!r}")
-    return tuple(_positive(argument, one) for one in value)
+        raise ValueError(f"{operator}: {argument} must be a sequence of {rank} ints, one a spatial axis, got {value!r}")
+    return tuple(_positive(operator, argument, one) for one in value)
 
 
-def _check_groups(lhs: jax.Array, rhs: jax.Array, numbers: lax.ConvDimensionNumbers, features: int, batches: int):
+def _check_groups(
+    operator: str, lhs: jax.Array, rhs: jax.Array, numbers: lax.ConvDimensionNumbers, features: int, batches: int
+) -> None:
     (batch, channels), (outputs, inputs) = (
         [lhs.shape[axis] for axis in numbers.lhs_spec[:2]],
         [rhs.shape[axis] for axis in numbers.rhs_spec[:2]],
     )
     if features > 1 and batches > 1:
         raise ValueError(
-            "conv: at most one of feature_group_count and batch_group_count may be above 1, "
+            f"{operator}: at most one of feature_group_count and batch_group_count may be above 1, "
             f"got {features} and {batches}"
         )
     if channels % features or outputs % features:
         raise ValueError(
-            f"conv: feature_group_count must divide the {channels} channels of lhs and the {outputs} output channels "
-            f"of rhs, got {features}"
+            f"{operator}: feature_group_count must divide the {channels} channels of lhs and the {outputs} output "
+            f"channels of rhs, got {features}"
         )
     if batch % batches or outputs % batches:
         raise ValueError(
-            f"conv: batch_group_count must divide the batch of {batch} and the {outputs} output channels of rhs, "
+            f"{operator}: batch_group_count must divide the batch of {batch} and the {outputs} output channels of rhs, "
             f"got {batches}"
         )
     if inputs * features != channels:
         raise ValueError(
-            f"conv: rhs must have {channels // features} input channels ({channels} of lhs in {features} groups), "
-            f"got {inputs} in shape {rhs.shape}; do dimension_numbers say which axis they are?"
+            f"{operator}: rhs must have {channels // features} input channels ({channels} of lhs in {features} "
+            f"groups), got {inputs} in shape {rhs.shape}; do dimension_numbers say which axis they are?"
         )
 
 
-def _paddings(lhs, rhs, padding, *, dimension_numbers, window_strides, lhs_dilation, rhs_dilation, **_):
+def _paddings(operator, lhs, rhs, padding, *, dimension_numbers, window_strides, lhs_dilation, rhs_dilation, **_):
     """`padding` as (low, high) of each spatial axis."""
     rank = lhs.ndim - 2
     if isinstance(padding, str):
         if padding.upper() not in _PADDINGS:
             raise ValueError(
-                f"conv: padding must be one of {', '.join(_PADDINGS)} or pairs (low, high), got {padding!r}"
+                f"{operator}: padding must be one of {', '.join(_PADDINGS)} or pairs (low, high), got {padding!r}"
             )
         if any(one > 1 for one in lhs_dilation):
-            raise ValueError(f"conv: padding must be pairs (low, high) where lhs is dilated, got {padding!r}")
+            raise ValueError(f"{operator}: padding must be pairs (low, high) where lhs is dilated, got {padding!r}")
         window = [
             (rhs.shape[axis] - 1) * dilation + 1 if rhs.shape[axis] else 0
             for axis, dilation in zip(dimension_numbers.rhs_spec[2:], rhs_dilation, strict=True)
@@ -222,14 +258,14 @@ def _paddings(lhs, rhs, padding, *, dimension_numbers, window_strides, lhs_dilat
         pairs = ()
     if len(pairs) != rank:
         raise ValueError(
-            f"conv: padding must be one of {', '.join(_PADDINGS)} or {rank} pairs (low, high) of ints, got {padding!r}"
+            f"{operator}: padding must be one of {', '.join(_PADDINGS)} or {rank} pairs (low, high) of ints, "
+            f"got {padding!r}"
         )
     return pairs
 
 
-def _result(lhs: jax.Array, rhs: jax.Array, geometry: dict[str, Any]) -> jax.ShapeDtypeStruct:
-    """Shape and common dtype of the result."""
-    common = jnp.promote_types(lhs.dtype, rhs.dtype)
+def _shape(operator: str, lhs: jax.Array, rhs: jax.Array, geometry: dict[str, Any]) -> tuple[int, ...]:
+    """Of the result."""
     numbers = geometry["dimension_numbers"]
     for axis, (low, high), dilation in zip(
         numbers.lhs_spec[2:], geometry["padding"], geometry["lhs_dilation"], strict=True
@@ -237,13 +273,13 @@ def _result(lhs: jax.Array, rhs: jax.Array, geometry: dict[str, Any]) -> jax.Sha
         size = (lhs.shape[axis] - 1) * dilation + 1 if lhs.shape[axis] else 0
         if size + low + high < 0:
             raise ValueError(
-                f"conv: padding must not crop more than axis {axis} of lhs {lhs.shape} has, got {(low, high)}"
+                f"{operator}: padding must not crop more than axis {axis} of lhs {lhs.shape} has, got {(low, high)}"
             )
     try:
-        shape = jax.eval_shape(
+        result = jax.eval_shape(
             lambda a, b: lax.conv_general_dilated(a, b, **geometry),
-            *(jax.ShapeDtypeStruct(x.shape, common) for x in (lhs, rhs)),
+            *(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (lhs, rhs)),
         )
     except (TypeError, ValueError) as error:  # what is left: a precision that is none
-        raise ValueError(f"conv: {error}") from error
-    return shape
+        raise ValueError(f"{operator}: {error}") from error
+    return result.shape

@@ -87,42 +87,58 @@ def quantized_matmul(
     Sources: Jacob et al., arXiv:1712.05877 (integer products, zero points); Frantar et al., GPTQ, arXiv:2210.17323
     (groups of rows).
     """
-    x, w = checks.array(_NAME, "x", x), checks.array(_NAME, "w", w)
-    if w.dtype not in INTEGERS + FLOATS:
-        allowed = ", ".join(dtype.name for dtype in INTEGERS + FLOATS)
-        raise TypeError(f"{_NAME}: w must be of one of {allowed}, got {w.dtype}")
-    quantised = x.dtype == jnp.int8
-    if not quantised and x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
-        raise TypeError(f"{_NAME}: x must be float32, bfloat16, float16, or int8 with x_scales, got {x.dtype}")
+    x, w, scales, zeros = quantised_operands(_NAME, ("x", x), ("w", w), scales, zeros, x_scales)
     if x.ndim == 0:
         raise ValueError(f"{_NAME}: x must have at least one axis, got a scalar")
     if w.ndim != 2 or w.shape[0] != x.shape[-1]:
         hint = "; is it transposed?" if w.ndim == 2 and w.shape[1] == x.shape[-1] else ""
         raise ValueError(f"{_NAME}: w must have shape ({x.shape[-1]}, n) for x {x.shape}, got {w.shape}{hint}")
-    if quantised != (x_scales is not None):
-        wanted = "must be given for an int8 x" if quantised else f"are for an int8 x, not {x.dtype}"
-        raise ValueError(f"{_NAME}: x_scales {wanted}, got {'None' if quantised else 'an array'}")
-    scales = checks.floating(_NAME, "scales", scales)
     k, n = w.shape
     if scales.ndim != 2 or scales.shape[1] != n or not scales.shape[0] or k % scales.shape[0]:
         raise ValueError(f"{_NAME}: scales must have shape (g, {n}) with g dividing {k}, got {scales.shape}")
-    if zeros is not None:
-        zeros = checks.array(_NAME, "zeros", zeros)
-        if zeros.shape != scales.shape:
-            raise ValueError(f"{_NAME}: zeros must have the shape of scales, {scales.shape}, got {zeros.shape}")
-        if w.dtype in FLOATS:
-            raise ValueError(f"{_NAME}: zeros are for integer w, not {w.dtype}, got an array")
-        if jnp.issubdtype(zeros.dtype, jnp.integer):
-            zeros = zeros.astype(scales.dtype if scales.dtype != jnp.float16 else jnp.float32)
-        zeros = checks.floating(_NAME, "zeros", zeros)
+    if zeros is not None and zeros.shape != scales.shape:
+        raise ValueError(f"{_NAME}: zeros must have the shape of scales, {scales.shape}, got {zeros.shape}")
     if x_scales is not None:
         x_scales = checks.floating(_NAME, "x_scales", x_scales, shape=(*x.shape[:-1], 1), of="one for each row of x")
     if bias is not None:
         bias = checks.floating(_NAME, "bias", bias, shape=(n,), of="the last axis of w")
-    if dtype is None:
-        dtype = x.dtype if x_scales is None else x_scales.dtype
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{_NAME}: dtype must be floating, got {dtype}")
     operands = dict(x=x, w=w, scales=scales, zeros=zeros, x_scales=x_scales, bias=bias)
-    return (_BOTH if quantised else _OPERATOR)(operands, implementation=implementation, dtype=dtype.name)[0]
+    dtype = result_dtype(_NAME, dtype, x if x_scales is None else x_scales)
+    return (_OPERATOR if x_scales is None else _BOTH)(operands, implementation=implementation, dtype=dtype)[0]
+
+
+def quantised_operands(
+    operator: str, x: tuple[str, Any], w: tuple[str, Any], scales: Any, zeros: Any, x_scales: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """x, w (each given with its name), scales and zeros as arrays of dtypes that go together; shapes are left to
+    check."""
+    (x_name, given_x), (w_name, given_w) = x, w
+    one, other = checks.array(operator, x_name, given_x), checks.array(operator, w_name, given_w)
+    if other.dtype not in INTEGERS + FLOATS:
+        allowed = ", ".join(dtype.name for dtype in INTEGERS + FLOATS)
+        raise TypeError(f"{operator}: {w_name} must be of one of {allowed}, got {other.dtype}")
+    quantised = one.dtype == jnp.int8
+    if not quantised and one.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise TypeError(
+            f"{operator}: {x_name} must be float32, bfloat16, float16, or int8 with {x_name}_scales, got {one.dtype}"
+        )
+    if quantised != (x_scales is not None):
+        wanted = f"must be given for an int8 {x_name}" if quantised else f"are for an int8 {x_name}, not {one.dtype}"
+        raise ValueError(f"{operator}: {x_name}_scales {wanted}, got {'None' if quantised else 'an array'}")
+    scales = checks.floating(operator, "scales", scales)
+    if zeros is not None:
+        zeros = checks.array(operator, "zeros", zeros)
+        if other.dtype in FLOATS:
+            raise ValueError(f"{operator}: zeros are for integer {w_name}, not {other.dtype}, got an array")
+        if jnp.issubdtype(zeros.dtype, jnp.integer):
+            zeros = zeros.astype(scales.dtype if scales.dtype != jnp.float16 else jnp.float32)
+        zeros = checks.floating(operator, "zeros", zeros)
+    return one, other, scales, zeros
+
+
+def result_dtype(operator: str, dtype: Any, like: jax.Array) -> str:
+    """The name of `dtype`, or of that of `like` where it is None."""
+    dtype = like.dtype if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{operator}: dtype must be floating, got {dtype}")
+    return dtype.name

@@ -168,6 +168,20 @@ CASES = (
         ("lhs=3x9x7x30", "rhs=3x2x30x17", "bias=17", "residual=3x9x7x17"),
         ("window_strides=(1,1)", "padding=SAME", "rhs_dilation=(2,1)", "dimension_numbers=('NHWC','HWIO','NHWC')"),
     ),
+    Case(
+        "quantized_conv",
+        "main",
+        ("lhs=8x28x28x256:int8", "rhs=3x3x256x256:int8", "scales=1x1x1x256:float32", "lhs_scales=8x1x1x1", "bias=256"),
+        ("window_strides=(1,1)", "padding=SAME", "dimension_numbers=('NHWC','HWIO','NHWC')", "activation=jaxops.relu"),
+        kernel=False,
+    ),
+    Case(
+        "quantized_conv",
+        "awkward",
+        ("lhs=3x9x7x30", "rhs=3x2x30x17:int4", "scales=3x2x2x17:float32", "bias=17", "residual=3x5x7x17"),
+        ("window_strides=(2,1)", "padding=SAME", "dimension_numbers=('NHWC','HWIO','NHWC')"),
+        kernel=False,
+    ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
 )
 

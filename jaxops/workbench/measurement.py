@@ -100,6 +100,12 @@ USUAL = {
         (),
         *_PAGES,
     ),
+    "quantized_conv": Usual(
+        ("lhs=BxSxSxC", "rhs=3x3xCxC:int8", "scales=1x1x1xC:float32", "bias=C"),
+        ("window_strides=(1,1)", "padding=SAME", "dimension_numbers=('NHWC','HWIO','NHWC')", "activation=jaxops.relu"),
+        {"B": 8, "S": 28, "C": 64},
+        {"B": 8, "S": 28, "C": 256},
+    ),
     "quantized_matmul": Usual(("x=MxK", "w=KxN:int8", "scales=1xN:float32"), (), *_PRODUCT),
     "ragged_dot": Usual(("lhs=MxK", "rhs=GxKxN", "group_sizes=G:int32"), (), *_GROUPS),
     "relu": Usual(("x=RxD",), (), *_ROWS),

@@ -245,6 +245,16 @@ def jax_conv(
     return y if residual is None else y + residual
 
 
+def jax_quantized_conv(lhs, rhs, scales, *window, zeros=None, lhs_scales=None, dtype=None, **rest):
+    """The convolution of what the integers stand for, of jax.lax and jax.numpy: all is widened, then convolved."""
+    dtype = dtype or (lhs.dtype if lhs_scales is None else lhs_scales.dtype)
+    parts = [whole // part for whole, part in zip(rhs.shape, scales.shape, strict=True)]
+    spread = lambda a: jnp.kron(a.astype(jnp.float32), jnp.ones(parts))
+    weights = rhs.astype(jnp.float32) if zeros is None else rhs.astype(jnp.float32) - spread(zeros)
+    lhs = lhs if lhs_scales is None else lhs.astype(jnp.float32) * lhs_scales
+    return jax_conv(lhs.astype(dtype), (weights * spread(scales)).astype(dtype), *window, **rest).astype(dtype)
+
+
 def jax_quantized_matmul(x, w, scales, zeros=None, *, x_scales=None, bias=None, dtype=None):
     """(x_scales · x) · (scales · (w - zeros)) + bias, of jax.numpy: the weights are widened, then multiplied."""
     dtype = dtype or (x.dtype if x_scales is None else x_scales.dtype)
@@ -662,6 +672,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "conv": jax_conv,
         "matmul": jax_matmul,
         "paged_attention": jax_paged_attention,
+        "quantized_conv": jax_quantized_conv,
         "quantized_matmul": jax_quantized_matmul,
         "ragged_dot": jax_ragged_dot,
         "relu": jax_relu,

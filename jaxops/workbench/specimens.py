@@ -51,6 +51,10 @@ USUAL: dict[str, tuple[str, str]] = {
         " query_starts=4:int32<10",
         "",
     ),
+    "quantized_conv": (
+        "lhs=2x9x7x30 rhs=3x2x30x17:int8 scales=1x2x3x17 bias=17 residual=2x5x7x17",
+        "window_strides=(2,1) padding=SAME dimension_numbers=('NHWC','HWIO','NHWC')",
+    ),
     "quantized_matmul": ("x=30x256 w=256x129:int8 scales=2x129 bias=129", ""),
     "ragged_dot": ("lhs=70x65 rhs=3x65x129 group_sizes=3:int32<50", ""),
     "relu": ("x=30x129", ""),
@@ -471,6 +475,23 @@ def _matmul(c: _Chance) -> tuple[dict, dict]:
     return operands, {**activation, "precision": c.of(None, "'highest'")}
 
 
+def _quantized_conv(c: _Chance) -> tuple[dict, dict]:
+    operands, options = _conv(c)
+    lhs, rhs, dtype = operands["lhs"].shape, operands["rhs"].shape, operands["lhs"].dtype
+    kind, quantised = c.of("int8", "int4"), c.of(False, True)
+    most = 127 if kind == "int8" else 7
+    parts = tuple(c.of(1, size) for size in rhs)
+    operands["rhs"] = Operand(rhs, kind, f"random.integers(-{most}, {most} + 1, {rhs})")
+    operands["scales"] = Operand(parts, dtype, f"random.uniform(0.5, 1.5, {parts}) / {most}")
+    if c.of(False, True):
+        operands["zeros"] = Operand(parts, "float32", f"random.integers(-5, 6, {parts})")
+    if quantised:
+        images = tuple(size if axis == 0 else 1 for axis, size in enumerate(lhs))
+        operands["lhs"] = Operand(lhs, "int8", f"random.integers(-127, 128, {lhs})")
+        operands["lhs_scales"] = Operand(images, dtype, f"random.uniform(0.5, 1.5, {images}) / 127")
+    return operands, options
+
+
 def _quantized(c: _Chance) -> tuple[dict, dict]:
     dtype, group, groups, columns = c.of(*DTYPES, "float16"), c.of(128, 32, 64, 7), c.of(1, 2, 4), c.size()
     kind, quantised = c.of("int8", "int4"), c.of(False, True)
@@ -600,6 +621,7 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "matmul": _matmul,
     "max_pool": _pool,
     "paged_attention": _paged,
+    "quantized_conv": _quantized_conv,
     "quantized_matmul": _quantized,
     "ragged_dot": _ragged,
     "relu": _elementwise,

@@ -203,6 +203,14 @@ class _Chance:
         most = min(self.most, self.most if most is None else most)
         return self.of(*[size for size in SIZES if size < most], most)
 
+    def features(self, dtype: str, most: int | None = None) -> int:
+        """The size of an axis that the gradient of a product is summed over; in 16 bits at least 16.
+
+        In 16 bits what comes before the product is rounded: a sum of two or three such terms may all but cancel, and
+        its error is then a matter of luck.
+        """
+        return self.size(most) if dtype == "float32" else max(16, self.size(most))
+
     def shape(self, *last: int) -> tuple[int, ...]:
         """Zero to two leading axes, then `last`."""
         rank = self.of(0, 1, 2)
@@ -385,10 +393,8 @@ def _images(c: _Chance) -> dict:
 
 
 def _cross_entropy(c: _Chance) -> tuple[dict, dict]:
-    dtype, hidden = c.of(*DTYPES, "float16"), c.size(130)
-    # In 16 bits the gradient of the logits is rounded before it is multiplied with the weight, which tells where a
-    # capped softmax over two or three columns all but cancels.
-    vocab = c.size() if dtype == "float32" else max(16, c.size())
+    dtype = c.of(*DTYPES, "float16")
+    hidden, vocab = c.features(dtype, 130), c.features(dtype)
     leading = c.shape()
     operands = {
         "x": normal((*leading, hidden), dtype),
@@ -411,8 +417,8 @@ def _distillation(c: _Chance) -> tuple[dict, dict]:
     def layer(hidden):  # logits of size 1, as those of models are
         return Operand((hidden, vocab), dtype, f"random.standard_normal({(hidden, vocab)}) / {hidden}**0.5")
 
-    dtype, hidden, teacher_hidden, leading = c.of(*DTYPES, "float16"), c.size(130), c.size(130), c.shape()
-    vocab = c.size() if dtype == "float32" else max(16, c.size())
+    dtype, leading = c.of(*DTYPES, "float16"), c.shape()
+    hidden, teacher_hidden, vocab = c.features(dtype, 130), c.features(dtype, 130), c.features(dtype)
     operands = {
         "x": normal((*leading, hidden), dtype),
         "weight": layer(hidden),
@@ -541,7 +547,8 @@ def _sparse_2_4(c: _Chance) -> tuple[dict, dict]:
 
 
 def _gated(c: _Chance) -> tuple[dict, dict]:
-    dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
+    dtype, inner = c.of(*DTYPES, "float16"), c.size()
+    columns = c.features(dtype)
     weights = {name: normal((inner, columns), dtype) for name in ("w_gate", "w_up")}
     options = {"activation": _activation(c), "precision": c.of(None, "'highest'")}
     return {"x": normal(c.shape(inner), dtype), **weights}, options

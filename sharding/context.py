@@ -198,26 +198,32 @@ class _Ring:
     implementation: dispatch.Implementation
     names: tuple[str, ...]
 
-    def pieces(self, distance: int, keys: int) -> tuple[_Piece | None, ...]:
-        """What there is to do for keys that are `distance` devices before the queries; None is nothing."""
+    def pieces(self, distance: int, keys: int) -> list[_Piece | None]:
+        """What there is to do for keys that are `distance` devices before the queries; None is nothing.
+
+        All devices have as many. There are two after the first step: the compiler lets what is sent travel beside one.
+        """
         everything = (0, self.rows), (0, keys)
-        if self.band.open:
-            return (_Piece(*everything),)
         if distance == 0:
-            causal = (("is_causal", True), ("local_window_size", None))
             window = (("is_causal", False), ("local_window_size", (self.band.left, self.band.right)))
-            return (_Piece(*everything, causal if self.band == Band(None, 0) else window),)
-        if self.balanced:  # the first piece and the shapes of both are those of every device
-            early, late = (0, self.rows // 2), (self.rows // 2, self.rows)
-            return _Piece(late, early), _Piece(early, early) if distance > 0 else _Piece(late, late)
-        shift, last = distance * self.rows, self.rows - 1
+            plain = {Band(): (), Band(None, 0): (("is_causal", True),)}
+            return [_Piece(*everything, plain.get(self.band, window))]
+        cut = (self.rows + 1) // 2
+        early, late = (0, cut), (cut, self.rows)
+        if self.balanced:
+            return [_Piece(late, early), _Piece(early, early) if distance > 0 else _Piece(late, late)]
+        return [self.shifted(half, keys, distance * self.rows) for half in (early, late) if half[0] < half[1]]
+
+    def shifted(self, queries: tuple[int, int], keys: int, distance: int) -> _Piece | None:
+        """The piece of these queries, `distance` rows after the keys."""
+        distance, last = distance + queries[0], queries[1] - queries[0] - 1
         left, right = self.band.left, self.band.right
-        left = None if left is None or left - shift >= last else left - shift
-        right = None if right is None or right + shift >= last else right + shift
-        if any(side is not None and side < -last for side in (left, right)):
-            return (None,)
+        left = None if left is None or left - distance >= last else left - distance
+        right = None if right is None or right + distance >= keys - 1 else right + distance
+        if (left is not None and left <= -keys) or (right is not None and right < -last):
+            return None
         band = Band(left, right)
-        return (_Piece(*everything, () if band.open else (("mask_mod", _Shifted(band)),)),)
+        return _Piece(queries, (0, keys), () if band.open else (("mask_mod", _Shifted(band)),))
 
     def steps(self, keys: int) -> list[list[tuple[_Piece | None, _Piece | None]]]:
         """For each step t its pieces, each of the devices from t on and of those before, whose ring has wrapped."""
@@ -225,7 +231,7 @@ class _Ring:
         for step in range(self.size):
             mine = self.pieces(step, keys)
             found.append(list(zip(mine, self.pieces(step - self.size, keys) if step else mine, strict=True)))
-        while found[-1] == [(None, None)]:
+        while all(pair == (None, None) for pair in found[-1]):
             found.pop()
         return found
 
@@ -349,10 +355,11 @@ def _ring_backward(ring: _Ring, operands: tuple, dout: jax.Array) -> list[jax.Ar
                 *([found["sinks"]] if first and "sinks" in more else []),
             )
 
-        for pair in pieces:
-            dq, dk, dv, *sunk = ring.run(step, pair, differentiate, nothing)
-            dquery, dmoving = dquery + dq, [dmoving[0] + dk, dmoving[1] + dv]
-            dsinks += sunk
+        parts = [ring.run(step, pair, differentiate, nothing) for pair in pieces]
+        dq, dk, dv = (functools.reduce(jnp.add, (x.astype(wide) for x in xs)) for xs in zip(*(p[:3] for p in parts)))
+        dsinks += [x for part in parts for x in part[3:]]
+        # Last: what arrives for it travels beside all parts.
+        dquery, dmoving = dquery + dq, [dmoving[0] + dk, dmoving[1] + dv]
         if not last:
             moving, dquery, dmoving = lax.optimization_barrier((arriving, dquery, dmoving))
             dmoving = ring.send(dmoving)

@@ -34,7 +34,7 @@ _NAME = "context_parallel_attention"
 
 
 def context_order(length: int, parts: int) -> np.ndarray:
-    """int32 [length]: the positions of a sequence in the balanced order, of which each of `parts` devices has its share.
+    """int32 [length]: the positions of a sequence in the balanced order, in which `parts` devices share it evenly.
 
     The sequence is cut in 2 · parts blocks; device c has block c and block 2 · parts - 1 - c, so that causal attention
     gives all devices the same work. `x[:, context_order(S, C)]` is what to split; `y[:, argsort(context_order(S, C))]`
@@ -272,7 +272,7 @@ class _Ring:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, pairs), x)
 
 
-def _split(ring: _Ring, operands: tuple) -> tuple:
+def _split(ring: _Ring, operands: tuple) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
     """(query, what travels, further operands by name)"""
     query, key, value, *more = operands
     named = dict(zip(ring.names, more, strict=True))
@@ -356,7 +356,7 @@ def _ring_backward(ring: _Ring, operands: tuple, dout: jax.Array) -> list[jax.Ar
             )
 
         parts = [ring.run(step, pair, differentiate, nothing) for pair in pieces]
-        dq, dk, dv = (functools.reduce(jnp.add, (x.astype(wide) for x in xs)) for xs in zip(*(p[:3] for p in parts)))
+        dq, dk, dv = (functools.reduce(jnp.add, [part[i].astype(wide) for part in parts]) for i in range(3))
         dsinks += [x for part in parts for x in part[3:]]
         # Last: what arrives for it travels beside all parts.
         dquery, dmoving = dquery + dq, [dmoving[0] + dk, dmoving[1] + dv]
@@ -370,7 +370,7 @@ def _ring_backward(ring: _Ring, operands: tuple, dout: jax.Array) -> list[jax.Ar
 def _plain(ring: _Ring, *operands: jax.Array) -> tuple[jax.Array]:
     """The same of gathered keys, in JAX's own derivatives of every order. It holds a mask of [T / C, S]."""
     query, moving, more = _split(ring, operands[:-2])
-    whole = {name: collectives.all_gather(x, ring.axis, 1) for name, x in moving.items()}
+    whole: dict[str, Any] = {name: collectives.all_gather(x, ring.axis, 1) for name, x in moving.items()}
     mask = None
     if not ring.band.open:
         mine = context_positions(query.shape[1], axis=ring.axis, balanced=ring.balanced)
@@ -383,7 +383,7 @@ def _plain(ring: _Ring, *operands: jax.Array) -> tuple[jax.Array]:
     return (out,)
 
 
-def _backward(ring: _Ring, operands: tuple, cotangents: tuple) -> list[jax.Array | None]:
+def _backward(ring: _Ring, operands: tuple, cotangents: tuple) -> tuple[jax.Array | None, ...]:
     moved = 4 if "sinks" in ring.names else 3
 
     def plainly(*args):
@@ -396,7 +396,7 @@ def _backward(ring: _Ring, operands: tuple, cotangents: tuple) -> list[jax.Array
 
     run = lambda *args: _ring_backward(ring, args[:-1], args[-1])
     found = _differentiated_as(plainly, run)(*operands, cotangents[0])
-    return [*found, *[None] * (len(operands) - moved)]
+    return *found, *[None] * (len(operands) - moved)
 
 
 def _differentiated_as(plain: Callable, f: Callable) -> Callable:

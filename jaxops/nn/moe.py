@@ -37,8 +37,12 @@ def mixture(
     dtype = jnp.result_type(x, gate, up, down) if dtype is None else dtype
     tokens = x.reshape(-1, x.shape[-1])
     routing = route(tokens, router, dtype, top_k, normalize=normalize, axis_names=axis_names, precision=precision)
+    tokens, gate, up, down = (array.astype(dtype) for array in (tokens, gate, up, down))
     y = gated_experts(
-        *(array.astype(dtype) for array in (tokens, gate, up, down)),
+        tokens,
+        gate,
+        up,
+        down,
         routing.group_sizes,
         routing.rows,
         routing.row_weights,
@@ -70,7 +74,7 @@ def gated_experts(
     precision: Any,
     implementation: Implementation,
 ) -> jax.Array:
-    """y[rows_i] += w_i · (activation(x_i · gate_j) ∘ (x_i · up_j)) · down_j,  x_i = tokens[rows_i], rows in groups j."""
+    """y[rows_i] += w_i · (activation(x_i · gate_j) ∘ (x_i · up_j)) · down_j,  x_i = tokens[rows_i], of group j."""
     wide = jnp.promote_types(tokens.dtype, jnp.float32)
 
     def product(a: jax.Array, b: jax.Array, **fused: Any) -> jax.Array:

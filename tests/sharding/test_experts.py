@@ -106,7 +106,7 @@ def test_what_has_no_slot_is_dropped():
 
 
 def test_what_is_sent():
-    """Rows to their experts and back, and the counts; backward the same two of gradients. Nothing else along the axis."""
+    """Rows to their experts and back, and the counts; backward the same two of gradients, and nothing else."""
     plain, _ = layers(2)
     mesh = sharding.make_mesh(data=2, expert=4)
     f = run(2, mesh, capacity=1.0)
@@ -128,7 +128,7 @@ def test_the_layer_on_whole_arrays(kind):
         _, split = layers(2)
         assert split.gate.kernel[...].sharding.spec == P("expert", None, None)
         assert error(jax.device_get(split(jax.device_put(X, BATCH))), plain(X)) < 1e-5
-        with pytest.raises(ValueError, match="return_routing must be False outside a jax.shard_map over 'expert'"):
+        with pytest.raises(ValueError, match="return_routing must be False outside a"):
             split(X, return_routing=True)
     y, routing = split(X, return_routing=True)  # without a mesh
     assert error(y, plain(X)) < 1e-6 and routing.group_sizes.sum() == 8 * 7 * 2

@@ -112,6 +112,26 @@ class Operator:
             lambda *xs: tuple(operator_p.bind(*varying_alike(xs), call=call))[:count], self.partition, *there.values()
         )
 
+    def gradients(
+        self,
+        operands: Mapping[str, Any],
+        outputs: tuple[jax.Array, ...],
+        cotangents: tuple[jax.Array, ...],
+        *,
+        implementation: dispatch.Implementation = None,
+        **static: Any,
+    ) -> Arrays:
+        """What the backward rule of an operator without residuals says of outputs that the caller has, by name.
+
+        cotangents: of the differentiable outputs. For a part of a larger call, whose outputs these are: JAX must not
+        differentiate it, as it would take them for those of this call.
+        """
+        there = {name: x for name, x in operands.items() if x is not None}
+        order = dispatch.order_of(self.name, implementation)
+        call = _Call(self, "backward", tuple(there), tuple(sorted(static.items())), order, outputs=len(outputs))
+        found = operator_p.bind(*varying_alike((*there.values(), *outputs, *cotangents)), call=call)
+        return dict(zip(call.differentiable, found, strict=True))
+
     def refusal(self, platform: str, operands: Mapping[str, Any], static: Mapping[str, Any]) -> str | None:
         """Why the kernel of `platform` ("tpu" or "gpu") would not serve these operands, or None."""
         kernel = getattr(self, platform)

@@ -7,6 +7,10 @@ from sharding.collectives import all_gather_same as all_gather_same
 from sharding.collectives import all_to_all as all_to_all
 from sharding.collectives import copy as copy
 from sharding.collectives import reduce_scatter as reduce_scatter
+from sharding.context import context_order as context_order
+from sharding.context import context_parallel_attention as context_parallel_attention
+from sharding.context import context_positions as context_positions
+from sharding.experts import expert_parallel_mixture as expert_parallel_mixture
 from sharding.gradient_reduction import GradientReduction as GradientReduction
 from sharding.gradient_reduction import ReductionState as ReductionState
 from sharding.gradient_reduction import gradient_reduction as gradient_reduction

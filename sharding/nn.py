@@ -21,10 +21,11 @@ from flax import nnx
 from flax.core.spmd import shard_value
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh, reshard
 
-from jaxops.nn import TransformerBlock
+from jaxops.nn import MoE, TransformerBlock
 from jaxops.nn.attention import attend
 from jaxops.nn.implementation import without_kernels
 from sharding import tensor
+from sharding.experts import expert_parallel_mixture
 from sharding.mesh import check_spec, path_name
 
 BATCH = ("data", "fsdp")
@@ -272,6 +273,74 @@ class ParallelTransformerBlock(TransformerBlock):
             sequence=self.sequence,
             overlap=self.overlap,
         )
+
+
+class ExpertParallelMoE(MoE):
+    """y[T_X] = Σ_j w_j · (activation(x · gate_j) ∘ (x · up_j)) · down_j over a token's top_k experts, experts split
+    over X.
+
+    Forward: two all-to-alls, of the tokens to their experts and back. Backward: two more. The tokens are split over X,
+    too. Parameters, names and shapes are those of `jaxops.nn.MoE`, and so are checkpoints.
+
+    Args:
+      in_features, hidden_features, num_experts: whole sizes. X must divide the experts, and the first dimension of x.
+      axis: the mesh axis X.
+      capacity: None (no token is dropped), or as in `sharding.expert_parallel_mixture`.
+      **arguments: further ones of `jaxops.nn.MoE`; of `axis_names` the losses' mean is over X, too.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        num_experts: int,
+        *,
+        axis: str = "expert",
+        capacity: float | None = None,
+        rngs: nnx.Rngs,
+        **arguments: Any,
+    ):
+        super().__init__(in_features, hidden_features, num_experts, rngs=rngs, **arguments)
+        self.axis, self.capacity = axis, capacity
+        _place(self.router, "kernel", None, None)
+        for experts in (self.gate, self.up, self.down):
+            _place(experts, "kernel", axis, None, None)
+
+    def __call__(self, x: jax.Array, *, return_routing: bool = False) -> Any:
+        """`x[batch, ..., in_features]` to `[batch, ..., out_features]`.
+
+        With `return_routing` also the device's `jaxops.Routing` with the losses: inside a shard_map over the axis, or
+        on a mesh without it. Raises `ValueError` otherwise.
+        """
+        mesh = get_abstract_mesh()
+        if return_routing and self.axis in mesh.manual_axes:
+            return self.local(x, return_routing=True)
+        if mesh.shape.get(self.axis, 1) == 1:
+            return super().__call__(x, return_routing=return_routing)
+        if return_routing:
+            raise ValueError(
+                f"{type(self).__name__}: return_routing must be False outside a jax.shard_map over {self.axis!r}, "
+                "as every device has a routing of its own"
+            )
+        return _run(self, super().__call__, x, whole=1, split=-x.ndim, out_split=-x.ndim)
+
+    def local(self, x: jax.Array, *, return_routing: bool = False) -> Any:
+        """The layer on the device's tokens and experts."""
+        names = (self.axis_names,) if isinstance(self.axis_names, str) else self.axis_names
+        y, routing, _ = expert_parallel_mixture(
+            x,
+            *(part.kernel[...] for part in (self.router, self.gate, self.up, self.down)),
+            top_k=self.top_k,
+            axis=self.axis,
+            capacity=self.capacity,
+            normalize=self.normalize,
+            activation=self.activation,
+            axis_names=(self.axis, *(name for name in names if name != self.axis)) if return_routing else (),
+            dtype=self.dtype,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+        return (y, routing) if return_routing else y
 
 
 def _linear(layer, function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:

@@ -36,19 +36,53 @@ def mixture(
     went where: what NNX and Linen layers share."""
     dtype = jnp.result_type(x, gate, up, down) if dtype is None else dtype
     tokens = x.reshape(-1, x.shape[-1])
+    routing = route(tokens, router, dtype, top_k, normalize=normalize, axis_names=axis_names, precision=precision)
+    tokens, gate, up, down = (array.astype(dtype) for array in (tokens, gate, up, down))
+    y = gated_experts(
+        tokens,
+        gate,
+        up,
+        down,
+        routing.group_sizes,
+        routing.rows,
+        routing.row_weights,
+        activation=activation,
+        precision=precision,
+        implementation=implementation,
+    )
+    return y.reshape(*x.shape[:-1], y.shape[-1]), routing
+
+
+def route(tokens: jax.Array, router: jax.Array, dtype: Any, top_k: int, *, precision: Any, **options: Any) -> Routing:
+    """`top_k_routing` of tokens · router, of a layer that computes in `dtype`."""
     wide = jnp.promote_types(dtype, jnp.float32)
     # The choice of experts is discrete: rounding the logits to 16 bits would change it.
     logits = jnp.matmul(tokens.astype(wide), router.astype(wide), precision=precision)
-    routing = top_k_routing(logits, top_k, normalize=normalize, axis_names=axis_names)
-    tokens, gate, up, down = (array.astype(dtype) for array in (tokens, gate, up, down))
+    return top_k_routing(logits, top_k, **options)
+
+
+def gated_experts(
+    tokens: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    group_sizes: jax.Array,
+    rows: jax.Array,
+    row_weights: jax.Array | None = None,
+    *,
+    activation: Callable[[jax.Array], jax.Array],
+    precision: Any,
+    implementation: Implementation,
+) -> jax.Array:
+    """y[rows_i] += w_i · (activation(x_i · gate_j) ∘ (x_i · up_j)) · down_j,  x_i = tokens[rows_i], of group j."""
+    wide = jnp.promote_types(tokens.dtype, jnp.float32)
 
     def product(a: jax.Array, b: jax.Array, **fused: Any) -> jax.Array:
-        return ragged_dot(a, b, routing.group_sizes, precision, implementation=implementation, **fused)
+        return ragged_dot(a, b, group_sizes, precision, implementation=implementation, **fused)
 
-    gates, ups = (product(tokens, weight, lhs_rows=routing.rows).astype(wide) for weight in (gate, up))
-    hidden = (activation(gates) * ups).astype(dtype)
-    y = product(hidden, down, out_rows=routing.rows, out_weights=routing.row_weights, out_size=tokens.shape[0])
-    return y.reshape(*x.shape[:-1], y.shape[-1]), routing
+    gates, ups = (product(tokens, weight, lhs_rows=rows).astype(wide) for weight in (gate, up))
+    hidden = (activation(gates) * ups).astype(tokens.dtype)
+    return product(hidden, down, out_rows=rows, out_weights=row_weights, out_size=tokens.shape[0])
 
 
 class Experts(nnx.Module):

@@ -430,8 +430,10 @@ def _backward(
     score_mod=None,
     mask_mod=None,
     dropout_rate=0.0,
+    part=False,
     **operands,
 ):
+    """part: the keys are some of those that `outputs` are of."""
     del residuals
     call = _Call.of(operands, scale, is_causal, local_window_size, logits_soft_cap, score_mod, mask_mod, dropout_rate)
     query, key, value = (operands[name] for name in ("query", "key", "value"))
@@ -445,7 +447,7 @@ def _backward(
         dout, lse = jnp.where(seen[..., None], dout, 0), jnp.where(seen, lse, jnp.inf)
     delta = jnp.sum(dout.astype(wide) * out.astype(wide), axis=-1)
 
-    whole = call.keys <= call.columns  # a row is in one tile
+    whole = call.keys <= call.columns and not part  # a row is in one tile
     # The terms of such a gradient cancel, but for what sinks take: the rounding of out, by way of delta, would be seen.
     same_for_keys = call.bias is not None and call.bias.shape[4] == 1 < call.keys and not whole
     by_rows = [call.by_rows(x) for x in (query, dout, delta[..., None])] + [call.by_rows(lse[..., None], jnp.inf)]
@@ -564,6 +566,10 @@ _OPERATOR = Operator(
     cost=_cost,
     note=_note,
 )
+
+# Of some of the keys: (out, lse) of these, the lse inf where a query sees none of them, and gradients (by
+# `PART.gradients`) from the out and the lse of all keys. The kernels do not tell the two apart.
+PART = dataclasses.replace(_OPERATOR, xla=Rules(_forward, functools.partial(_backward, part=True)))
 
 
 def dot_product_attention(

@@ -4,11 +4,12 @@ the last and over the channels of a group.
     dx = r · (h - mean(h) - x̂ · mean(h · x̂)),   h = dy · scale,   x̂ = (x - mean) · r
     dscale = Σ dy · x̂,   dbias = Σ dy
 
-x[batch, positions, channels] is read twice, by two kernels: for the sums, then for the result. A block has a share of
-the positions and of the channels, whole groups; its warpgroups stream tiles of it by TMA. Every thread keeps the
+A block has a share of the channels of x[batch, positions, channels], whole groups. Where all positions of one batch fit
+its shared memory, they stay there: x is read once. Else x is read twice, by two kernels, for the sums and for the
+result, and a block has a share of the positions, too. Its warpgroups stream tiles by TMA. Every thread keeps the
 statistics of what it sees of its channels, and joins those of each tile as Chan, Golub and LeVeque do (1983): nothing
 cancels. Threads, warpgroups and blocks are joined in the same way; the last by the second kernel, which also writes the
-parameters' gradients, so that nothing is left to XLA.
+parameters' gradients. XLA is left with those of several batches that were read once.
 
 `batch_norm` is the same with all its positions in one batch and a group for every channel.
 """
@@ -111,66 +112,79 @@ class Load:
         positions = math.prod(x.shape[1:-1])
         return Load(x.shape[0], positions, channels, size, itemsize, 2 if phase == "backward" else 1)
 
-    @functools.cached_property
-    def columns(self) -> Columns | None:
-        """Whole groups, that divide the channels, 128 bytes wide or what is nearest; None: a group is too wide."""
+    def columns(self, width: int) -> Columns | None:
+        """So many channels in the widest reads that leave few to a thread; None: they cannot be a block's."""
+        if width < 1 or self.channels % width or width % math.lcm(self.size, 16 // self.itemsize) or width > MAX_COPY:
+            return None
+        found = (
+            Columns(width, vector) for vector in (8, 4, 2, 1) if vector * self.itemsize <= 16 and not width % vector
+        )
+        return next((columns for columns in found if columns.held <= HELD), None)
+
+    def widths(self) -> list[int]:
+        """Those a block can have, the best first: 128 bytes or what is nearest."""
         unit = math.lcm(self.size, 16 // self.itemsize)
-        found = [
-            Columns(width, vector)
-            for width in range(unit, min(self.channels, MAX_COPY) + 1, unit)
-            for vector in (8, 4, 2, 1)
-            if self.channels % width == 0 and width % vector == 0 and vector * self.itemsize <= 16
-        ]
-        fit = [columns for columns in found if columns.held <= HELD]
-        wide = [columns for columns in fit if columns.width * self.itemsize >= 128]
-        if wide:
-            return min(wide, key=lambda c: (c.width, -c.vector))
-        return max(fit, key=lambda c: (c.width, c.vector), default=None)
+        fit = [width for width in range(unit, MAX_COPY + 1, unit) if self.columns(width)]
+        return sorted(fit, key=lambda width: (short := width * self.itemsize < 128, -width if short else width))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """`blocks` of `groups` warpgroups, each with `stages` slots for tiles to arrive in and `stores` to leave; a tile is
-    `steps` reads of a warpgroup high."""
+    """`blocks` of `groups` warpgroups and `width` channels. A tile is `steps` reads of a warpgroup high; each has
+    `stages` slots for tiles to arrive in and `stores` to leave. No stages: all tiles stay, each in a slot of its
+    own."""
 
     blocks: int
     groups: int
+    width: int
     steps: int
     stages: int
     stores: int
 
+    def slots(self, load: Load, columns: Columns) -> int:
+        """Tiles of a warpgroup in shared memory."""
+        return self.stages or pl.cdiv(pl.cdiv(load.positions, self.steps * columns.rows), self.groups)
+
     def smem_bytes(self, load: Load) -> int:
         """Shared memory of a block: of the kernel that takes more."""
-        columns = load.columns
+        columns = load.columns(self.width)
         assert columns is not None
         part = THREADS * columns.held
         slot = self.steps * part * load.itemsize
-        sums = self.stages * load.arriving * slot + 2 * part * 4
-        write = (self.stages * load.arriving + self.stores) * slot
-        return self.groups * max(sums, write) + 32 * (columns.width + columns.piece) + 4096
+        arriving, sums = self.slots(load, columns) * load.arriving * slot, 2 * part * 4
+        most = max(arriving + sums, arriving + self.stores * slot) if self.stages else arriving + sums
+        return self.groups * most + 32 * (columns.width + columns.piece) + 4096
 
     def allowed(self, load: Load) -> bool:
         """Whether the copies are short enough, and shared memory and registers suffice."""
-        columns = load.columns
-        if columns is None or min(dataclasses.astuple(self)) < 1 or self.groups > 8 or self.stages < 2:
+        columns = load.columns(self.width)
+        if columns is None or min(self.blocks, self.groups, self.steps, self.stores) < 1 or self.groups > 8:
             return False
         if self.steps * columns.rows > MAX_COPY or self.steps * columns.held * self.groups > 64 * GROUPS:
             return False
-        share = pl.cdiv(self.blocks, chips.current("gpu").cores)
+        if self.stages == 1 or self.stages < 0 or self.slots(load, columns) > 16:
+            return False
+        share = pl.cdiv(self.blocks, chips.current("gpu").cores) if self.stages else 1
         return self.smem_bytes(load) * share <= chips.current("gpu").smem_bytes
 
     @staticmethod
     def default(load: Load) -> "Tiles | None":
-        """One block on every multiprocessor, tiles as high as fit: what a tile costs is then shared by most rows.
+        """All positions at once where they fit and at least 32 bytes of channels to a block give most of the
+        multiprocessors work. Else one block on each, tiles as high as fit: what a tile costs is then shared by most
+        rows.
 
         None: nothing fits.
         """
         blocks = chips.current("gpu").cores
-        for steps, stages, stores in ((8, 2, 1), (4, 3, 2), (4, 2, 1), (2, 3, 2), (2, 2, 1), (1, 4, 2), (1, 2, 1)):
-            tiles = Tiles(blocks, GROUPS, steps, stages, stores)
-            if tiles.allowed(load):
-                return tiles
-        return None
+        at_once = [
+            Tiles(blocks, GROUPS, width, steps, 0, 1)
+            for width in load.widths()
+            if width * load.itemsize >= 32 and 4 * load.batch * (load.channels // width) >= 3 * blocks
+            for steps in (8, 4, 2, 1)
+        ]
+        depths = ((8, 2, 1), (4, 3, 2), (4, 2, 1), (2, 3, 2), (2, 2, 1), (1, 4, 2), (1, 2, 1))
+        twice = [Tiles(blocks, GROUPS, width, *depth) for width in load.widths()[:1] for depth in depths]
+        return next((tiles for tiles in (*at_once, *twice) if tiles.allowed(load)), None)
 
 
 def unsupported(x, scale, bias, *, num_groups: int, eps: float) -> str | None:
@@ -224,9 +238,10 @@ def candidates(phase: str, x, scale, bias, *, num_groups: int, eps: float) -> It
     """The default, then lower tiles, more of them on their way, and two blocks on a multiprocessor."""
     load, cores = Load.of(phase, x, num_groups), chips.current("gpu").cores
     found = [
-        Tiles(share * cores, groups, steps, *depth)
+        Tiles(share * cores, groups, width, steps, *depth)
+        for width in load.widths()[:3]
         for share, groups, steps in itertools.product((1, 2), (GROUPS, 2, 8), (8, 4, 2, 1))
-        for depth in ((2, 1), (2, 2), (3, 2), (4, 2))
+        for depth in ((0, 1), (2, 1), (2, 2), (3, 2), (4, 2))
     ]
     yield from (t for t in dict.fromkeys([Tiles.default(load), *found]) if t is not None and t.allowed(load))
 
@@ -240,12 +255,13 @@ class Share:
     """What a warpgroup has of x: `count` tiles of its block's positions and channels, from the tile `first` on."""
 
     def __init__(self, load: Load, tiles: Tiles):
-        assert load.columns is not None
-        self.load, self.tiles, self.columns = load, tiles, load.columns
+        columns = load.columns(tiles.width)
+        assert columns is not None
+        self.load, self.tiles, self.columns, self.slots = load, tiles, columns, tiles.slots(load, columns)
         self.height = tiles.steps * self.columns.rows
         self.slices = load.channels // self.columns.width
         total = pl.cdiv(load.positions, self.height)
-        chunks = max(1, tiles.blocks // (load.batch * self.slices))
+        chunks = max(1, tiles.blocks // (load.batch * self.slices)) if tiles.stages else 1
         self.each = pl.cdiv(total, chunks * tiles.groups)
         self.chunks, self.total = pl.cdiv(total, self.each * tiles.groups), total
         self.span = self.each * tiles.groups * self.height  # positions of a block
@@ -278,7 +294,7 @@ class Share:
             [lambda slot, smem=smem: smem.at[self.group, slot] for smem in slots],
             lambda slot: ready.at[self.group, slot],
             self.count,
-            self.tiles.stages,
+            self.slots,
             body,
             init,
         )
@@ -400,9 +416,9 @@ class Share:
         """The kernel. Scratch: tiles that arrive, that leave; what warpgroups join; lines of numbers of channels."""
         tiles, columns = self.tiles, self.columns
         scratch: dict[str, Any] = dict(
-            arrived=[plgpu.SMEM((tiles.groups, tiles.stages, self.height, columns.width), a.dtype) for a in slots],
+            arrived=[plgpu.SMEM((tiles.groups, self.slots, self.height, columns.width), a.dtype) for a in slots],
             leaving=[plgpu.SMEM((tiles.groups, tiles.stores, self.height, columns.width), a.dtype) for a in leaving],
-            ready=plgpu.Barrier(num_barriers=(tiles.groups, tiles.stages), num_arrivals=len(slots)),
+            ready=plgpu.Barrier(num_barriers=(tiles.groups, self.slots), num_arrivals=len(slots)),
             met=plgpu.Barrier(num_arrivals=tiles.groups),
             vectors=plgpu.SMEM((max(vectors, 1), columns.width), f32),
             sums=plgpu.SMEM((tiles.groups, 2, columns.rows, columns.width) if summed else (1,), f32),
@@ -427,12 +443,14 @@ class Share:
         plgpu.barrier_wait(met)
 
     def write(self, refs, ref, arrived, leaving, ready, init, result):
-        """Streams tiles and writes result(parts of the arrays, columns) to where they came from."""
+        """Streams tiles and writes result(columns)(parts of the arrays) to where they came from. If all tiles stay they
+        have arrived, and the result takes the place of the first array."""
 
         def one(i, slot, _):
-            out = lax.rem(i, self.tiles.stores)
-            target = leaving.at[self.group, out]
-            plgpu.wait_smem_to_gmem(self.tiles.stores - 1, wait_read_only=True)  # the slot's last store has left
+            target = arrived[0].at[self.group, slot]
+            if self.tiles.stages:
+                target = leaving[0].at[self.group, lax.rem(i, self.tiles.stores)]
+                plgpu.wait_smem_to_gmem(self.tiles.stores - 1, wait_read_only=True)  # the slot's last store has left
             for columns in self.parts():
                 compute = result(columns)
                 for k in range(self.tiles.steps):
@@ -442,30 +460,40 @@ class Share:
             plgpu.copy_smem_to_gmem(target, self.tile(ref)(i))
             return ()
 
-        self.stream(refs, arrived, ready, one, init)
+        if self.tiles.stages:
+            self.stream(refs, arrived, ready, one, init)
+        else:
+            init()
+            lax.fori_loop(0, self.count, lambda i, _: one(i, i, ()), ())
         plgpu.wait_smem_to_gmem(0)
 
+    def hand_over(self, values, sums, met):
+        """Puts what this warpgroup has summed, a list of values for each part, where the first one joins them."""
+        for over, pair in zip(self.parts(), values, strict=True):
+            for which, value in enumerate(pair):
+                plgpu.store(sums.at[self.group, which, :, over], value, optimized=False)
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
 
-def _statistics(share: Share, x, name: str):
-    """float32 [partials, 2, channels]: mean and Σ (x - mean)² of the positions of each block."""
-    tiles, columns, positions = share.tiles, share.columns, share.load.positions
-    steps, ragged = tiles.steps, positions % share.height > 0
-    shape = (columns.rows, columns.across)
+    def handed(self, sums, group, which):
+        return plgpu.load(sums.at[group, which], layout=self.columns.joined, optimized=False)
 
-    def body(x_ref, partials_ref, *, arrived, leaving, ready, met, vectors, sums, lines):
-        s = share.enter()
+    def statistics(self, x_ref, arrived, ready, met, sums):
+        """Streams x; (mean, Σ (x - mean)²) of every channel of this block, to be called in the first warpgroup."""
+        columns, steps, positions = self.columns, self.tiles.steps, self.load.positions
+        ragged, shape = positions % self.height > 0, (columns.rows, columns.across)
 
         def collect(i, slot, carry):
-            row, before = (s.first + i) * s.height, (i * steps).astype(f32)
+            row, before = (self.first + i) * self.height, (i * steps).astype(f32)
             count: Any = float(steps)
             inverse, weight = 1 / count, count / (before + count)
             if ragged:
-                count = s.positions(row, columns.rows, steps, columns.layout, shape)
+                count = self.positions(row, columns.rows, steps, columns.layout, shape)
                 inverse, weight = 1 / jnp.maximum(count, 1.0), count / jnp.maximum(before + count, 1.0)
                 index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=columns.layout)
             found = []
-            for over, (mean, square) in zip(s.parts(), carry, strict=True):
-                values = [s.read(arrived[0].at[s.group, slot], k, over) for k in range(steps)]
+            for over, (mean, square) in zip(self.parts(), carry, strict=True):
+                values = [self.read(arrived[0].at[self.group, slot], k, over) for k in range(steps)]
                 here = functools.reduce(jnp.add, values) * inverse  # past the end x is 0
                 apart = [value - here for value in values]
                 if ragged:
@@ -479,46 +507,82 @@ def _statistics(share: Share, x, name: str):
             plgpu.commit_smem()  # orders the reads before the copies that follow
             return tuple(found)
 
-        init = tuple((s.zeros(), s.zeros()) for _ in s.parts())
-        for over, pair in zip(s.parts(), s.stream([x_ref], arrived, ready, collect, init), strict=True):
-            for which, value in enumerate(pair):
-                plgpu.store(sums.at[s.group, which, :, over], value, optimized=False)
-        plgpu.barrier_arrive(met)
-        plgpu.barrier_wait(met)
+        init = tuple((self.zeros(), self.zeros()) for _ in self.parts())
+        self.hand_over(self.stream([x_ref], arrived, ready, collect, init), sums, met)
 
-        @pl.when(s.group == 0)
-        def _():
+        def read(group):
+            first = self.first_of(group)
+            count = self.count_of(first)
             whole = (columns.rows, columns.width)
+            numbers = self.positions(first * self.height, columns.rows, count * steps, columns.joined, whole)
+            total = lax.clamp(0, positions - first * self.height, count * self.height).astype(f32)
+            return numbers, total, self.handed(sums, group, 0), self.handed(sums, group, 1)
 
-            def read(group):
-                first = s.first_of(group)
-                count = s.count_of(first)
-                numbers = s.positions(first * s.height, columns.rows, count * steps, columns.joined, whole)
-                total = lax.clamp(0, positions - first * s.height, count * s.height).astype(f32)
-                load = lambda which: plgpu.load(sums.at[group, which], layout=columns.joined, optimized=False)
-                return numbers, total, load(0), load(1)
+        return lambda: self.joined(self.tiles.groups, read)
 
-            for which, line in enumerate(s.joined(tiles.groups, read)):
-                plgpu.store(partials_ref.at[s.batch * s.chunks + s.chunk, which, s.over], line, optimized=False)
+    def products(self, refs, mean_ref, spread_ref, eps, arrived, ready, met, sums, vectors):
+        """Streams x and dy; (Σ dy, Σ dy · x̂) of every channel of this block, to be called in the first warpgroup."""
 
-    like = jax.ShapeDtypeStruct((share.partials, 2, share.load.channels), f32)
-    return share.call(body, f"{name}_statistics", like, [x], [], 0, True, [x])
+        def collect(i, slot, carry):
+            del i
+            found = []
+            for over, (shift, slope) in zip(self.parts(), carry, strict=True):
+                mean = self.along(vectors, 0, over)
+                for k in range(self.tiles.steps):
+                    x, dy = (self.read(smem.at[self.group, slot], k, over) for smem in arrived)
+                    shift, slope = shift + dy, slope + dy * (x - mean)  # past the end dy is 0
+                found.append((shift, slope))
+            plgpu.commit_smem()  # orders the reads before the copies that follow
+            return tuple(found)
+
+        def init():
+            self.first_group(met, lambda: plgpu.store(vectors.at[0], self.from_groups(mean_ref), optimized=False))
+            return tuple((self.zeros(), self.zeros()) for _ in self.parts())
+
+        self.hand_over(self.stream(refs, arrived, ready, collect, init), sums, met)
+
+        def join():
+            def add(group, totals):
+                return tuple(t + jnp.sum(self.handed(sums, group, which), axis=0) for which, t in enumerate(totals))
+
+            shift, slope = lax.fori_loop(0, self.tiles.groups, add, (self.no_line(), self.no_line()))
+            return shift, slope * _inverse(self.from_groups(spread_ref), eps)
+
+        return join
+
+    def put_partials(self, partials_ref, lines):
+        """In the first warpgroup, as sums of this block."""
+
+        @pl.when(self.group == 0)
+        def _():
+            for which, line in enumerate(lines()):
+                row = self.batch * self.chunks + self.chunk
+                plgpu.store(partials_ref.at[row, which, self.over], line, optimized=False)
+
+    @property
+    def sums_of_blocks(self):
+        return jax.ShapeDtypeStruct((self.partials, 2, self.load.channels), f32)
 
 
 def normalized(x, scale, bias, load: Load, tiles: Tiles, *, eps: float, name: str, inverse: bool):
     """(y like x[batch, positions, channels], mean, var), both float32 [batch, groups]; r for var if `inverse`."""
     share = Share(load, tiles)
     columns, count = share.columns, load.size * load.positions
-    partials = _statistics(share, x, name)
 
-    def body(
-        x_ref, scale_ref, bias_ref, partials_ref, y_ref, mean_ref, var_ref,
-        *, arrived, leaving, ready, met, vectors, sums, lines,
-    ):  # fmt: skip
+    def collect(x_ref, partials_ref, *, arrived, leaving, ready, met, vectors, sums, lines):
+        s = share.enter()
+        s.put_partials(partials_ref, s.statistics(x_ref, arrived, ready, met, sums))
+
+    partials = []
+    if tiles.stages:
+        partials = [share.call(collect, f"{name}_statistics", share.sums_of_blocks, [x], [], 0, True, [x])]
+
+    def body(x_ref, scale_ref, bias_ref, *refs, arrived, leaving, ready, met, vectors, sums, lines):
+        *partials_ref, y_ref, mean_ref, var_ref = refs
         s = share.enter()
         MEAN, GAIN, BIAS = range(3)
 
-        def finish():
+        def of_blocks():
             size = columns.piece
 
             def read(i):
@@ -529,9 +593,14 @@ def normalized(x, scale, bias, load: Load, tiles: Tiles, *, eps: float, name: st
                 most = min(size * s.span, load.positions)  # in 32 bits
                 total = lax.clamp(0, load.positions - start * s.span, most).astype(f32)
                 row, rows = s.batch * s.chunks + start, s.chunks - start
-                return numbers, total, *(s.rows_of(partials_ref, which, row, rows) for which in (0, 1))
+                return numbers, total, *(s.rows_of(partials_ref[0], which, row, rows) for which in (0, 1))
 
-            mean, square = s.joined(pl.cdiv(s.chunks, size), read)
+            return s.joined(pl.cdiv(s.chunks, size), read)
+
+        own_statistics = of_blocks if tiles.stages else s.statistics(x_ref, arrived, ready, met, sums)
+
+        def finish():
+            mean, square = own_statistics()
             if load.size > 1:
                 own, mean = mean, s.over_group(mean, lines) * (1 / load.size)
                 square = s.over_group(square + float(load.positions) * (own - mean) * (own - mean), lines)
@@ -551,55 +620,12 @@ def normalized(x, scale, bias, load: Load, tiles: Tiles, *, eps: float, name: st
             mean, gain, add = (s.along(vectors, which, over) for which in (MEAN, GAIN, BIAS))
             return lambda x: (x - mean) * gain + add
 
-        s.write([x_ref], y_ref, arrived, leaving[0], ready, lambda: s.first_group(met, finish) or (), result)
+        s.write([x_ref], y_ref, arrived, leaving, ready, lambda: s.first_group(met, finish) or (), result)
 
     statistic = jax.ShapeDtypeStruct((load.batch, load.channels // load.size), f32)
-    return share.call(body, name, [x, statistic, statistic], [x], [x], 3, False, [x, scale, bias, partials])
-
-
-def _products(share: Share, x, dy, mean, spread, eps, name):
-    """float32 [partials, 2, channels]: Σ dy and Σ dy · x̂ of the positions of each block."""
-    tiles, columns = share.tiles, share.columns
-
-    def body(x_ref, dy_ref, mean_ref, spread_ref, partials_ref, *, arrived, leaving, ready, met, vectors, sums, lines):
-        s = share.enter()
-        means = lambda: plgpu.store(vectors.at[0], s.from_groups(mean_ref), optimized=False)
-
-        def collect(i, slot, carry):
-            del i
-            found = []
-            for over, (shift, slope) in zip(s.parts(), carry, strict=True):
-                mean = s.along(vectors, 0, over)
-                for k in range(tiles.steps):
-                    x, dy = (s.read(smem.at[s.group, slot], k, over) for smem in arrived)
-                    shift, slope = shift + dy, slope + dy * (x - mean)  # past the end dy is 0
-                found.append((shift, slope))
-            plgpu.commit_smem()  # orders the reads before the copies that follow
-            return tuple(found)
-
-        def init():
-            s.first_group(met, means)
-            return tuple((s.zeros(), s.zeros()) for _ in s.parts())
-
-        for over, pair in zip(s.parts(), s.stream([x_ref, dy_ref], arrived, ready, collect, init), strict=True):
-            for which, value in enumerate(pair):
-                plgpu.store(sums.at[s.group, which, :, over], value, optimized=False)
-        plgpu.barrier_arrive(met)
-        plgpu.barrier_wait(met)
-
-        @pl.when(s.group == 0)
-        def _():
-            def add(group, totals):
-                load = lambda which: plgpu.load(sums.at[group, which], layout=columns.joined, optimized=False)
-                return tuple(total + jnp.sum(load(which), axis=0) for which, total in enumerate(totals))
-
-            shift, slope = lax.fori_loop(0, tiles.groups, add, (s.no_line(), s.no_line()))
-            slope *= _inverse(s.from_groups(spread_ref), eps)
-            for which, line in enumerate((shift, slope)):
-                plgpu.store(partials_ref.at[s.batch * s.chunks + s.chunk, which, s.over], line, optimized=False)
-
-    like = jax.ShapeDtypeStruct((share.partials, 2, share.load.channels), f32)
-    return share.call(body, f"{name}_sums", like, [x, dy], [], 1, True, [x, dy, mean, spread])
+    leaving = [x] if tiles.stages else []
+    operands = [x, scale, bias, *partials]
+    return share.call(body, name, [x, statistic, statistic], [x], leaving, 3, not tiles.stages, operands)
 
 
 def _inverse(spread, eps: float | None):
@@ -613,22 +639,42 @@ def gradients(
     """(dx like x[batch, positions, channels], dscale, dbias). spread: r, or with `eps` the variance; both it and mean
     are float32 [batch, groups], as dmean and dvar, the cotangents of mean and variance, or None."""
     share = Share(load, tiles)
-    partials = _products(share, x, dy, mean, spread, eps, name)
     more = [a for a in (dmean, dvar) if a is not None]
     count = load.size * load.positions
 
-    def body(x_ref, dy_ref, scale_ref, mean_ref, spread_ref, partials_ref, *refs, **scratch):
-        arrived, leaving, ready, met, vectors, lines = (
-            scratch[name] for name in ("arrived", "leaving", "ready", "met", "vectors", "lines")
-        )
-        *more_refs, dx_ref, dscale_ref, dbias_ref = refs
+    def collect(
+        x_ref, dy_ref, mean_ref, spread_ref, partials_ref, *, arrived, leaving, ready, met, vectors, sums, lines
+    ):
+        s = share.enter()
+        found = s.products([x_ref, dy_ref], mean_ref, spread_ref, eps, arrived, ready, met, sums, vectors)
+        s.put_partials(partials_ref, found)
+
+    partials = []
+    if tiles.stages:
+        operands = [x, dy, mean, spread]
+        partials = [share.call(collect, f"{name}_sums", share.sums_of_blocks, [x, dy], [], 1, True, operands)]
+
+    def body(
+        x_ref, dy_ref, scale_ref, mean_ref, spread_ref, *refs, arrived, leaving, ready, met, vectors, sums, lines
+    ):  # fmt: skip
+        *more_refs, dx_ref, first_ref, second_ref = refs
         s = share.enter()
         MEAN, GAIN, LEVEL, SLOPE = range(4)
+        if tiles.stages:
+            sums_ref = more_refs.pop(0)
+
+            def found():
+                return tuple(s.added(sums_ref, which, s.batch * s.chunks, s.chunks) for which in (0, 1))
+        else:
+            found = s.products([x_ref, dy_ref], mean_ref, spread_ref, eps, arrived, ready, met, sums, vectors)
 
         def finish():
+            shift, slope = found()
+            if not tiles.stages:
+                for ref, line in ((first_ref, slope), (second_ref, shift)):
+                    plgpu.store(ref.at[s.batch, s.over], line, optimized=False)
             mean, r = s.from_groups(mean_ref), _inverse(s.from_groups(spread_ref), eps)
-            weight, first = s.line(scale_ref.at[s.over]), s.batch * s.chunks
-            shift, slope = (s.added(partials_ref, which, first, s.chunks) for which in (0, 1))
+            weight = s.line(scale_ref.at[s.over])
             level = r * s.over_group(shift * weight, lines) * (1 / count)
             slope = r * r * s.over_group(slope * weight, lines) * (1 / count)
             left = list(more_refs)
@@ -644,17 +690,24 @@ def gradients(
             return lambda x, dy: dy * gain - level - (x - mean) * slope
 
         init = lambda: s.first_group(met, finish) or ()
-        s.write([x_ref, dy_ref], dx_ref, arrived, leaving[0], ready, init, result)
+        s.write([x_ref, dy_ref], dx_ref, arrived, leaving, ready, init, result)
+        if tiles.stages:
 
-        @pl.when((s.group == 0) & (s.batch == 0) & (s.chunk == 0))
-        def _():
-            for which, ref in ((1, dscale_ref), (0, dbias_ref)):
-                line = s.added(partials_ref, which, 0, load.batch * s.chunks)
-                plgpu.store(ref.at[s.over], line.astype(ref.dtype), optimized=False)
+            @pl.when((s.group == 0) & (s.batch == 0) & (s.chunk == 0))
+            def _():
+                for which, ref in ((1, first_ref), (0, second_ref)):
+                    line = s.added(sums_ref, which, 0, load.batch * s.chunks)
+                    plgpu.store(ref.at[s.over], line.astype(ref.dtype), optimized=False)
 
-    outs = [x, *(jax.ShapeDtypeStruct((load.channels,), dtype) for dtype in (scale.dtype, bias_dtype))]
-    operands = [x, dy, scale, mean, spread, partials, *more]
-    return share.call(body, f"{name}_backward", outs, [x, dy], [x], 4, False, operands)
+    dtypes, leaving = (scale.dtype, bias_dtype), [x] if tiles.stages else []
+    outs = [jax.ShapeDtypeStruct((load.channels,), dtype) for dtype in dtypes]
+    if not tiles.stages:
+        outs = [jax.ShapeDtypeStruct((load.batch, load.channels), f32)] * 2
+    operands = [x, dy, scale, mean, spread, *partials, *more]
+    dx, *found = share.call(body, f"{name}_backward", [x, *outs], [x, dy], leaving, 4, not tiles.stages, operands)
+    if not tiles.stages:
+        found = [a.sum(0).astype(dtype) for a, dtype in zip(found, dtypes, strict=True)]
+    return dx, *found
 
 
 def flat(a, load: Load):

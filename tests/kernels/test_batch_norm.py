@@ -22,12 +22,18 @@ CASES = [  # shape of x, dtype of x, of the parameters, tiles, whether the stati
     pytest.param(((70, 384), bf16, bf16, Tiles(70, 32, 128, 256), True), marks=slow),  # x in one block of positions
     pytest.param(((3, 1, 300), f32, f32, None, True), marks=slow),
 ]
-FEW = GpuTiles(blocks=4, groups=2, steps=1, stages=2, stores=1)  # slots are used again, blocks are joined
+
+
+def few(width, stages=2):  # slots are used again, blocks are joined; no stages: all is read once
+    return GpuTiles(blocks=4, groups=2, width=width, steps=1, stages=stages, stores=1)
+
+
 GPU = [
-    ((3, 50, 16), f32, f32, FEW, True),
+    ((3, 50, 16), f32, f32, few(16), True),
+    ((3, 50, 16), bf16, f32, few(8, 0), True),
     pytest.param(((5, 7, 30), bf16, f32, None, True), marks=slow),  # channels are filled up
-    pytest.param(((2, 500, 8), "float16", bf16, FEW, False), marks=slow),  # the last tile is partial
-    pytest.param(((64, 128), f32, f32, FEW, True), marks=slow),  # all tiles are whole
+    pytest.param(((2, 500, 8), "float16", bf16, few(8), False), marks=slow),  # the last tile is partial
+    pytest.param(((64, 128), f32, f32, few(32), True), marks=slow),  # all tiles are whole
     pytest.param(((1, 40), bf16, bf16, None, True), marks=slow),
 ]
 

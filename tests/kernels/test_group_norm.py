@@ -24,14 +24,22 @@ TPU = [
     pytest.param(((2, 70, 320), 32, bf16, bf16, Tiles(32, 16, 256)), marks=slow),
     pytest.param(((2, 8, 8, 512), 4, bf16, f32, Tiles(64, 32, 128)), marks=slow),
 ]
-FEW = gpu.group_norm.Tiles(blocks=8, groups=2, steps=1, stages=2, stores=1)  # slots are used again
+
+
+def few(width, stages=2):  # slots are used again; no stages: all is read once
+    return gpu.group_norm.Tiles(blocks=8, groups=2, width=width, steps=1, stages=stages, stores=1)
+
+
 GPU = [
-    ((2, 50, 24), 6, f32, f32, FEW),  # a group is half of what is read at once
+    ((2, 50, 24), 6, f32, f32, few(24)),
+    ((2, 50, 24), 6, f32, f32, few(12, 0)),  # a group is half of what is read at once
     pytest.param(((2, 5, 7, 30), 6, bf16, f32, None), marks=slow),  # channels are filled up
-    pytest.param(((2, 90, 16), 16, bf16, f32, FEW), marks=slow),  # each channel by itself
+    pytest.param(((2, 90, 16), 16, bf16, f32, few(16)), marks=slow),  # each channel by itself
     pytest.param(((3, 8), 1, f32, bf16, None), marks=slow),  # no positions but one
-    pytest.param(((2, 70, 96), 2, "float16", bf16, FEW), marks=slow),  # 48 channels of a group
-    pytest.param(((1, 64, 64), 4, f32, f32, FEW), marks=slow),  # all tiles are whole
+    pytest.param(((2, 70, 96), 2, "float16", bf16, few(48)), marks=slow),  # 48 channels of a group
+    pytest.param(((1, 64, 64), 4, f32, f32, few(32)), marks=slow),  # all tiles are whole
+    pytest.param(((2, 300, 64), 4, bf16, f32, few(32, 0)), marks=slow),
+    pytest.param(((2, 300, 64), 64, bf16, f32, few(64, 0)), marks=slow),
 ]
 
 

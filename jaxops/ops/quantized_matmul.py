@@ -63,7 +63,8 @@ def quantized_matmul(
     are stored, once; no wider copy of them is in memory where a kernel serves.
 
     Args:
-      x: floating [..., k] (float32, bfloat16 or float16); or int8 [..., k] with `x_scales`.
+      x: floating [..., k] (float32, bfloat16 or float16); or int8, float8_e4m3fn or float8_e5m2 [..., k] with
+        `x_scales`.
       w: int8, int4, float8_e4m3fn or float8_e5m2 [k, n].
       scales: floating [g, n]: one for each column of each of g groups of k / g consecutive rows of w; g = 1 is one for
         each column.
@@ -117,13 +118,15 @@ def quantised_operands(
     if other.dtype not in INTEGERS + FLOATS:
         allowed = ", ".join(dtype.name for dtype in INTEGERS + FLOATS)
         raise TypeError(f"{operator}: {w_name} must be of one of {allowed}, got {other.dtype}")
-    quantised = one.dtype == jnp.int8
+    quantised = one.dtype in (jnp.dtype(jnp.int8), *FLOATS)
     if not quantised and one.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise TypeError(
-            f"{operator}: {x_name} must be float32, bfloat16, float16, or int8 with {x_name}_scales, got {one.dtype}"
+            f"{operator}: {x_name} must be float32, bfloat16, float16, or int8 or float8 with {x_name}_scales, "
+            f"got {one.dtype}"
         )
     if quantised != (x_scales is not None):
-        wanted = f"must be given for an int8 {x_name}" if quantised else f"are for an int8 {x_name}, not {one.dtype}"
+        of = f"an int8 or float8 {x_name}"
+        wanted = f"must be given for {of}" if quantised else f"are for {of}, not {one.dtype}"
         raise ValueError(f"{operator}: {x_name}_scales {wanted}, got {'None' if quantised else 'an array'}")
     scales = checks.floating(operator, "scales", scales)
     if zeros is not None:

@@ -108,6 +108,15 @@ def test_float8_activations(x_kind, w_kind, groups):
         assert np.sum(np.asarray(gradients[name], np.float64) * x) == pytest.approx(change, rel=1e-4, abs=1e-3)
 
 
+def test_one_scale_a_column_of_float8_is_left_to_xla():
+    x, e4m3 = jnp.ones((16, 256), jnp.bfloat16), jnp.float8_e4m3fn
+    for groups, kind, runs in ((1, e4m3, "xla"), (2, e4m3, "pallas"), (1, jnp.int8, "pallas")):
+        told = jaxops.explain(
+            jaxops.quantized_matmul, x, jnp.ones((256, 128), kind), jnp.ones((groups, 128)), target="v5e"
+        )
+        assert [line.implementation for line in told.lines] == [runs]
+
+
 ARRAYS = st.tuples(st.just(3), st.sampled_from([1, 2]), st.just(5), st.integers(0, 2**32 - 1))  # each shape is compiled
 
 

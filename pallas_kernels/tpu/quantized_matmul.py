@@ -175,6 +175,8 @@ def _kernel(x_ref, w_ref, scales_ref, zeros_ref, x_scales_ref, bias_ref, y_ref, 
         w = w_ref[rows, :]
         if s.integer:
             return w.astype(jnp.int8)
+        if s.w in FLOATS and not s.group % LANES:
+            return w.astype(kind)
         w = (w.astype(jnp.int32) if s.bits < 8 else w).astype(f32)
         if s.group % LANES:  # scaled before the product
             of_group = scales_ref[...].astype(f32)[:, None, :]
@@ -195,7 +197,7 @@ def _kernel(x_ref, w_ref, scales_ref, zeros_ref, x_scales_ref, bias_ref, y_ref, 
 
     def taken(strip, rows):
         x = x_ref[strip, rows]
-        return x if s.x == kind else x.astype(f32).astype(kind)
+        return x.astype(kind)
 
     def product(x, rows):
         return lax.dot(x, weights(rows), precision=precision, preferred_element_type=jnp.int32 if s.integer else f32)

@@ -81,6 +81,42 @@ def test_integers_are_exact():
     np.testing.assert_array_equal(y, (x.astype(np.int64) @ w.astype(np.int64)).astype(np.float32))
 
 
+@pytest.mark.parametrize("w_kind", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("x_kind", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_float8_activations(x_kind, w_kind, groups):
+    """The product of what the numbers stand for, its value and its gradients."""
+    random = np.random.default_rng(0)
+    rows = jaxops.quantize(random.standard_normal((33, 130)).astype(np.float32), x_kind)
+    w = jaxops.quantize(random.standard_normal((130, 65)).astype(np.float32), w_kind, axis=0, group_size=130 // groups)
+    operands = dict(scales=w.scales, x_scales=rows.scales, bias=jnp.asarray(random.standard_normal(65), jnp.float32))
+
+    def oracle(scales, x_scales, bias):
+        wide = lambda x: np.asarray(x).astype(np.float64)
+        return (wide(rows.values) * x_scales) @ (wide(w.values) * np.repeat(scales, 130 // groups, 0)) + bias
+
+    ours = lambda operands: jaxops.quantized_matmul(rows.values, w.values, **operands)
+    y = jax.jit(ours)(operands)
+    exact = {name: np.asarray(x, np.float64) for name, x in operands.items()}
+    want = oracle(**exact)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    _, pull = jax.vjp(ours, operands)
+    (gradients,) = pull(jnp.ones_like(y))
+    for name, x in exact.items():  # y is linear in each
+        change = (oracle(**exact | {name: x * 2}) - want).sum()
+        assert np.sum(np.asarray(gradients[name], np.float64) * x) == pytest.approx(change, rel=1e-4, abs=1e-3)
+
+
+def test_one_scale_a_column_of_float8_is_left_to_xla():
+    x, e4m3 = jnp.ones((16, 256), jnp.bfloat16), jnp.float8_e4m3fn
+    for groups, kind, runs in ((1, e4m3, "xla"), (2, e4m3, "pallas"), (1, jnp.int8, "pallas")):
+        told = jaxops.explain(
+            jaxops.quantized_matmul, x, jnp.ones((256, 128), kind), jnp.ones((groups, 128)), target="v5e"
+        )
+        assert [line.implementation for line in told.lines] == [runs]
+
+
 ARRAYS = st.tuples(st.just(3), st.sampled_from([1, 2]), st.just(5), st.integers(0, 2**32 - 1))  # each shape is compiled
 
 
@@ -145,8 +181,12 @@ call = jaxops.quantized_matmul
         (lambda: call(X, W.astype(float), S), TypeError, "w must be of one of int8, int4, .*got float32"),
         (lambda: call(X, W.T, S), ValueError, r"w must have shape \(6, n\) for x \(4, 6\), got \(7, 6\); is it trans"),
         (lambda: call(X.astype(jnp.int32), W, S), TypeError, "x must be float32, .*got int32"),
-        (lambda: call(X.astype(jnp.int8), W, S), ValueError, "x_scales must be given for an int8 x, got None"),
-        (lambda: call(X, W, S, x_scales=jnp.ones((4, 1))), ValueError, "x_scales are for an int8 x, not float32"),
+        (lambda: call(X.astype(jnp.int8), W, S), ValueError, "x_scales must be given for an int8 or float8 x, got"),
+        (
+            lambda: call(X, W, S, x_scales=jnp.ones((4, 1))),
+            ValueError,
+            "x_scales are for an int8 or float8 x, not float32",
+        ),
         (
             lambda: call(X.astype(jnp.int8), W, S, x_scales=jnp.ones(4)),
             ValueError,

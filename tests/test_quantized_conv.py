@@ -181,8 +181,8 @@ def test_integers_are_exact():
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
 def test_float8(kind):
     lhs, rhs, *rest = operands_of((2, 3, 9), (4, 3, 3), (2, 1, 1), kind=kind).values()
-    for whole in (False, True):
-        rows = jaxops.quantize(lhs, axis=(1, 2))
+    for whole in (None, "int8", kind):
+        rows = jaxops.quantize(lhs, whole or "int8", axis=(1, 2))
         given = (rows.values, dict(lhs_scales=rows.scales)) if whole else (jnp.float32(lhs), {})
         got, want = (f(given[0], rhs, *map(jnp.float32, rest), (1,), "SAME", **given[1]) for f in (call, plain))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
@@ -218,13 +218,21 @@ ONE = ((1,), "SAME")
             TypeError,
             "quantized_conv: rhs must be of one of int8, int4, .*32",
         ),
-        (lambda: call(X.astype(jnp.int32), W, S, *ONE), TypeError, "lhs must be float32, .*int8 with lhs_scales, got"),
+        (
+            lambda: call(X.astype(jnp.int32), W, S, *ONE),
+            TypeError,
+            "lhs must be float32, .*float8 with lhs_scales, got",
+        ),
         (
             lambda: call(X.astype(jnp.int8), W, S, *ONE),
             ValueError,
-            "lhs_scales must be given for an int8 lhs, got None",
+            "lhs_scales must be given for an int8 or float8 lhs, got",
         ),
-        (lambda: call(X, W, S, *ONE, lhs_scales=S), ValueError, "lhs_scales are for an int8 lhs, not float32"),
+        (
+            lambda: call(X, W, S, *ONE, lhs_scales=S),
+            ValueError,
+            "lhs_scales are for an int8 or float8 lhs, not float32",
+        ),
         (
             lambda: call(X.astype(jnp.int8), W, S, *ONE, lhs_scales=jnp.ones(2)),
             ValueError,

@@ -65,7 +65,8 @@ def quantized_conv(
     `jaxops.quantize(lhs, axis=(1, 2, 3))` return is what this takes.
 
     Args:
-      lhs: floating (float32, bfloat16 or float16) or, with `lhs_scales`, int8; axes as in `jaxops.conv`.
+      lhs: floating (float32, bfloat16 or float16) or, with `lhs_scales`, int8, float8_e4m3fn or float8_e5m2; axes as in
+        `jaxops.conv`.
       rhs: int8, int4, float8_e4m3fn or float8_e5m2.
       scales: floating, of the rank of rhs: each axis divides that of rhs, and a scale is for as many consecutive
         elements. [1, 1, 1, out] is one for each output channel of [h, w, in, out], [1, 1, 1, 1] one for all.

@@ -63,7 +63,8 @@ def quantized_matmul(
     are stored, once; no wider copy of them is in memory where a kernel serves.
 
     Args:
-      x: floating [..., k] (float32, bfloat16 or float16); or int8 [..., k] with `x_scales`.
+      x: floating [..., k] (float32, bfloat16 or float16); or int8, float8_e4m3fn or float8_e5m2 [..., k] with
+        `x_scales`.
       w: int8, int4, float8_e4m3fn or float8_e5m2 [k, n].
       scales: floating [g, n]: one for each column of each of g groups of k / g consecutive rows of w; g = 1 is one for
         each column.
@@ -71,7 +72,8 @@ def quantized_matmul(
       x_scales: floating [..., 1], one for each row of x.
       bias: floating [n] or None.
       dtype: of y; None: the dtype of x, or for quantised x that of x_scales.
-      implementation: None (the best that can run), "pallas", "xla", or a sequence tried in order.
+      implementation: None, "pallas", "xla", or a sequence tried in order. None: the kernel as far as it serves, but
+        XLA, which is faster there, for float8 w with one scale a column.
 
     Returns:
       y[..., n]. Products of integers are exact, others are summed in float32; y is rounded once, at the end. In XLA,
@@ -104,6 +106,8 @@ def quantized_matmul(
         bias = checks.floating(_NAME, "bias", bias, shape=(n,), of="the last axis of w")
     operands = dict(x=x, w=w, scales=scales, zeros=zeros, x_scales=x_scales, bias=bias)
     dtype = result_dtype(_NAME, dtype, x if x_scales is None else x_scales)
+    if implementation is None and w.dtype in FLOATS and scales.shape[0] == 1:
+        implementation = "xla"  # which converts float8 in fewer steps, if there is nothing to scale within the sum
     return (_OPERATOR if x_scales is None else _BOTH)(operands, implementation=implementation, dtype=dtype)[0]
 
 
@@ -117,13 +121,15 @@ def quantised_operands(
     if other.dtype not in INTEGERS + FLOATS:
         allowed = ", ".join(dtype.name for dtype in INTEGERS + FLOATS)
         raise TypeError(f"{operator}: {w_name} must be of one of {allowed}, got {other.dtype}")
-    quantised = one.dtype == jnp.int8
+    quantised = one.dtype in (jnp.dtype(jnp.int8), *FLOATS)
     if not quantised and one.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise TypeError(
-            f"{operator}: {x_name} must be float32, bfloat16, float16, or int8 with {x_name}_scales, got {one.dtype}"
+            f"{operator}: {x_name} must be float32, bfloat16, float16, or int8 or float8 with {x_name}_scales, "
+            f"got {one.dtype}"
         )
     if quantised != (x_scales is not None):
-        wanted = f"must be given for an int8 {x_name}" if quantised else f"are for an int8 {x_name}, not {one.dtype}"
+        of = f"an int8 or float8 {x_name}"
+        wanted = f"must be given for {of}" if quantised else f"are for {of}, not {one.dtype}"
         raise ValueError(f"{operator}: {x_name}_scales {wanted}, got {'None' if quantised else 'an array'}")
     scales = checks.floating(operator, "scales", scales)
     if zeros is not None:

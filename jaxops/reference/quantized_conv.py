@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxops.quantization import Quantized, dequantize
+from jaxops.reference.quantized_matmul import as_they_are
 
 
 def quantized_conv(
@@ -36,8 +37,7 @@ def quantized_conv(
         return jnp.expand_dims(x.astype(wide).reshape(-1), [i for i in range(lhs.ndim) if i != axis])
 
     if zeros is None and scales.size == scales.shape[outputs]:  # one number for a whole sum: rhs as it is
-        exact = whole and jnp.issubdtype(rhs.dtype, jnp.integer)
-        kind, sums = (jnp.int8, jnp.int32) if exact else (wide if whole else lhs.dtype, wide)
+        kind, sums = as_they_are(lhs.dtype, rhs.dtype, wide)
         z = lax.conv_general_dilated(lhs.astype(kind), rhs.astype(kind), preferred_element_type=sums, **geometry)
         each = jnp.repeat(scales.reshape(-1), rhs.shape[outputs] // max(scales.size, 1))
         z = z.astype(wide) * along(numbers.out_spec[1], each)

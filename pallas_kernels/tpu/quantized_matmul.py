@@ -7,7 +7,7 @@ sum in float32 is scaled:
     y = Σ_groups scales_g · (x_g · w_g - (Σ_row x_g) · zeros_g)
 
 Smaller groups, of 32 or 64 rows, are scaled before the product, rounded to the dtype of x as XLA would. Quantised x is
-multiplied as it is, in integers, and each row scaled at the end.
+multiplied as it is, in integers, or of float8 in bfloat16, which holds it exactly, and each row scaled at the end.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from pallas_kernels import chips
 from pallas_kernels.padding import round_up
 
 f32 = jnp.float32
+FLOATS = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 LANES = 128
 SLACK = 6 << 20  # VMEM left to the compiler
 
@@ -78,6 +79,11 @@ class Sizes:
         return self.x == jnp.int8
 
     @property
+    def kind(self) -> Any:
+        """The dtype in which the matrix unit takes x and w; of integers int8."""
+        return jnp.dtype(jnp.bfloat16) if self.x in FLOATS else self.x
+
+    @property
     def bits(self) -> int:
         return jnp.iinfo(self.w).bits if jnp.issubdtype(self.w, jnp.integer) else 8
 
@@ -94,25 +100,30 @@ class Sizes:
         return strip if tiles.m > 2 * strip and tiles.m % strip == 0 else tiles.m
 
     def widened(self, tiles: Tiles) -> bool:
-        """Whether a block of w is widened to the dtype of x once, and kept for the strips."""
-        return self.strip(tiles) < tiles.m and self.w != self.x
+        """Whether a block of w is widened once, and kept for the strips."""
+        return self.strip(tiles) < tiles.m and self.w != self.kind
 
     def memory(self, tiles: Tiles) -> int:
         """Bytes of VMEM: blocks twice, the sums, and a block of w widened."""
         m, n, k = round_up(tiles.m, 32), round_up(tiles.n, LANES), round_up(tiles.k, LANES)
         blocks = 2 * (m * k * self.x.itemsize + k * n * self.bits // 8 + m * n * self.out.itemsize)
         blocks += 2 * 2 * 4 * n * max(8, tiles.k // self.group) + 2 * 4 * m * LANES
-        return SLACK + blocks + 3 * 4 * m * n + k * n * max(self.x.itemsize, 2) + 4 * k * n * (self.group % LANES > 0)
+        blocks += m * k * self.kind.itemsize * (self.kind != self.x)
+        return (
+            SLACK + blocks + 3 * 4 * m * n + k * n * max(self.kind.itemsize, 2) + 4 * k * n * (self.group % LANES > 0)
+        )
 
 
 def unsupported(x, w, scales, zeros=None, x_scales=None, bias=None, *, dtype: str) -> str | None:
     """Why the kernel cannot take these operands (arrays or ShapeDtypeStructs), or None."""
     del x_scales, bias
     s = Sizes.of(x, w, scales, dtype)
-    if s.x not in (jnp.float32, jnp.bfloat16, jnp.int8):
-        return f"x must be bfloat16, float32 or int8 on a TPU, got {s.x}"
-    if s.w not in (jnp.int8, jnp.int4):
-        return f"w must be int8 or int4 for the TPU kernel, got {s.w}"
+    if s.x not in (jnp.float32, jnp.bfloat16, jnp.int8, *FLOATS):
+        return f"x must be bfloat16, float32, int8 or float8 on a TPU, got {s.x}"
+    if s.w not in (jnp.int8, jnp.int4, *FLOATS):
+        return f"w must be int8, int4, float8_e4m3fn or float8_e5m2 for the TPU kernel, got {s.w}"
+    if s.integer and s.w in FLOATS:
+        return f"an int8 x is multiplied by int8 or int4 w in the TPU kernel, got {s.w}"
     if s.out not in (jnp.float32, jnp.bfloat16):
         return f"the result must be float32 or bfloat16 on a TPU, got {s.out}"
     if s.k % LANES:
@@ -121,8 +132,8 @@ def unsupported(x, w, scales, zeros=None, x_scales=None, bias=None, *, dtype: st
         return f"a group must have a multiple of 32 rows, got {s.group}"
     if s.group % LANES and LANES % s.group:
         return f"a group of more than 64 rows must be a multiple of 128, got {s.group}"
-    if s.integer and (s.group % LANES or zeros is not None):
-        return "an int8 x is served with groups of a multiple of 128 rows, without zeros"
+    if s.x not in (jnp.float32, jnp.bfloat16) and (s.group % LANES or zeros is not None):
+        return "a quantised x is served with groups of a multiple of 128 rows, without zeros"
     if zeros is not None and s.group % LANES:
         return f"zeros are served with groups of a multiple of 128 rows, got {s.group}"
     return None
@@ -154,7 +165,7 @@ def memory(phase: str, tiles: Tiles, x, w, scales, *others, dtype: str, **named)
 
 def _kernel(x_ref, w_ref, scales_ref, zeros_ref, x_scales_ref, bias_ref, y_ref, *scratch, s: Sizes, t: Tiles):
     step, steps = pl.program_id(2), s.k // t.k
-    kind, whole = s.x, s.groups == 1 and zeros_ref is None  # whole: scaled once, at the end
+    kind, whole = s.kind, s.groups == 1 and zeros_ref is None  # whole: scaled once, at the end
     precision = lax.Precision.HIGHEST if kind == f32 else None
     height, rest = s.strip(t), list(scratch)
     total: Any = rest.pop(0) if steps > 1 else None
@@ -164,6 +175,8 @@ def _kernel(x_ref, w_ref, scales_ref, zeros_ref, x_scales_ref, bias_ref, y_ref, 
         w = w_ref[rows, :]
         if s.integer:
             return w.astype(jnp.int8)
+        if s.w in FLOATS and not s.group % LANES:
+            return w.astype(kind)
         w = (w.astype(jnp.int32) if s.bits < 8 else w).astype(f32)
         if s.group % LANES:  # scaled before the product
             of_group = scales_ref[...].astype(f32)[:, None, :]
@@ -182,17 +195,21 @@ def _kernel(x_ref, w_ref, scales_ref, zeros_ref, x_scales_ref, bias_ref, y_ref, 
             lax.fori_loop(0, t.k // LANES, widen, None)
     weights = widened if wide is None else lambda rows: wide[rows, :]
 
+    def taken(strip, rows):
+        x = x_ref[strip, rows]
+        return x.astype(kind)
+
     def product(x, rows):
         return lax.dot(x, weights(rows), precision=precision, preferred_element_type=jnp.int32 if s.integer else f32)
 
     def new(strip):
         if whole or s.group % LANES:
-            return product(x_ref[strip, :], slice(None))
+            return product(taken(strip, slice(None)), slice(None))
         y: Any = 0
         size = min(s.group, t.k)
         for g in range(t.k // size):
             rows = slice(g * size, (g + 1) * size)
-            x = x_ref[strip, rows]
+            x = taken(strip, rows)
             part = product(x, rows).astype(f32)
             if zeros_ref is not None:
                 part = part - jnp.sum(x.astype(f32), 1, keepdims=True) * zeros_ref[g : g + 1].astype(f32)
@@ -275,7 +292,7 @@ def forward(
         _kernel(*refs[:3], *optional, *refs[len(operands) :], s=s, t=t)
 
     scratch = [pltpu.VMEM((t.m, t.n), jnp.int32 if s.integer and s.groups == 1 else f32)] * (steps[2] > 1)
-    scratch += [pltpu.VMEM((t.k, t.n), s.x)] * s.widened(t)
+    scratch += [pltpu.VMEM((t.k, t.n), s.kind)] * s.widened(t)
 
     launch = pl.pallas_call(
         kernel,

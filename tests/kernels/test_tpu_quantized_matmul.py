@@ -28,6 +28,11 @@ CASES = {
     "strips": case(768, 256, 128, groups=2, zeros=True, bias=True, tiles=Tiles(768, 128, 128)),
     "strips, small groups": case(768, 128, 128, groups=4, w="int4", tiles=Tiles(768, 128, 128)),
     "strips of integers": case(768, 256, 128, w="int4", whole=True, tiles=Tiles(768, 128, 128)),
+    "float8": case(33, 256, 129, groups=2, w="float8_e4m3fn", bias=True),
+    "float8, small groups": case(16, 256, 128, groups=8, w="float8_e5m2", dtype="float32"),
+    "float8 both": case(40, 384, 130, w="float8_e4m3fn", whole="float8_e4m3fn", tiles=Tiles(32, 128, 128)),
+    "float8 with integers": case(17, 256, 128, groups=2, w="int4", whole="float8_e5m2", bias=True),
+    "strips of float8": case(768, 256, 128, w="float8_e5m2", whole="float8_e4m3fn", tiles=Tiles(768, 128, 128)),
     "integers": case(40, 384, 130, whole=True, tiles=Tiles(32, 128, 128)),
     "integers in groups": case(16, 512, 129, groups=4, w="int4", whole=True, bias=True, tiles=Tiles(16, 128, 256)),
 }
@@ -36,10 +41,11 @@ CASES = {
 def build(c):
     random = np.random.default_rng(0)
     m, k, n, g = (c[name] for name in ("m", "k", "n", "groups"))
-    most = 127 if c["w"] == "int8" else 7
-    x = random.integers(-127, 128, (m, k)) if c["whole"] else random.standard_normal((m, k))
+    most = 7 if c["w"] == "int4" else 127
+    whole = "int8" if c["whole"] is True else c["whole"]
+    x = random.integers(-127, 128, (m, k)) if whole else random.standard_normal((m, k))
     operands = {
-        "x": jnp.asarray(x, "int8" if c["whole"] else c["dtype"]),
+        "x": jnp.asarray(x, whole or c["dtype"]),
         "w": jnp.asarray(random.integers(-most, most + 1, (k, n)), c["w"]),
         "scales": jnp.asarray(random.uniform(0.5, 1.5, (g, n)) / most, "float32"),
     }
@@ -55,7 +61,9 @@ def build(c):
 def exact(operands, dtype):
     with jax.enable_x64(True):
         wide = {
-            n: jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            n: jnp.asarray(np.asarray(x, np.float64))
+            if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+            else x
             for n, x in operands.items()
         }
         return np.asarray(reference(**wide, dtype="float64")[0])
@@ -67,7 +75,7 @@ def run(operands, dtype, tiles):
         return np.asarray(forward(operands))
 
 
-IN_EVERY_RUN = ("groups", "small groups", "integers in groups", "strips")
+IN_EVERY_RUN = ("groups", "small groups", "integers in groups", "strips", "float8 both")
 
 
 @pytest.mark.parametrize("name", [n if n in IN_EVERY_RUN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
@@ -103,14 +111,16 @@ def shapes(**changed):
 
 
 REFUSED = {
-    "x must be bfloat16, float32 or int8 on a TPU, got float16": shapes(x=((16, 256), "float16")),
-    "w must be int8 or int4 for the TPU kernel, got float8_e4m3fn": shapes(w=((256, 128), "float8_e4m3fn")),
+    "x must be bfloat16, float32, int8 or float8 on a TPU, got float16": shapes(x=((16, 256), "float16")),
+    "an int8 x is multiplied by int8 or int4 w in the TPU kernel, got float8_e4m3fn": shapes(
+        x=((16, 256), "int8"), x_scales=((16, 1), "float32"), w=((256, 128), "float8_e4m3fn")
+    ),
     "k must be a multiple of 128, got 200": shapes(x=((16, 200), "bfloat16"), w=((200, 128), "int8")),
     "a group must have a multiple of 32 rows, got 16": shapes(scales=((16, 128), "float32")),
     "zeros are served with groups of a multiple of 128 rows, got 64": shapes(
         scales=((4, 128), "float32"), zeros=((4, 128), "float32")
     ),
-    "an int8 x is served with groups of a multiple of 128 rows, without zeros": shapes(
+    "a quantised x is served with groups of a multiple of 128 rows, without zeros": shapes(
         x=((16, 256), "int8"), x_scales=((16, 1), "float32"), scales=((8, 128), "float32")
     ),
 }

@@ -391,16 +391,29 @@ class Share:
 
         return lax.fori_loop(0, pl.cdiv(width, rows), add, self.no_line())
 
+    def spread(self, number):
+        """number(group) for every channel of each group of this block."""
+        size, width = self.load.size, self.columns.width
+        channel = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=self.columns.joined.reduce(0))
+        line = self.no_line()
+        for group in range(width // size):
+            line = jnp.where(channel >= group * size, number(group).astype(f32), line)
+        return line
+
     def from_groups(self, ref):
         """The number of its group for every channel, from ref[batch, groups]."""
-        size, width = self.load.size, self.columns.width
-        if size == 1:
+        if self.load.size == 1:
             return self.line(ref.at[self.batch, self.over])
-        channel = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=self.columns.joined.reduce(0))
-        line, first = self.no_line(), self.slice * (width // size)
-        for group in range(width // size):
-            line = jnp.where(channel >= group * size, ref[self.batch, first + group], line)
-        return line
+        first = self.slice * (self.columns.width // self.load.size)
+        return self.spread(lambda group: ref[self.batch, first + group])
+
+    def pivot(self, x_ref):
+        """The first element of its group for every channel: means are kept as differences from it, so that those far
+        from 0 lose nothing."""
+        if self.load.size == 1:
+            return self.line(x_ref.at[self.batch, 0, self.over])
+        first, size = self.slice * self.columns.width, self.load.size
+        return self.spread(lambda group: x_ref[self.batch, 0, first + group * size])
 
     def to_groups(self, ref, line, lines):
         """The inverse of `from_groups`."""
@@ -467,6 +480,15 @@ class Share:
             lax.fori_loop(0, self.count, lambda i, _: one(i, i, ()), ())
         plgpu.wait_smem_to_gmem(0)
 
+    def beginning(self, met, vectors, line):
+        """For `stream`: two zeros for each part, when the first warpgroup has put line() where `along` reads it."""
+
+        def init():
+            self.first_group(met, lambda: plgpu.store(vectors.at[0], line(), optimized=False))
+            return tuple((self.zeros(), self.zeros()) for _ in self.parts())
+
+        return init
+
     def hand_over(self, values, sums, met):
         """Puts what this warpgroup has summed, a list of values for each part, where the first one joins them."""
         for over, pair in zip(self.parts(), values, strict=True):
@@ -478,8 +500,9 @@ class Share:
     def handed(self, sums, group, which):
         return plgpu.load(sums.at[group, which], layout=self.columns.joined, optimized=False)
 
-    def statistics(self, x_ref, arrived, ready, met, sums):
-        """Streams x; (mean, Σ (x - mean)²) of every channel of this block, to be called in the first warpgroup."""
+    def statistics(self, x_ref, arrived, ready, met, sums, vectors):
+        """Streams x; (mean - pivot, Σ (x - mean)²) of every channel of this block, to be called in the first
+        warpgroup."""
         columns, steps, positions = self.columns, self.tiles.steps, self.load.positions
         ragged, shape = positions % self.height > 0, (columns.rows, columns.across)
 
@@ -491,23 +514,27 @@ class Share:
                 count = self.positions(row, columns.rows, steps, columns.layout, shape)
                 inverse, weight = 1 / jnp.maximum(count, 1.0), count / jnp.maximum(before + count, 1.0)
                 index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=columns.layout)
+
+            def within(values):
+                """0 past the end."""
+                if not ragged:
+                    return values
+                last = positions - row
+                return [jnp.where(index + k * columns.rows < last, value, 0.0) for k, value in enumerate(values)]
+
             found = []
             for over, (mean, square) in zip(self.parts(), carry, strict=True):
-                values = [self.read(arrived[0].at[self.group, slot], k, over) for k in range(steps)]
-                here = functools.reduce(jnp.add, values) * inverse  # past the end x is 0
-                apart = [value - here for value in values]
-                if ragged:
-                    apart = [
-                        jnp.where(index + (row + k * columns.rows) < positions, value, 0.0)
-                        for k, value in enumerate(apart)
-                    ]
+                pivot, tile = self.along(vectors, 0, over), arrived[0].at[self.group, slot]
+                values = within([self.read(tile, k, over) - pivot for k in range(steps)])
+                here = functools.reduce(jnp.add, values) * inverse
+                apart = within([value - here for value in values])
                 delta = here - mean
                 square += functools.reduce(jnp.add, [value * value for value in apart])
                 found.append((mean + delta * weight, square + delta * delta * (before * weight)))
             plgpu.commit_smem()  # orders the reads before the copies that follow
             return tuple(found)
 
-        init = tuple((self.zeros(), self.zeros()) for _ in self.parts())
+        init = self.beginning(met, vectors, lambda: self.pivot(x_ref))
         self.hand_over(self.stream([x_ref], arrived, ready, collect, init), sums, met)
 
         def read(group):
@@ -535,10 +562,7 @@ class Share:
             plgpu.commit_smem()  # orders the reads before the copies that follow
             return tuple(found)
 
-        def init():
-            self.first_group(met, lambda: plgpu.store(vectors.at[0], self.from_groups(mean_ref), optimized=False))
-            return tuple((self.zeros(), self.zeros()) for _ in self.parts())
-
+        init = self.beginning(met, vectors, lambda: self.from_groups(mean_ref))
         self.hand_over(self.stream(refs, arrived, ready, collect, init), sums, met)
 
         def join():
@@ -571,11 +595,11 @@ def normalized(x, scale, bias, load: Load, tiles: Tiles, *, eps: float, name: st
 
     def collect(x_ref, partials_ref, *, arrived, leaving, ready, met, vectors, sums, lines):
         s = share.enter()
-        s.put_partials(partials_ref, s.statistics(x_ref, arrived, ready, met, sums))
+        s.put_partials(partials_ref, s.statistics(x_ref, arrived, ready, met, sums, vectors))
 
     partials = []
     if tiles.stages:
-        partials = [share.call(collect, f"{name}_statistics", share.sums_of_blocks, [x], [], 0, True, [x])]
+        partials = [share.call(collect, f"{name}_statistics", share.sums_of_blocks, [x], [], 1, True, [x])]
 
     def body(x_ref, scale_ref, bias_ref, *refs, arrived, leaving, ready, met, vectors, sums, lines):
         *partials_ref, y_ref, mean_ref, var_ref = refs
@@ -597,7 +621,7 @@ def normalized(x, scale, bias, load: Load, tiles: Tiles, *, eps: float, name: st
 
             return s.joined(pl.cdiv(s.chunks, size), read)
 
-        own_statistics = of_blocks if tiles.stages else s.statistics(x_ref, arrived, ready, met, sums)
+        own_statistics = of_blocks if tiles.stages else s.statistics(x_ref, arrived, ready, met, sums, vectors)
 
         def finish():
             mean, square = own_statistics()
@@ -605,7 +629,7 @@ def normalized(x, scale, bias, load: Load, tiles: Tiles, *, eps: float, name: st
                 own, mean = mean, s.over_group(mean, lines) * (1 / load.size)
                 square = s.over_group(square + float(load.positions) * (own - mean) * (own - mean), lines)
             var = square * (1 / count)
-            r = lax.rsqrt(var + eps)
+            r, mean = lax.rsqrt(var + eps), mean + s.pivot(x_ref)
 
             @pl.when(s.chunk == 0)
             def _():

@@ -106,3 +106,20 @@ def test_default_tiles_fit(chip):
             for phase in ("forward", "backward"):
                 load = kernel.Load.of(phase, kernel._joined(x), shape[-1])
                 assert kernel.tiles(phase, x, vector, vector, eps=1e-5).allowed(load)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("stages", [pytest.param(2, marks=slow), 0])
+def test_gpu_far_from_zero(stages):
+    """The mean moves by fifty deviations, a thousand from 0: neither that nor joining the parts costs the variance."""
+    moved = 1000 + np.linspace(0, 50, 700)[:, None] * np.arange(16) / 16
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((700, 16)) + moved, f32)
+    one, zero = jnp.ones(16), jnp.zeros(16)
+    with interpreter.gpu():
+        run = jax.jit(lambda x: gpu.batch_norm.forward(x, one, zero, eps=1e-5, tiles=few(16, stages))[0])
+        _, mean, var = jax.block_until_ready(run(x))
+    exact = np.asarray(x, np.float64)
+    peer = np.asarray(reference(x, one, zero, eps=1e-5)[2])
+    relative = lambda a: (np.abs(np.asarray(a) - exact.var(0)) / exact.var(0)).max()
+    assert relative(var) <= 2 * relative(peer) + 8 * float(jnp.finfo(f32).eps)
+    assert np.abs(np.asarray(mean) - exact.mean(0)).max() <= 2 * 1000 * float(jnp.finfo(f32).eps)

@@ -374,6 +374,14 @@ def test_collectives_of_a_tpu_program():
     ]
 
 
+def test_a_collective_that_fusions_drive_counts_once():
+    """On v5e one is started, driven by a product that runs meanwhile, and ended, by fusions that all hold it."""
+    found = collectives((PROGRAMS / "prefetch_v5e.txt").read_text(), {"fsdp": 8})
+    told = [(one["kind"], one["bytes"], one["count"], one["axis"], one["overlapped"]) for one in found]
+    gathered = 4096 * 4096 * 2
+    assert told == [("all-gather", gathered, 1, "fsdp", False), ("all-gather", gathered, 1, "fsdp", True)]
+
+
 def test_collectives_of_a_gpu_program():
     found = collectives((PROGRAMS / "ring_h100.txt").read_text(), {"data": 2, "tensor": 4})
     told = [(one["kind"], one["bytes"], one["count"], one["axis"], one["overlapped"]) for one in found]

@@ -56,10 +56,13 @@ def collectives(text: str, axes: Mapping[str, int]) -> list[dict[str, Any]]:
         types = {one.name: one.type for one in instructions}
         for index, one in enumerate(instructions):
             kind, groups = _collective(one, computations)
+            if kind and _goes_on(one):
+                continue
             if kind:
                 end = _end(one, instructions[index + 1 :])
                 beside = instructions[index + 1 : index + 1 + end] if end is not None else []
-                work = [other for other in beside if _works(other, types) and not _collective(other, computations)[0]]
+                sends = lambda other: bool(_collective(other, computations)[0]) and not _continues(other)
+                work = [other for other in beside if _works(other, types) and not sends(other)]
                 result = one.type if end is None else instructions[index + 1 + end].type
                 size = max(_bytes(result), sum(_bytes(types.get(name, "")) for name in one.operands))
                 found.append(
@@ -131,17 +134,28 @@ def _called(one: _Instruction) -> list[str]:
     return names
 
 
+def _continues(one: _Instruction) -> bool:
+    """Whether an instruction works while it drives a collective that another has started: on v5e, fusions do."""
+    return one.opcode == "fusion" and any(name.startswith("async_collective_fusion") for name in _called(one))
+
+
+def _goes_on(one: _Instruction) -> bool:
+    """Whether an instruction continues or ends a collective that has been counted where it starts."""
+    return _continues(one) or (one.opcode == "fusion" and one.name.startswith("async-collective-done"))
+
+
 def _end(one: _Instruction, after: list[_Instruction]) -> int | None:
     """Where in `after` what `one` started is done, or None if it starts nothing."""
-    if not one.opcode.endswith("-start"):
+    fused = one.opcode == "fusion" and one.name.startswith("async-collective-start")
+    if not fused and not one.opcode.endswith("-start"):
         return None
     done = one.opcode.removesuffix("-start") + "-done"
     names = {one.name}
     for index, other in enumerate(after):
         if names & set(other.operands):
-            if other.opcode == done:
+            if other.name.startswith("async-collective-done") if fused else other.opcode == done:
                 return index
-            if other.opcode == "async-update":
+            if other.opcode == "async-update" or (fused and (other.opcode == "get-tuple-element" or _continues(other))):
                 names.add(other.name)
     return None
 

@@ -1,5 +1,6 @@
 """conv: public function and XLA rules. Beside the convolution it fuses what comes after it, in float32."""
 
+import dataclasses
 from collections.abc import Sequence
 from operator import index
 from typing import Any
@@ -46,6 +47,7 @@ _OPERATOR = Operator(
     gpu="conv has no Pallas kernel yet",
     partition=None,
 )
+_DEPTHWISE = dataclasses.replace(_OPERATOR, tpu=tpu.depthwise_conv)
 
 
 def conv(
@@ -134,6 +136,9 @@ def conv(
         if "xla" not in dispatch.order_of(name, implementation):
             raise ValueError(f"{name}: implementation 'pallas' was asked for, but XLA alone takes an out_sharding")
         return reference(**operands, **static, out_sharding=out_sharding)
+    groups, channels = geometry["feature_group_count"], lhs.shape[numbers.lhs_spec[1]]
+    if channels > 1 and groups == channels == rhs.shape[numbers.rhs_spec[0]]:
+        return call_unless_traced(_DEPTHWISE, known, operands, implementation, **static)
     if implementation is None and min(rhs.shape[axis] for axis in numbers.rhs_spec[:2]) >= _FULL:
         implementation = "xla"
     return call_unless_traced(_OPERATOR, known, operands, implementation, **static)

@@ -31,7 +31,9 @@ __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "uns
 f32 = jnp.float32
 SLACK = 4 << 20  # VMEM left to the compiler for what does not stay in registers
 SUBLANES = 8
-TURN = 48  # registers of the result that a turn of the loop makes, about
+TURN = 32  # registers of the result that a turn of the loop makes, about
+STRIP = 16  # pixels that are computed together: what a tap and the sums take stays in registers
+MOST = 16  # strips of a row whose program is written out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Problem(conv.Problem):
         return self.start + round_up(max(ends), SUBLANES)
 
     @property
+    def turn(self) -> int:
+        """Rows of a turn, if that many divide a block."""
+        return max(1, TURN * SUBLANES // round_up(self.out_pixels, SUBLANES))
+
+    @property
     def fewest(self) -> int:
         """The least rows of a block: as many as it leaves to the next one, and gives to the one before."""
         low = self.pads[0][0]
@@ -90,30 +97,24 @@ class Tiles:
 
     @staticmethod
     def default(problem: Problem) -> "Tiles":
-        """About 64 blocks in all, so that little is waited for at the first and the last one."""
+        """About 16 blocks in all, each of which waits for its memory, while the first and the last are short; all
+        channels of a pixel up to 256, but at least one share of them for each core."""
         columns = problem.channels if problem.channels <= 256 else 256
         if chips.current("tpu").cores > 1 and LANES < problem.channels <= 256:
             columns = LANES
-        shares = pl.cdiv(problem.channels, columns)
         height = max(problem.height, problem.out[0])
-        blocks = max(1, pl.cdiv(64, problem.images * shares))
-        rows = max(problem.fewest, pl.cdiv(height, blocks), min(height, pl.cdiv(448, problem.pixels)))
-        rows = pl.cdiv(height, pl.cdiv(height, rows))
-        while rows > problem.fewest and problem.vmem_bytes(Tiles(rows, columns)) > chips.current("tpu").vmem_bytes // 2:
-            rows = max(problem.fewest, pl.cdiv(rows, 2))
-        return Tiles(max(rows, problem.fewest), columns)
+        blocks = max(1, 16 // (problem.images * pl.cdiv(problem.channels, columns)))
+        fewest = max(problem.fewest, problem.turn)
+        rows = round_up(max(pl.cdiv(height, blocks), fewest), problem.turn)
+        while rows > fewest and problem.vmem_bytes(Tiles(rows, columns)) > chips.current("tpu").vmem_bytes // 2:
+            rows = round_up(max(fewest, rows // 2), problem.turn)
+        return Tiles(max(problem.fewest, min(rows, height)), columns)
 
     def allowed(self, problem: Problem) -> bool:
         """Whether everything fits VMEM and blocks reach their neighbours."""
         fits = problem.vmem_bytes(self) <= chips.current("tpu").vmem_bytes
         whole = self.columns == problem.channels or (self.columns % LANES == 0 and 0 < self.columns < problem.channels)
         return whole and self.rows >= problem.fewest and fits
-
-
-def _turn(rows: int, pixels: int) -> int:
-    """Rows of a turn, a divisor of those of a block."""
-    most = max(1, TURN * SUBLANES // round_up(pixels, SUBLANES))
-    return max(turn for turn in range(1, rows + 1) if rows % turn == 0 and turn <= most)
 
 
 def _blocks(problem: Problem, rows: int) -> int:
@@ -128,16 +129,17 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, beside_ref, *refs, problem, ti
     (low, _), (reach, _) = problem.pads[0], problem.reach
     high, rows, blocks = reach - low, tiles.rows, _blocks(problem, tiles.rows)
     apart, pixels = apart * problem.joined, problem.out_pixels
-    turn = _turn(rows, pixels)
-    now = pl.program_id(1)
-    place, before = lax.rem(now, blocks), lax.rem(now + blocks - 1, blocks)
+    turn = max(turn for turn in range(1, problem.turn + 1) if rows % turn == 0)
+    image, place = pl.program_id(1), pl.program_id(2)
+    first, arrives = (image == 0) & (place == 0), image < problem.images
+    before = jnp.where(place > 0, place - 1, blocks - 1)
     shares = [
         (share, pl.ds(share * LANES, min(LANES, tiles.columns - share * LANES)))
         for share in range(pl.cdiv(tiles.columns, LANES))
     ]
     inside = pl.ds(problem.start, problem.pixels)
 
-    @pl.when(now == 0)
+    @pl.when(first)
     def clear():
         def clear_row(row, _):
             stage[:, row] = jnp.zeros((len(shares), problem.pitch, LANES), f32)
@@ -157,42 +159,52 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, beside_ref, *refs, problem, ti
     for row in range(high):  # what the block before has below it
         put(row, low + rows + row, 1, (place > 0) & (place * rows + row < problem.height))
 
+    def some(row, share, lanes, strip, count):
+        """A strip of pixels of some channels of a turn."""
+        here = 0, pl.ds(row, turn), pl.ds(strip, count), lanes
+        z: Any = 0
+        beside = None
+        if beside_ref is not None:
+            beside = beside_ref[here].astype(f32)
+            if problem.out[0] % rows:
+                at = lax.broadcasted_iota(jnp.int32, beside.shape, 0) + (before * rows + row)
+                beside = jnp.where(at < problem.out[0], beside, 0.0)
+        for j in range(across):
+            start = problem.start - problem.left + j * apart + strip
+            read = stage[share, pl.ds(row, turn + reach), pl.ds(start, count), : lanes.size]
+            for i in range(taps):
+                tap = read[i * step : i * step + turn]
+                z = z + tap * weights[i, pl.ds(j, 1), lanes][None]
+                if beside is None:
+                    continue
+                product = tap * beside
+                if count % SUBLANES:
+                    sums[i * across + j, pl.ds(0, 1), lanes] += jnp.sum(product, (0, 1))[None]
+                else:
+                    sums[i * across + j, :, lanes] += jnp.sum(product.reshape(-1, SUBLANES, lanes.size), 0)
+        if bias_ref is not None:
+            z = z + bias_ref[:, lanes].astype(f32).reshape(1, 1, -1)
+        y = z if activation is None else activation(z.reshape(-1, lanes.size)).reshape(z.shape)
+        if residual_ref is not None:
+            y = y + residual_ref[here].astype(f32)
+        for ref, array in zip(outs, (y, z), strict=False):
+            ref[here] = array.astype(ref.dtype)
+
     def compute(index, _):
-        row = index * turn
-        here = pl.ds(row, turn)
+        row, whole = index * turn, pixels // STRIP
+
+        def one(strip, _):
+            for share, lanes in shares:
+                some(row, share, lanes, strip * STRIP, STRIP)
+            return 0
+
+        lax.fori_loop(0, whole, one, 0, unroll=whole <= MOST)
         for share, lanes in shares:
-            z: Any = 0
-            beside = None
-            if beside_ref is not None:
-                beside = beside_ref[0, here, :, lanes].astype(f32)
-                if problem.out[0] % rows:
-                    rows_here = lax.broadcasted_iota(jnp.int32, beside.shape, 0) + (before * rows + row)
-                    beside = jnp.where(rows_here < problem.out[0], beside, 0.0)
-            for j in range(across):
-                from_ = pl.ds(problem.start - problem.left + j * apart, pixels)
-                read = stage[share, pl.ds(row, turn + reach), from_, : lanes.size]
-                for i in range(taps):
-                    tap = read[i * step : i * step + turn]
-                    z = z + tap * weights[i, pl.ds(j, 1), lanes][None]
-                    if beside is not None:
-                        product = tap * beside
-                        if pixels % SUBLANES:
-                            added = jnp.sum(product, (0, 1))[None]
-                            where = pl.ds(0, 1)
-                        else:
-                            added = jnp.sum(product.reshape(-1, SUBLANES, lanes.size), 0)
-                            where = pl.ds(0, SUBLANES)
-                        sums[i * across + j, where, lanes] += added
-            if bias_ref is not None:
-                z = z + bias_ref[:, lanes].astype(f32).reshape(1, 1, -1)
-            y = z if activation is None else activation(z.reshape(-1, lanes.size)).reshape(z.shape)
-            if residual_ref is not None:
-                y = y + residual_ref[0, here, :, lanes].astype(f32)
-            for ref, array in zip(outs, (y, z), strict=False):
-                ref[0, here, :, lanes] = array.astype(ref.dtype)
+            if pixels % STRIP:
+                some(row, share, lanes, whole * STRIP, pixels % STRIP)
         return 0
 
-    @pl.when((now > 0) & (before * rows < problem.out[0]))
+    @pl.when(~first & (arrives | (place == 0)) & (before * rows < problem.out[0]))
     def results():
         lax.fori_loop(0, rows // turn, compute, 0)
 
@@ -201,7 +213,7 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, beside_ref, *refs, problem, ti
             stage[share, row] = jnp.where(place > 0, stage[share, rows + row], 0.0)
     whole = problem.height % rows == 0 and problem.out[0] <= problem.height
 
-    def arrive(index, _):
+    def arrive_rows(index, _):
         row = index * turn
         if whole:
             for share, lanes in shares:
@@ -212,11 +224,13 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, beside_ref, *refs, problem, ti
                 put(row + k, low + row + k, 1, place * rows + row + k < problem.height)
         return 0
 
-    lax.fori_loop(0, rows // turn, arrive, 0)
+    @pl.when(arrives)
+    def arrive():
+        lax.fori_loop(0, rows // turn, arrive_rows, 0)
 
     if dw_ref is not None:
 
-        @pl.when(now == pl.num_programs(1) - 1)
+        @pl.when(~arrives & (place == 0))
         def add_up():
             for tap in range(taps * across):
                 turned = taps * across - 1 - tap
@@ -229,30 +243,32 @@ def _convolve(problem: Problem, tiles: Tiles, x, w, bias, residual, beside, acti
     height, width = problem.out
     columns, shares = tiles.columns, pl.cdiv(problem.channels, tiles.columns)
     blocks = _blocks(problem, tiles.rows)
-    last = problem.images * blocks - 1
 
     def rows_of(rows, late):
         """A block of an array with so many rows, of this step, or `late`, of the one before."""
+        last = pl.cdiv(rows, tiles.rows) - 1
 
-        def index(share, now):
-            block = jnp.clip(now - late, 0, last)
-            return lax.div(block, blocks), jnp.minimum(lax.rem(block, blocks), pl.cdiv(rows, tiles.rows) - 1), 0, share
+        def index(share, image, place):
+            if late:
+                image, place = jnp.where(place > 0, image, image - 1), jnp.where(place > 0, place - 1, blocks - 1)
+            place = jnp.where(image < 0, 0, jnp.where(image < problem.images, jnp.minimum(place, last), last))
+            return jnp.clip(image, 0, problem.images - 1), place, 0, share
 
         return index
 
     y_spec = pl.BlockSpec((1, tiles.rows, problem.out_pixels, columns), rows_of(height, 1))
-    w_spec = pl.BlockSpec((*problem.size, columns), lambda share, now: (0, 0, share))
+    w_spec = pl.BlockSpec((*problem.size, columns), lambda share, image, place: (0, 0, share))
     shape = (problem.images, height, problem.out_pixels, problem.channels)
     outputs = 1 + problem.saved
     window = math.prod(problem.size)
     lanes = pl.cdiv(columns, LANES)
     kernel = pl.pallas_call(
         functools.partial(_kernel, problem=problem, tiles=tiles, activation=activation),
-        grid=(shares, last + 2),
+        grid=(shares, problem.images + 1, blocks),
         in_specs=[
             pl.BlockSpec((1, tiles.rows, problem.pixels, columns), rows_of(problem.height, 0)),
             w_spec,
-            None if bias is None else pl.BlockSpec((1, columns), lambda share, now: (0, share)),
+            None if bias is None else pl.BlockSpec((1, columns), lambda share, image, place: (0, share)),
             None if residual is None else y_spec,
             None if beside is None else y_spec,
         ],
@@ -265,7 +281,7 @@ def _convolve(problem: Problem, tiles: Tiles, x, w, bias, residual, beside, acti
             *[pltpu.VMEM((window, SUBLANES, columns), f32)] * problem.summed,
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=min(problem.vmem_bytes(tiles) + SLACK, chips.current("tpu").vmem_bytes),
         ),
         cost_estimate=pl.CostEstimate(

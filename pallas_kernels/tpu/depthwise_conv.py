@@ -31,9 +31,9 @@ __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "uns
 f32 = jnp.float32
 SLACK = 4 << 20  # VMEM left to the compiler for what does not stay in registers
 SUBLANES = 8
-TURN = 32  # registers of the result that a turn of the loop makes, about
+TURN = 16  # strips that a turn of the loop makes, about
 STRIP = 16  # pixels that are computed together: what a tap and the sums take stays in registers
-MOST = 16  # strips of a row whose program is written out
+MOST = 8  # strips of a row whose program is written out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +66,15 @@ class Problem(conv.Problem):
         ends = self.pixels, round_up(self.out_pixels, SUBLANES) - self.left + self.reach[1]
         return self.start + round_up(max(ends), SUBLANES)
 
-    @property
-    def turn(self) -> int:
-        """Rows of a turn, if that many divide a block."""
-        return max(1, TURN * SUBLANES // round_up(self.out_pixels, SUBLANES))
+    def turn(self, rows: int) -> int:
+        """Rows of a turn, a divisor of those of a block."""
+        strips = pl.cdiv(self.out_pixels, STRIP)
+        most = max(1, min(8, TURN // strips)) if strips <= MOST else 8
+        return max(turn for turn in range(1, most + 1) if rows % turn == 0)
+
+    def work(self, rows: int) -> float:
+        """Rows that are computed and read in blocks of so many: more than there are, where they do not divide."""
+        return _blocks(self, rows) * rows * (1 + self.reach[0] / self.turn(rows))
 
     @property
     def fewest(self) -> int:
@@ -104,11 +109,11 @@ class Tiles:
             columns = LANES
         height = max(problem.height, problem.out[0])
         blocks = max(1, 16 // (problem.images * pl.cdiv(problem.channels, columns)))
-        fewest = max(problem.fewest, problem.turn)
-        rows = round_up(max(pl.cdiv(height, blocks), fewest), problem.turn)
-        while rows > fewest and problem.vmem_bytes(Tiles(rows, columns)) > chips.current("tpu").vmem_bytes // 2:
-            rows = round_up(max(fewest, rows // 2), problem.turn)
-        return Tiles(max(problem.fewest, min(rows, height)), columns)
+        rows = max(pl.cdiv(height, blocks), problem.fewest, min(height, pl.cdiv(448, problem.pixels)))
+        while rows > problem.fewest and problem.vmem_bytes(Tiles(rows, columns)) > chips.current("tpu").vmem_bytes // 2:
+            rows = max(problem.fewest, rows // 2)
+        rows = max(problem.fewest, pl.cdiv(height, pl.cdiv(height, rows)))
+        return Tiles(min(range(rows, rows + rows // 4 + 2), key=problem.work), columns)
 
     def allowed(self, problem: Problem) -> bool:
         """Whether everything fits VMEM and blocks reach their neighbours."""
@@ -129,7 +134,7 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, beside_ref, *refs, problem, ti
     (low, _), (reach, _) = problem.pads[0], problem.reach
     high, rows, blocks = reach - low, tiles.rows, _blocks(problem, tiles.rows)
     apart, pixels = apart * problem.joined, problem.out_pixels
-    turn = max(turn for turn in range(1, problem.turn + 1) if rows % turn == 0)
+    turn = problem.turn(rows)
     image, place = pl.program_id(1), pl.program_id(2)
     first, arrives = (image == 0) & (place == 0), image < problem.images
     before = jnp.where(place > 0, place - 1, blocks - 1)
@@ -159,7 +164,7 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, beside_ref, *refs, problem, ti
     for row in range(high):  # what the block before has below it
         put(row, low + rows + row, 1, (place > 0) & (place * rows + row < problem.height))
 
-    def some(row, share, lanes, strip, count):
+    def strip_of(row, share, lanes, strip, count):
         """A strip of pixels of some channels of a turn."""
         here = 0, pl.ds(row, turn), pl.ds(strip, count), lanes
         z: Any = 0
@@ -191,17 +196,19 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, beside_ref, *refs, problem, ti
             ref[here] = array.astype(ref.dtype)
 
     def compute(index, _):
-        row, whole = index * turn, pixels // STRIP
+        row, strips = index * turn, pixels // STRIP
+        together = strips if strips <= MOST else MOST // 2
 
-        def one(strip, _):
+        def some_strips(first, _):
             for share, lanes in shares:
-                some(row, share, lanes, strip * STRIP, STRIP)
+                for strip in range(together):
+                    strip_of(row, share, lanes, (first * together + strip) * STRIP, STRIP)
             return 0
 
-        lax.fori_loop(0, whole, one, 0, unroll=whole <= MOST)
+        lax.fori_loop(0, strips // max(together, 1), some_strips, 0)
         for share, lanes in shares:
-            if pixels % STRIP:
-                some(row, share, lanes, whole * STRIP, pixels % STRIP)
+            for strip in range(strips - strips % max(together, 1), pl.cdiv(pixels, STRIP)):
+                strip_of(row, share, lanes, strip * STRIP, min(STRIP, pixels - strip * STRIP))
         return 0
 
     @pl.when(~first & (arrives | (place == 0)) & (before * rows < problem.out[0]))

@@ -81,6 +81,39 @@ CASES = {
         "float16",
         dict(feature_group_count=6, dimension_numbers=NHWC),
     ),
+    "depthwise, of everything": (
+        (3, 2, 7, 9),
+        (3, 1, 3, 2),
+        (2, 1),
+        ((-1, 2), (3, -2)),
+        BOTH,
+        "float32",
+        dict(
+            feature_group_count=3,
+            activation=silu,
+            lhs_dilation=(1, 2),
+            rhs_dilation=(1, 3),
+            dimension_numbers=("CNHW", "OIHW", "NCWH"),
+        ),
+    ),
+    "depthwise, one axis": (
+        (2, 9, 6),
+        (4, 1, 6),
+        (3,),
+        ((3, 0),),
+        BOTH,
+        "bfloat16",
+        dict(feature_group_count=6, dimension_numbers=("NWC", "WIO", "NWC")),
+    ),
+    "depthwise, no batch": (
+        (0, 5, 6),
+        (4, 1, 6),
+        (1,),
+        "SAME",
+        ("bias",),
+        "float32",
+        dict(feature_group_count=6, dimension_numbers=("NWC", "WIO", "NWC")),
+    ),
     "groups of the batch": (
         (4, 5, 7, 3),
         (3, 3, 3, 6),
@@ -94,7 +127,7 @@ CASES = {
     "no result": ((2, 2, 7, 3), (3, 3, 3, 6), (1, 1), "VALID", BOTH, "float32", dict(dimension_numbers=NHWC)),
 }
 
-FAST = ("NHWC", "dilated, padding and cropping", "transposed", "depthwise", "no batch", "no result")
+FAST = ("NHWC", "dilated, padding and cropping", "transposed", "depthwise", "depthwise, of everything", "no batch", "no result")
 
 
 def operands_of(lhs, rhs, strides, padding, more, options):

@@ -114,6 +114,15 @@ CASES = {
         "float32",
         dict(feature_group_count=6, dimension_numbers=("NWC", "WIO", "NWC")),
     ),
+    "pointwise": (
+        (2, 3, 5, 4),
+        (6, 4, 1, 1),
+        (1, 1),
+        "SAME",
+        BOTH,
+        "float32",
+        dict(activation=silu, dimension_numbers=("NHWC", "OIHW", "CNHW")),
+    ),
     "groups of the batch": (
         (4, 5, 7, 3),
         (3, 3, 3, 6),
@@ -127,7 +136,15 @@ CASES = {
     "no result": ((2, 2, 7, 3), (3, 3, 3, 6), (1, 1), "VALID", BOTH, "float32", dict(dimension_numbers=NHWC)),
 }
 
-FAST = ("NHWC", "dilated, padding and cropping", "transposed", "depthwise", "depthwise, of everything", "no batch", "no result")
+FAST = (
+    "NHWC",
+    "dilated, padding and cropping",
+    "transposed",
+    "depthwise",
+    "depthwise, of everything",
+    "no batch",
+    "no result",
+)
 
 
 def operands_of(lhs, rhs, strides, padding, more, options):

@@ -37,7 +37,7 @@ TURN = 512  # pixels of a turn, about
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Geometry:
     """x[images, height, width, channels] with a window of `size`, `pads` (low, high) and `dilation`, each for two axes;
     `joined`: the batch that is taken at once, beside the pixels, or 1."""
 
@@ -68,6 +68,11 @@ class Problem:
     def pixels(self) -> int:
         """Pixels of a row of the input."""
         return self.width * self.joined
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem(Geometry):
+    """What the kernel is made for."""
 
     @property
     def staged(self) -> bool:
@@ -126,7 +131,7 @@ def _two(first: Any, second: Any) -> tuple[Any, Any]:
 
 
 def problem_of(
-    kind: type,
+    kind: type[Geometry],
     lhs,
     rhs,
     residual,
@@ -189,9 +194,7 @@ def problem_of(
 
 def _problem(lhs, rhs, residual, **static: Any) -> Problem | str:
     """The problem, or why there is no kernel for it."""
-    features, batches, precision = (
-        static[name] for name in ("feature_group_count", "batch_group_count", "precision")
-    )
+    features, batches, precision = (static[name] for name in ("feature_group_count", "batch_group_count", "precision"))
     if (features, batches) != (1, 1):
         return f"groups have no kernel, got {features} of features and {batches} of the batch"
     if isinstance(precision, tuple) and precision[0] != precision[1]:
@@ -204,8 +207,8 @@ def _problem(lhs, rhs, residual, **static: Any) -> Problem | str:
     if not Tiles.default(problem).allowed(problem):
         vmem = chips.current("tpu").vmem_bytes >> 20
         return (
-            f"{problem.turn} rows of the image and the weights must fit the {vmem} MiB of VMEM, got {channels} channels"
-            f" and a window of {problem.size}"
+            f"{problem.turn} rows of the image and the weights must fit the {vmem} MiB of VMEM, got {problem.channels}"
+            f" channels and a window of {problem.size}"
         )
     return problem
 
@@ -417,14 +420,14 @@ def unimage(a, spec: tuple[int, ...]):
     return a.transpose([order.index(axis) for axis in range(len(spec))])
 
 
-def view(a, problem: Problem, width: int):
+def view(a, problem: Geometry, width: int):
     """a[batch, height, width, channels] as [images, height, pixels, channels]."""
     if problem.joined > 1:
         a = a.transpose(1, 2, 0, 3)
     return a.reshape(problem.images, -1, width * problem.joined, a.shape[-1])
 
 
-def back(a, problem: Problem, width: int):
+def back(a, problem: Geometry, width: int):
     """The inverse of `view`."""
     if problem.joined > 1:
         return a.reshape(-1, width, problem.joined, a.shape[-1]).transpose(2, 0, 1, 3)

@@ -4,7 +4,7 @@
     z[h, q, c] = Σ_{i, j} x[h + i·d - p, q + j·e - r, c] · w[i, j, c] + bias[c],   dz = activation'(z) · dy
     dx = dz ∗ (w turned around),   dw[i, j, c] = Σ_{h, q} x[h, q, c] · dz[h - i·d + p, q - j·e + r, c]
 
-On the vector unit, channels on the lanes. Blocks of rows arrive once and in order, the images of the batch one below the
+On the vector unit, channels on the lanes. Blocks of rows arrive once, in order, the images of the batch one below the
 other; each is put, as float32, between the last rows of the block before and the first ones of the block after, in VMEM
 whose margins are zeros. The result is a block behind. There a tap of the window is a read that starts some pixels
 further: only float32 rows can be read from anywhere. Backward, every such read serves dx and dw.
@@ -37,8 +37,8 @@ MOST = 8  # strips of a row whose program is written out
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem(conv.Problem):
-    """The same, with as many groups as channels; `summed`: the gradient of w is made, too."""
+class Problem(conv.Geometry):
+    """As many groups as channels; `summed`: the gradient of w is made, too."""
 
     summed: bool = False
 

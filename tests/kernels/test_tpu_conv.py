@@ -43,7 +43,16 @@ CASES = {
 }
 # The same where every channel is a group.
 DEPTHWISE = {
-    "rows that divide no block": ((2, 7, 10, 200), (3, 3, 1, 200), ((1, 1), (1, 1)), (1, 1), NHWC, bf16, True, (3, 128)),
+    "rows that divide no block": (
+        (2, 7, 10, 200),
+        (3, 3, 1, 200),
+        ((1, 1), (1, 1)),
+        (1, 1),
+        NHWC,
+        bf16,
+        True,
+        (3, 128),
+    ),
     "a batch at once, wide": ((8, 4, 35, 130), (2, 3, 1, 130), ((1, 0), (0, 2)), (1, 1), NHWC, f32, True, (2, 130)),
     "dilated, more rows out than in": (
         (2, 5, 9, 8),
@@ -165,3 +174,12 @@ def test_depthwise_refused(reason):
     shapes = (jax.ShapeDtypeStruct(s, f32) for s in (lhs, rhs))
     told = tpu.depthwise_conv.unsupported(*shapes, activation=None, dtype=f32, **static)
     assert told is not None and reason in told
+
+
+def test_what_does_not_fit():
+    for kernel, groups, rhs in ((tpu.conv, 1, (31, 31, 512, 512)), (tpu.depthwise_conv, 512, (999, 99, 1, 512))):
+        lhs = (1, 8, 8, 512)
+        options = geometry(((rhs[0] - 1, 0), (rhs[1] - 1, 0)), (1, 1), NHWC, lhs, rhs, "default", groups)
+        shapes = (jax.ShapeDtypeStruct(s, f32) for s in (lhs, rhs))
+        told = kernel.unsupported(*shapes, activation=None, dtype=f32, **options)
+        assert told is not None and "must fit the 64 MiB of VMEM" in told

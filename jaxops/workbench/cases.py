@@ -12,8 +12,9 @@ DIRECTIONS = ("forward", "backward")
 class Case:
     """One call of an operator.
 
-    shape: "main", a size it is used at, or "awkward", one that divides no tile, or another name. operands, options: in the words of
-    `call.call`. kernel: whether it is certified to run as a kernel; False where the operator has none and XLA serves.
+    shape: "main", a size it is used at, "awkward", one that divides no tile, or the name of a further one. operands,
+    options: in the words of `call.call`. kernel: whether it is certified to run as a kernel; False where the operator
+    has none and XLA serves.
     """
 
     operator: str

@@ -197,6 +197,16 @@ def test_dtypes():
     assert y.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(("width", "batch", "wanted"), [(16, 8, "pallas"), (12, 7, "pallas"), (12, 8, "xla")])
+def test_what_runs_depthwise(width, batch, wanted):
+    x, w = jnp.ones((batch, 6, width, 40)), jnp.ones((3, 3, 1, 40))
+    call = functools.partial(
+        conv, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC, feature_group_count=40
+    )
+    lines = jaxops.explain(call, x, w, target="v5e").lines
+    assert [(line.operator, line.implementation) for line in lines] == [("conv", wanted)]
+
+
 def test_an_activation_may_close_over_an_array():
     x, w, slope = jnp.ones((1, 2, 4)), jnp.ones((3, 2, 1)), jnp.asarray(2.0)
     gradient = jax.grad(lambda slope: conv(x, w, (1,), "SAME", activation=lambda y: slope * y).sum())(slope)

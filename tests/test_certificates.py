@@ -26,9 +26,9 @@ def test_the_page_is_written_from_the_json():
 
 
 def test_every_operator_has_a_usual_and_an_awkward_case_that_it_takes():
-    assert {(case.operator, case.shape) for case in cases.CASES} == {
-        (operator, shape) for operator in operators() for shape in ("main", "awkward")
-    }
+    told = [(case.operator, case.shape) for case in cases.CASES]
+    assert len(told) == len(set(told)) and {operator for operator, _ in told} == set(operators())
+    assert {(operator, shape) for operator in operators() for shape in ("main", "awkward")} <= set(told)
     for case in cases.CASES:
         call(case.operator, case.operands, case.options, "bfloat16", False)
     assert str(cases.usual("linear_cross_entropy")) == "x[8192, 2048], weight[2048, 65536], labels[8192]"

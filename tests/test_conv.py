@@ -81,6 +81,48 @@ CASES = {
         "float16",
         dict(feature_group_count=6, dimension_numbers=NHWC),
     ),
+    "depthwise, of everything": (
+        (3, 2, 7, 9),
+        (3, 1, 3, 2),
+        (2, 1),
+        ((-1, 2), (3, -2)),
+        BOTH,
+        "float32",
+        dict(
+            feature_group_count=3,
+            activation=silu,
+            lhs_dilation=(1, 2),
+            rhs_dilation=(1, 3),
+            dimension_numbers=("CNHW", "OIHW", "NCWH"),
+        ),
+    ),
+    "depthwise, one axis": (
+        (2, 9, 6),
+        (4, 1, 6),
+        (3,),
+        ((3, 0),),
+        BOTH,
+        "bfloat16",
+        dict(feature_group_count=6, dimension_numbers=("NWC", "WIO", "NWC")),
+    ),
+    "depthwise, no batch": (
+        (0, 5, 6),
+        (4, 1, 6),
+        (1,),
+        "SAME",
+        ("bias",),
+        "float32",
+        dict(feature_group_count=6, dimension_numbers=("NWC", "WIO", "NWC")),
+    ),
+    "pointwise": (
+        (2, 3, 5, 4),
+        (6, 4, 1, 1),
+        (1, 1),
+        "SAME",
+        BOTH,
+        "float32",
+        dict(activation=silu, dimension_numbers=("NHWC", "OIHW", "CNHW")),
+    ),
     "groups of the batch": (
         (4, 5, 7, 3),
         (3, 3, 3, 6),
@@ -94,7 +136,15 @@ CASES = {
     "no result": ((2, 2, 7, 3), (3, 3, 3, 6), (1, 1), "VALID", BOTH, "float32", dict(dimension_numbers=NHWC)),
 }
 
-FAST = ("NHWC", "dilated, padding and cropping", "transposed", "depthwise", "no batch", "no result")
+FAST = (
+    "NHWC",
+    "dilated, padding and cropping",
+    "transposed",
+    "depthwise",
+    "depthwise, of everything",
+    "no batch",
+    "no result",
+)
 
 
 def operands_of(lhs, rhs, strides, padding, more, options):
@@ -145,6 +195,16 @@ def test_dtypes():
     assert y.dtype == jnp.float32 and jnp.all(y == 4.03125 + 2**-10)
     y = conv(x.astype(jnp.float32), w.astype(jnp.float32), (1,), "VALID", preferred_element_type=jnp.bfloat16)
     assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("width", "batch", "wanted"), [(16, 8, "pallas"), (12, 7, "pallas"), (12, 8, "xla")])
+def test_what_runs_depthwise(width, batch, wanted):
+    x, w = jnp.ones((batch, 6, width, 40)), jnp.ones((3, 3, 1, 40))
+    call = functools.partial(
+        conv, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC, feature_group_count=40
+    )
+    lines = jaxops.explain(call, x, w, target="v5e").lines
+    assert [(line.operator, line.implementation) for line in lines] == [("conv", wanted)]
 
 
 def test_an_activation_may_close_over_an_array():

@@ -1,6 +1,9 @@
 """conv: public function and XLA rules. Beside the convolution it fuses what comes after it, in float32."""
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from operator import index
 from typing import Any
 
@@ -12,11 +15,12 @@ from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
 from jaxops.ops.matmul import Activation, activated, after_product, before, call_unless_traced, gradients_beside
+from jaxops.reference.conv import biased, linear
 from jaxops.reference.conv import conv as reference
-from jaxops.reference.conv import linear
 from pallas_kernels import tpu
 
 _FULL = 128  # channels that fill a matrix unit: from there on XLA's own convolution is as fast as the kernel
+_TAPS = 64  # a CPU adds up so many taps of a depthwise convolution one by one; more make a long program
 _PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 
@@ -26,15 +30,46 @@ def _forward(lhs, rhs, bias=None, residual=None, *, activation, dtype, **geometr
 
 def _backward(lhs, rhs, bias=None, residual=None, *, outputs, residuals, cotangents, activation, dtype, **geometry):
     """dz = activation'(z) · dy, from which JAX has dlhs and drhs: convolutions, too. dbias = Σ dz, dresidual = dy."""
-    del outputs, dtype
     dy = cotangents[0]
     dz = before(activation, residuals, dy)
+    plain = lambda lhs, rhs, dz: _of_operands(lhs, rhs, dz, geometry)
+    product = lambda lhs, rhs, dz: _of_factors(lhs, rhs, dz, geometry)
+    if _is_product(lhs, rhs, dz, geometry):
+        dlhs, drhs = dispatch.on_cpu(product, plain, lhs, rhs, dz)
+    else:
+        dlhs, drhs = plain(lhs, rhs, dz)
+    channels = geometry["dimension_numbers"].out_spec[1]
+    return {"lhs": dlhs, "rhs": drhs} | gradients_beside(dy, dz, bias, residual, channels)
+
+
+def _of_operands(lhs, rhs, dz, geometry) -> tuple[jax.Array, jax.Array]:
+    """(dlhs, drhs) of JAX."""
     # What the convolutions take is rounded, as for every product; their sums are float32 inside XLA.
     common = jnp.promote_types(lhs.dtype, rhs.dtype)
     f = lambda lhs, rhs: lax.conv_general_dilated(lhs.astype(common), rhs.astype(common), **geometry)
-    dlhs, drhs = jax.vjp(f, lhs, rhs)[1](dz.astype(common))
-    channels = geometry["dimension_numbers"].out_spec[1]
-    return {"lhs": dlhs, "rhs": drhs} | gradients_beside(dy, dz, bias, residual, channels)
+    return jax.vjp(f, lhs, rhs)[1](dz.astype(common))
+
+
+def _is_product(lhs, rhs, dz, geometry) -> bool:
+    """Whether every pixel of the result is one of lhs times one matrix, whose gradients XLA makes slowly on a CPU."""
+    numbers = geometry["dimension_numbers"]
+    ones = [*(rhs.shape[axis] for axis in numbers.rhs_spec[2:]), *geometry["window_strides"], *geometry["lhs_dilation"]]
+    groups = geometry["feature_group_count"], geometry["batch_group_count"]
+    padded = any(pads != (0, 0) for pads in geometry["padding"])
+    return groups == (1, 1) and not padded and all(one == 1 for one in ones) and min(lhs.size, rhs.size, dz.size) > 0
+
+
+def _of_factors(lhs, rhs, dz, geometry) -> tuple[jax.Array, jax.Array]:
+    """(dlhs, drhs) of a product."""
+    numbers = geometry["dimension_numbers"]
+    common = jnp.promote_types(lhs.dtype, rhs.dtype)
+
+    def product(lhs, rhs):
+        w = rhs.transpose(*numbers.rhs_spec[2:], *numbers.rhs_spec[:2]).reshape(-1, lhs.shape[numbers.lhs_spec[1]])
+        z = lax.dot_general(lhs.astype(common), w.astype(common), (((numbers.lhs_spec[1],), (1,)), ((), ())))
+        return _ordered(jnp.moveaxis(z, -1, numbers.lhs_spec[1]), numbers.lhs_spec, numbers.out_spec)
+
+    return jax.vjp(product, lhs, rhs)[1](dz.astype(common))
 
 
 _OPERATOR = Operator(
@@ -46,6 +81,148 @@ _OPERATOR = Operator(
     gpu="conv has no Pallas kernel yet",
     partition=None,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reads:
+    """padded[n, s · p + d · k, c] for every tap k, p < count, of x whose elements are `inner` apart, `low` from the
+    start. Lists are by spatial axis; `spec` says the axes of x."""
+
+    spec: tuple[int, ...]
+    size: tuple[int, ...]
+    low: tuple[int, ...]
+    inner: tuple[int, ...]
+    dilation: tuple[int, ...]
+    strides: tuple[int, ...]
+    count: tuple[int, ...]
+
+    def padded(self, x: jax.Array) -> jax.Array:
+        config = [(0, 0, 0)] * x.ndim
+        for axis, size, low, inner, d, s, count in zip(
+            self.spec[2:], self.size, self.low, self.inner, self.dilation, self.strides, self.count, strict=True
+        ):
+            needed = (count - 1) * s + (size - 1) * d + 1
+            config[axis] = (low, needed - low - (x.shape[axis] - 1) * inner - 1, inner - 1)
+        return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+    def of(self, padded: jax.Array) -> Iterator[tuple[tuple[int, ...], jax.Array]]:
+        for tap in itertools.product(*map(range, self.size)):
+            start, limit, strides = [0] * padded.ndim, list(padded.shape), [1] * padded.ndim
+            for axis, k, d, s, count in zip(self.spec[2:], tap, self.dilation, self.strides, self.count, strict=True):
+                start[axis], limit[axis], strides[axis] = k * d, k * d + (count - 1) * s + 1, s
+            yield tap, lax.slice(padded, start, limit, strides)
+
+    def sum(self, x: jax.Array, taps: jax.Array) -> jax.Array:
+        """Σ_k read[k] · taps[k, c]: one pass, where a convolution of XLA for the CPU makes one of every channel."""
+        others = [axis for axis in range(x.ndim) if axis != self.spec[1]]
+        z = jnp.zeros((), x.dtype)
+        for tap, read in self.of(self.padded(x)):
+            z = z + read * jnp.expand_dims(taps[tap], others)
+        return z
+
+    def products(self, x: jax.Array, dz: jax.Array) -> jax.Array:
+        """Σ_{n, p} read[k] · dz, as [k, c]. Rows are added up in a loop, element by element, as sums over all that is
+        not a channel are slow."""
+        padded = self.padded(x)
+        axis, s, length = self.spec[0], 1, 1
+        if len(self.size) > 1:
+            axis, s, length = self.spec[2], self.strides[0], (self.size[0] - 1) * self.dilation[0] + 1
+        row = dataclasses.replace(self, count=(1, *self.count[1:])) if len(self.size) > 1 else self
+
+        def add(index, sums):
+            d = lax.dynamic_slice_in_dim(dz, index, 1, axis)
+            here = lax.dynamic_slice_in_dim(padded, index * s, length, axis)
+            return tuple(total + read * d for total, (_, read) in zip(sums, row.of(here), strict=True))
+
+        shape = list(dz.shape)
+        shape[axis] = 1
+        sums = lax.fori_loop(0, dz.shape[axis], add, (jnp.zeros(shape, dz.dtype),) * math.prod(self.size))
+        others = [a for a in range(dz.ndim) if a != self.spec[1]]
+        return jnp.stack([jnp.sum(one, others) for one in sums]).reshape(*self.size, -1)
+
+
+def _ordered(x: jax.Array, spec: Sequence[int], wanted: Sequence[int]) -> jax.Array:
+    """x, whose axes are said by `spec`, with them where `wanted` says."""
+    order = [0] * x.ndim
+    for axis, place in zip(spec, wanted, strict=True):
+        order[place] = axis
+    return x.transpose(order)
+
+
+def _reads(lhs, rhs, out_shape, geometry) -> _Reads:
+    numbers = geometry["dimension_numbers"]
+    return _Reads(
+        spec=numbers.lhs_spec,
+        size=tuple(rhs.shape[axis] for axis in numbers.rhs_spec[2:]),
+        low=tuple(low for low, _ in geometry["padding"]),
+        inner=geometry["lhs_dilation"],
+        dilation=geometry["rhs_dilation"],
+        strides=geometry["window_strides"],
+        count=tuple(out_shape[axis] for axis in numbers.out_spec[2:]),
+    )
+
+
+def _spatial_first(rhs: jax.Array, numbers: lax.ConvDimensionNumbers) -> jax.Array:
+    """The window of every channel, as [k, c]."""
+    w = rhs.transpose(*numbers.rhs_spec[2:], *numbers.rhs_spec[:2])
+    return w.reshape(*w.shape[:-2], -1)
+
+
+def _depthwise_forward(lhs, rhs, bias=None, residual=None, *, activation, dtype, **geometry):
+    numbers = geometry["dimension_numbers"]
+
+    def shifted(lhs, rhs):
+        common, wide = jnp.promote_types(lhs.dtype, rhs.dtype), z.dtype
+        taps = _spatial_first(rhs, numbers).astype(common).astype(wide)
+        y = _reads(lhs, rhs, z.shape, geometry).sum(lhs.astype(common).astype(wide), taps)
+        return _ordered(y, numbers.lhs_spec, numbers.out_spec)
+
+    plain = lambda lhs, rhs: linear(lhs, rhs, None, dtype=dtype, **geometry)
+    z = jax.eval_shape(plain, lhs, rhs)
+    found = dispatch.on_cpu(shifted, plain, lhs, rhs) if _writes_out(lhs, rhs, z, numbers) else plain(lhs, rhs)
+    return activated(biased(found, bias, numbers.out_spec[1]), residual, activation, dtype)
+
+
+def _writes_out(lhs, rhs, z, numbers) -> bool:
+    """Whether a convolution is made as a sum of so many reads: it must be of something, and the program short."""
+    taps = math.prod(rhs.shape[axis] for axis in numbers.rhs_spec[2:])
+    return min(lhs.size, rhs.size, z.size) > 0 and taps <= _TAPS
+
+
+def _depthwise_backward(
+    lhs, rhs, bias=None, residual=None, *, outputs, residuals, cotangents, activation, dtype, **geometry
+):
+    dy, numbers = cotangents[0], geometry["dimension_numbers"]
+    dz = before(activation, residuals, dy)
+
+    def shifted(lhs, rhs, dz):
+        common, wide = jnp.promote_types(lhs.dtype, rhs.dtype), dz.dtype
+        x, d = (a.astype(common).astype(wide) for a in (lhs, dz))
+        d = _ordered(d, numbers.out_spec, numbers.lhs_spec)
+        reads = _reads(lhs, rhs, dz.shape, geometry)
+        taps = _spatial_first(rhs, numbers).astype(common).astype(wide)
+        turned = dataclasses.replace(
+            reads,
+            low=tuple((k - 1) * e - p for k, e, p in zip(reads.size, reads.dilation, reads.low, strict=True)),
+            inner=reads.strides,
+            strides=reads.inner,
+            count=tuple(lhs.shape[axis] for axis in numbers.lhs_spec[2:]),
+        )
+        dx = turned.sum(d, jnp.flip(taps, range(len(reads.size))))
+        dw = reads.products(x, d).reshape(*reads.size, *(rhs.shape[axis] for axis in numbers.rhs_spec[:2]))
+        spatial_first = (*numbers.rhs_spec[2:], *numbers.rhs_spec[:2])
+        dw = dw.transpose([spatial_first.index(axis) for axis in range(rhs.ndim)])
+        return dx.astype(lhs.dtype), dw.astype(rhs.dtype)
+
+    plain = lambda lhs, rhs, dz: _of_operands(lhs, rhs, dz, geometry)
+    if _writes_out(lhs, rhs, dz, numbers):
+        dlhs, drhs = dispatch.on_cpu(shifted, plain, lhs, rhs, dz)
+    else:
+        dlhs, drhs = plain(lhs, rhs, dz)
+    return {"lhs": dlhs, "rhs": drhs} | gradients_beside(dy, dz, bias, residual, numbers.out_spec[1])
+
+
+_DEPTHWISE = dataclasses.replace(_OPERATOR, xla=Rules(_depthwise_forward, _depthwise_backward), tpu=tpu.depthwise_conv)
 
 
 def conv(
@@ -91,7 +268,8 @@ def conv(
         its gradient.
       residual: floating, of the shape of the result, or None.
       implementation: None, "pallas", "xla", or a sequence tried in order. None: the kernel for windows with fewer than
-        128 input or output channels, as far as it serves them, else XLA, which is as fast there.
+        128 input or output channels and for depthwise ones, unless the batch but not the width is a multiple of 8, as
+        far as it serves them, else XLA, which is as fast there or faster.
 
     Returns:
       y, its axes in the order of the last of the dimension numbers. Sums, bias, activation and residual are in float32;
@@ -134,9 +312,19 @@ def conv(
         if "xla" not in dispatch.order_of(name, implementation):
             raise ValueError(f"{name}: implementation 'pallas' was asked for, but XLA alone takes an out_sharding")
         return reference(**operands, **static, out_sharding=out_sharding)
+    groups, channels = geometry["feature_group_count"], lhs.shape[numbers.lhs_spec[1]]
+    if channels > 1 and groups == channels == rhs.shape[numbers.rhs_spec[0]]:
+        if implementation is None and _beside(lhs, numbers):
+            implementation = "xla"
+        return call_unless_traced(_DEPTHWISE, known, operands, implementation, **static)
     if implementation is None and min(rhs.shape[axis] for axis in numbers.rhs_spec[:2]) >= _FULL:
         implementation = "xla"
     return call_unless_traced(_OPERATOR, known, operands, implementation, **static)
+
+
+def _beside(lhs: jax.Array, numbers: lax.ConvDimensionNumbers) -> bool:
+    """Whether XLA keeps the images of a batch side by side on a TPU: then its depthwise convolution is faster."""
+    return lhs.ndim > 2 and lhs.shape[numbers.lhs_spec[-1]] % 8 != 0 and lhs.shape[numbers.lhs_spec[0]] % 8 == 0
 
 
 def geometry_of(

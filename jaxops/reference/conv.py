@@ -37,7 +37,11 @@ def linear(
     z = lax.conv_general_dilated(
         lhs.astype(common), rhs.astype(common), preferred_element_type=wide, out_sharding=out_sharding, **geometry
     )
-    if bias is not None:
-        channels = geometry["dimension_numbers"].out_spec[1]
-        z = z + jnp.expand_dims(bias.astype(wide), [axis for axis in range(z.ndim) if axis != channels])
-    return z
+    return biased(z, bias, geometry["dimension_numbers"].out_spec[1])
+
+
+def biased(z: jax.Array, bias: jax.Array | None, channels: int) -> jax.Array:
+    """z + bias along the axis `channels`."""
+    if bias is None:
+        return z
+    return z + jnp.expand_dims(bias.astype(z.dtype), [axis for axis in range(z.ndim) if axis != channels])

@@ -12,8 +12,9 @@ DIRECTIONS = ("forward", "backward")
 class Case:
     """One call of an operator.
 
-    shape: "main", a size it is used at, or "awkward", one that divides no tile. operands, options: in the words of
-    `call.call`. kernel: whether it is certified to run as a kernel; False where the operator has none and XLA serves.
+    shape: "main", a size it is used at, "awkward", one that divides no tile, or the name of a further one. operands,
+    options: in the words of `call.call`. kernel: whether it is certified to run as a kernel; False where the operator
+    has none and XLA serves.
     """
 
     operator: str
@@ -167,6 +168,30 @@ CASES = (
         "awkward",
         ("lhs=3x9x7x30", "rhs=3x2x30x17", "bias=17", "residual=3x9x7x17"),
         ("window_strides=(1,1)", "padding=SAME", "rhs_dilation=(2,1)", "dimension_numbers=('NHWC','HWIO','NHWC')"),
+    ),
+    Case(
+        "conv",
+        "depthwise",
+        ("lhs=8x56x56x256", "rhs=3x3x1x256", "bias=256"),
+        (
+            "window_strides=(1,1)",
+            "padding=SAME",
+            "dimension_numbers=('NHWC','HWIO','NHWC')",
+            "feature_group_count=256",
+            "activation=jaxops.relu",
+        ),
+    ),
+    Case(
+        "conv",
+        "depthwise, awkward",
+        ("lhs=3x9x7x300", "rhs=3x2x1x300", "bias=300", "residual=3x9x7x300"),
+        (
+            "window_strides=(1,1)",
+            "padding=SAME",
+            "rhs_dilation=(2,1)",
+            "dimension_numbers=('NHWC','HWIO','NHWC')",
+            "feature_group_count=300",
+        ),
     ),
     Case(
         "quantized_conv",

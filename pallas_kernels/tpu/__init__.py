@@ -7,6 +7,7 @@ from pallas_kernels.tpu import batch_norm as batch_norm
 from pallas_kernels.tpu import block_sparse_matmul as block_sparse_matmul
 from pallas_kernels.tpu import conv as conv
 from pallas_kernels.tpu import decode_attention as decode_attention
+from pallas_kernels.tpu import depthwise_conv as depthwise_conv
 from pallas_kernels.tpu import gated_linear_unit as gated_linear_unit
 from pallas_kernels.tpu import group_norm as group_norm
 from pallas_kernels.tpu import layer_norm as layer_norm

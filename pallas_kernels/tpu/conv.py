@@ -37,7 +37,7 @@ TURN = 512  # pixels of a turn, about
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Geometry:
     """x[images, height, width, channels] with a window of `size`, `pads` (low, high) and `dilation`, each for two axes;
     `joined`: the batch that is taken at once, beside the pixels, or 1."""
 
@@ -68,6 +68,11 @@ class Problem:
     def pixels(self) -> int:
         """Pixels of a row of the input."""
         return self.width * self.joined
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem(Geometry):
+    """What the kernel is made for."""
 
     @property
     def staged(self) -> bool:
@@ -125,7 +130,8 @@ def _two(first: Any, second: Any) -> tuple[Any, Any]:
     return first, second
 
 
-def _problem(
+def problem_of(
+    kind: type[Geometry],
     lhs,
     rhs,
     residual,
@@ -141,8 +147,9 @@ def _problem(
     batch_group_count,
     precision,
     saving=True,
-) -> Problem | str:
-    """The problem, or why there is no kernel for it."""
+) -> Any:
+    """The problem, of a `kind`, or why no kernel has it: of groups, precision and memory the callers know more."""
+    del feature_group_count, batch_group_count
     if len(window_strides) not in (1, 2):
         return f"conv must have one or two spatial axes on a TPU, got {len(window_strides)}"
     if lhs.dtype not in (jnp.float32, jnp.bfloat16) or rhs.dtype != lhs.dtype:
@@ -151,22 +158,15 @@ def _problem(
         return f"the result must be float32 or bfloat16 on a TPU, got {dtype}"
     if residual is not None and residual.dtype not in (jnp.float32, jnp.bfloat16):
         return f"residual must be float32 or bfloat16 on a TPU, got {residual.dtype}"
-    if (feature_group_count, batch_group_count) != (1, 1):
-        return f"groups have no kernel, got {feature_group_count} of features and {batch_group_count} of the batch"
     if any(one != 1 for one in (*window_strides, *lhs_dilation)):
         return f"strides and lhs_dilation must be 1, got {window_strides} and {lhs_dilation}"
-    if isinstance(precision, tuple):
-        if precision[0] != precision[1]:
-            return f"lhs and rhs must be multiplied in one precision on a TPU, got {precision}"
-        precision = precision[0]
-    if reason := matrix_unit.unsupported(lhs.dtype, precision):
-        return reason
+    precision = precision[0] if isinstance(precision, tuple) else precision
     one: tuple[int, ...] = (1,) * (2 - len(window_strides))
     batch, channels, *image = (lhs.shape[axis] for axis in dimension_numbers.lhs_spec)
     columns, _, *window = (rhs.shape[axis] for axis in dimension_numbers.rhs_spec)
     height, width = _two(*one, *image)
     joined = batch if width % 8 and batch % 8 == 0 and batch * width <= LONGEST else 1
-    problem = Problem(
+    problem = kind(
         images=batch // joined,
         height=height,
         width=width,
@@ -189,11 +189,26 @@ def _problem(
         return f"a row must have at most {LONGEST} pixels, got {widest}"
     if min(low for low, _ in problem.pads) < 0 or min(high for _, high in problem.pads) < 0:
         return f"padding must not be negative on a TPU, got {padding}"
+    return problem
+
+
+def _problem(lhs, rhs, residual, **static: Any) -> Problem | str:
+    """The problem, or why there is no kernel for it."""
+    features, batches, precision = (static[name] for name in ("feature_group_count", "batch_group_count", "precision"))
+    if (features, batches) != (1, 1):
+        return f"groups have no kernel, got {features} of features and {batches} of the batch"
+    if isinstance(precision, tuple) and precision[0] != precision[1]:
+        return f"lhs and rhs must be multiplied in one precision on a TPU, got {precision}"
+    if reason := matrix_unit.unsupported(lhs.dtype, precision[0] if isinstance(precision, tuple) else precision):
+        return reason
+    problem = problem_of(Problem, lhs, rhs, residual, **static)
+    if isinstance(problem, str):
+        return problem
     if not Tiles.default(problem).allowed(problem):
         vmem = chips.current("tpu").vmem_bytes >> 20
         return (
-            f"{problem.turn} rows of the image and the weights must fit the {vmem} MiB of VMEM, got {channels} channels"
-            f" and a window of {problem.size}"
+            f"{problem.turn} rows of the image and the weights must fit the {vmem} MiB of VMEM, got {problem.channels}"
+            f" channels and a window of {problem.size}"
         )
     return problem
 
@@ -204,7 +219,7 @@ def unsupported(lhs, rhs, bias=None, residual=None, *, activation: Callable | No
     return found if isinstance(found, str) else activations.unsupported(activation, elementwise.refusal)
 
 
-def _turned(lhs, rhs, geometry: dict[str, Any]) -> dict[str, Any]:
+def turned(lhs, rhs, geometry: dict[str, Any]) -> dict[str, Any]:
     """The options of the convolution of dz with the window turned around that is the gradient of lhs."""
     numbers = geometry["dimension_numbers"]
     sizes = [rhs.shape[axis] - 1 for axis in numbers.rhs_spec[2:]]
@@ -229,8 +244,8 @@ def _of(phase: str, lhs, rhs, residual, activation, dtype, geometry) -> Problem:
             lambda a, b: lax.conv_general_dilated(a, b, **geometry),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs)),
         )
-        turned = _problem(dz, rhs, None, **_turned(lhs, rhs, geometry))
-        found = turned if isinstance(turned, Problem) else found
+        around = _problem(dz, rhs, None, **turned(lhs, rhs, geometry))
+        found = around if isinstance(around, Problem) else found
     return found
 
 
@@ -392,15 +407,28 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, *refs, problem, tiles, activat
     lax.fori_loop(0, tiles.rows // turn, compute, 0)
 
 
-def _view(a, problem: Problem, width: int):
+def image(a, spec: tuple[int, ...]):
+    """a, whose axes are said by `spec`, as [batch, height, width, channels]."""
+    a = a.transpose(spec[0], *spec[2:], spec[1])
+    return a if a.ndim == 4 else a[:, None]
+
+
+def unimage(a, spec: tuple[int, ...]):
+    """The inverse of `image`."""
+    order = (spec[0], *spec[2:], spec[1])
+    a = a if len(spec) == 4 else a[:, 0]
+    return a.transpose([order.index(axis) for axis in range(len(spec))])
+
+
+def view(a, problem: Geometry, width: int):
     """a[batch, height, width, channels] as [images, height, pixels, channels]."""
     if problem.joined > 1:
         a = a.transpose(1, 2, 0, 3)
     return a.reshape(problem.images, -1, width * problem.joined, a.shape[-1])
 
 
-def _back(a, problem: Problem, width: int):
-    """The inverse of `_view`."""
+def back(a, problem: Geometry, width: int):
+    """The inverse of `view`."""
     if problem.joined > 1:
         return a.reshape(-1, width, problem.joined, a.shape[-1]).transpose(2, 0, 1, 3)
     return a.reshape(problem.images, -1, width, a.shape[-1])
@@ -455,9 +483,9 @@ def _convolve(problem: Problem, tiles: Tiles, x, w, bias, residual, activation, 
     )
     call = jax.custom_batching.sequential_vmap(lambda *operands: kernel(*operands))  # shared weights stay shared
     row = None if bias is None else bias.astype(bias.dtype if bias.dtype in (f32, jnp.bfloat16) else f32)[None]
-    residual = None if residual is None else _view(residual, problem, width)
-    found = call(_view(x, problem, problem.width), w, row, residual)
-    return [_back(a, problem, width) for a in found]
+    residual = None if residual is None else view(residual, problem, width)
+    found = call(view(x, problem, problem.width), w, row, residual)
+    return [back(a, problem, width) for a in found]
 
 
 def forward(
@@ -476,7 +504,7 @@ def forward(
     **geometry,
 ):
     """((y,), residuals): z is saved if there is an activation, unless not `saving`."""
-    numbers, two = dimension_numbers, lhs.ndim == 4
+    numbers = dimension_numbers
     problem: Any = _problem(
         lhs,
         rhs,
@@ -488,25 +516,18 @@ def forward(
         saving=saving,
         **geometry,
     )
-
-    def image(a, spec):  # as NHWC
-        a = a.transpose(spec[0], *spec[2:], spec[1])
-        return a if two else a[:, None]
-
     w = rhs.transpose(*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
     found = _convolve(
         problem,
         tiles or _chosen(phase, problem),
         image(lhs, numbers.lhs_spec),
-        w if two else w[None],
+        w if lhs.ndim == 4 else w[None],
         bias,
         None if residual is None else image(residual, numbers.out_spec),
         activation,
         precision[0] if isinstance(precision, tuple) else precision,
     )
-    order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-    back = [order.index(axis) for axis in range(lhs.ndim)]
-    y, *saved = ((a if two else a[:, 0]).transpose(back) for a in found)
+    y, *saved = (unimage(a, numbers.out_spec) for a in found)
     return (y,), tuple(saved)
 
 
@@ -520,21 +541,27 @@ def backward(
 ) -> dict[str, jax.Array]:
     """Gradients of the operands that are present: of lhs by the kernel where it can, of rhs by XLA's convolution."""
     del outputs
-    dy = cotangents[0].astype(f32)
-    dz = dy if not residuals else activations.along(activation, residuals[0].astype(f32), dy)[1]
+    numbers, around = geometry["dimension_numbers"], turned(lhs, rhs, geometry)
+    dz, others = beside(cotangents[0], bias, residual, residuals, activation, numbers)
     d = dz.astype(lhs.dtype)
-    numbers, turned = geometry["dimension_numbers"], _turned(lhs, rhs, geometry)
     convolve = lambda lhs, rhs: lax.conv_general_dilated(lhs, rhs, **geometry)
     flipped = lax.rev(rhs, numbers.rhs_spec[2:])
-    if unsupported(d, rhs, **turned) is None:
-        ((dlhs,), _) = forward(d, flipped, **turned, tiles=tiles, phase="backward")
+    if unsupported(d, rhs, **around) is None:
+        ((dlhs,), _) = forward(d, flipped, **around, tiles=tiles, phase="backward")
     else:
         (dlhs,) = jax.vjp(lambda lhs: convolve(lhs, rhs), lhs)[1](d)
     (drhs,) = jax.vjp(lambda rhs: convolve(lhs, rhs), rhs)[1](d)
-    gradients = {"lhs": dlhs, "rhs": drhs}
+    return {"lhs": dlhs, "rhs": drhs, **others}
+
+
+def beside(dy, bias, residual, residuals, activation, numbers) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(dz in float32, the gradients of bias and residual that are present)."""
+    wide = dy.astype(f32)
+    dz = wide if not residuals else activations.along(activation, residuals[0].astype(f32), wide)[1]
+    gradients = {}
     if bias is not None:
         others = [axis for axis in range(dz.ndim) if axis != numbers.out_spec[1]]
         gradients["bias"] = jnp.sum(dz, others).astype(bias.dtype)
     if residual is not None:
-        gradients["residual"] = cotangents[0].astype(residual.dtype)
-    return gradients
+        gradients["residual"] = dy.astype(residual.dtype)
+    return dz, gradients

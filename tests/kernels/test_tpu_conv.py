@@ -41,16 +41,43 @@ CASES = {
     "one axis": ((3, 21, 6), (4, 6, 5), ((3, 3),), (2,), NWC, f32, False, None),
     "channels first": ((2, 5, 6, 7), (9, 5, 3, 3), ((1, 0), (2, 5)), (1, 1), NCHW, f32, False, None),
 }
+# The same where every channel is a group.
+DEPTHWISE = {
+    "rows that divide no block": (
+        (2, 7, 10, 200),
+        (3, 3, 1, 200),
+        ((1, 1), (1, 1)),
+        (1, 1),
+        NHWC,
+        bf16,
+        True,
+        (3, 128),
+    ),
+    "a batch at once, wide": ((8, 4, 35, 130), (2, 3, 1, 130), ((1, 0), (0, 2)), (1, 1), NHWC, f32, True, (2, 130)),
+    "dilated, more rows out than in": (
+        (2, 5, 9, 8),
+        (3, 2, 1, 8),
+        ((4, 3), (3, 0)),
+        (2, 3),
+        NHWC,
+        f32,
+        True,
+        (4, 8),
+    ),
+    "fewer rows out than in": ((3, 9, 17, 5), (4, 3, 1, 5), ((0, 0), (0, 0)), (1, 2), NHWC, bf16, False, (4, 5)),
+    "one axis, depthwise": ((3, 21, 6), (4, 1, 6), ((3, 0),), (1,), NWC, f32, True, None),
+    "channels first, depthwise": ((2, 5, 6, 7), (5, 1, 3, 3), ((1, 0), (2, 1)), (1, 1), NCHW, bf16, False, None),
+}
 
 
-def geometry(padding, dilation, numbers, lhs, rhs, precision="highest"):
+def geometry(padding, dilation, numbers, lhs, rhs, precision="highest", groups=1):
     return dict(
         padding=padding,
         rhs_dilation=dilation,
         lhs_dilation=(1,) * len(dilation),
         window_strides=(1,) * len(dilation),
         dimension_numbers=lax.conv_dimension_numbers(lhs, rhs, numbers),
-        feature_group_count=1,
+        feature_group_count=groups,
         batch_group_count=1,
         precision=precision,
     )
@@ -59,9 +86,21 @@ def geometry(padding, dilation, numbers, lhs, rhs, precision="highest"):
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("v5p", marks=slow)])  # fetches ahead, and does not
 @pytest.mark.parametrize("case", [c if c == "one axis" else pytest.param(c, marks=slow) for c in CASES])
 def test_tpu(case, chip):
-    lhs, rhs, padding, dilation, numbers, dtype, after, tiles = CASES[case]
+    against_float64(tpu.conv, chip, *CASES[case])
+
+
+@pytest.mark.parametrize("case", [c if c[:3] == "one" else pytest.param(c, marks=slow) for c in DEPTHWISE])
+def test_depthwise(case):
+    *shapes, tiles = DEPTHWISE[case]
+    lhs, _, _, _, numbers, _, _ = shapes
+    tiles = tiles and tpu.depthwise_conv.Tiles(*tiles)
+    against_float64(tpu.depthwise_conv, "v5e", *shapes, tiles, groups=lhs[numbers[0].index("C")])
+
+
+def against_float64(kernel, chip, lhs, rhs, padding, dilation, numbers, dtype, after, tiles, groups=1):
     random = np.random.default_rng(0)
-    static = dict(activation=silu if after else None, dtype=dtype, **geometry(padding, dilation, numbers, lhs, rhs))
+    static = dict(activation=silu if after else None, dtype=dtype)
+    static |= geometry(padding, dilation, numbers, lhs, rhs, groups=groups)
     x, w = (jnp.asarray(random.standard_normal(shape), dtype) for shape in (lhs, rhs))
     shape = jax.eval_shape(lambda x, w: reference(x, w, **static), x, w).shape
     channel = shape[static["dimension_numbers"].out_spec[1]]
@@ -72,12 +111,12 @@ def test_tpu(case, chip):
     dy = jnp.asarray(random.standard_normal(shape), dtype)
 
     def both(operands, dy):
-        (y,), residuals = tpu.conv.forward(**operands, **static, tiles=tiles)
+        (y,), residuals = kernel.forward(**operands, **static, tiles=tiles)
         saved = dict(outputs=(y,), residuals=residuals, cotangents=(dy,))
-        return {"y": y} | tpu.conv.backward(**operands, **saved, **static)
+        return {"y": y} | kernel.backward(**operands, **saved, **static, tiles=tiles if groups > 1 else None)
 
     with chips.target(chips.named(chip)):
-        assert tpu.conv.unsupported(**operands, **static) is None
+        assert kernel.unsupported(**operands, **static) is None
         with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=1)):
             got = jax.tree.map(np.asarray, jax.block_until_ready(jax.jit(both)(operands, dy)))
 
@@ -114,3 +153,33 @@ def test_refused(reason):
     options = dict(activation=None, dtype=f32, **geometry(((0, 0), (0, 0)), (1, 1), NHWC, lhs, rhs)) | REFUSED[reason]
     told = tpu.conv.unsupported(*(jax.ShapeDtypeStruct(s, f32) for s in (lhs, rhs)), **options)
     assert told is not None and reason in told
+
+
+REFUSED_DEPTHWISE = {
+    "every channel must be a group of one output, got 8 and 16 channels in 8 groups": dict(rhs=(3, 3, 1, 16)),
+    "every channel must be a group of one output, got 8 and 8 channels in 4 groups": dict(
+        rhs=(3, 3, 2, 8), feature_group_count=4
+    ),
+    "padding must be within the window": dict(padding=((3, 0), (0, 0))),
+    "strides and lhs_dilation must be 1": dict(lhs_dilation=(2, 1)),
+    "a row must have at most 1024 pixels": dict(lhs=(2, 6, 1025, 8)),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED_DEPTHWISE)
+def test_depthwise_refused(reason):
+    options = dict(lhs=(2, 6, 9, 8), rhs=(3, 3, 1, 8)) | REFUSED_DEPTHWISE[reason]
+    lhs, rhs = options.pop("lhs"), options.pop("rhs")
+    static = geometry(((0, 0), (0, 0)), (1, 1), NHWC, lhs, rhs, groups=8) | options
+    shapes = (jax.ShapeDtypeStruct(s, f32) for s in (lhs, rhs))
+    told = tpu.depthwise_conv.unsupported(*shapes, activation=None, dtype=f32, **static)
+    assert told is not None and reason in told
+
+
+def test_what_does_not_fit():
+    for kernel, groups, rhs in ((tpu.conv, 1, (31, 31, 512, 512)), (tpu.depthwise_conv, 512, (999, 99, 1, 512))):
+        lhs = (1, 8, 8, 512)
+        options = geometry(((rhs[0] - 1, 0), (rhs[1] - 1, 0)), (1, 1), NHWC, lhs, rhs, "default", groups)
+        shapes = (jax.ShapeDtypeStruct(s, f32) for s in (lhs, rhs))
+        told = kernel.unsupported(*shapes, activation=None, dtype=f32, **options)
+        assert told is not None and "must fit the 64 MiB of VMEM" in told

@@ -13,6 +13,7 @@ from jaxops.ops.attention import dot_product_attention as dot_product_attention
 from jaxops.ops.batch_norm import batch_norm as batch_norm
 from jaxops.ops.block_sparse_matmul import block_sparse_matmul as block_sparse_matmul
 from jaxops.ops.conv import conv as conv
+from jaxops.ops.conv_transpose import conv_transpose as conv_transpose
 from jaxops.ops.decode_attention import decode_attention as decode_attention
 from jaxops.ops.gated_linear_unit import gated_linear_unit as gated_linear_unit
 from jaxops.ops.group_norm import group_norm as group_norm

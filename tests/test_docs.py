@@ -30,6 +30,7 @@ WITH_COMPILERS = ROOT / ".venv-compilers" / "bin" / "jaxops"
 FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 PAGE_OF = {  # the others have their own
     **dict.fromkeys(("gelu", "silu", "relu", "squared_relu"), "activations"),
+    "conv_transpose": "conv",
     **dict.fromkeys(("add_rms_norm", "add_layer_norm"), "add_norms"),
     **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool", "global_max_pool", "global_avg_pool"), "pooling"),
 }

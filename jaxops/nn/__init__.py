@@ -4,6 +4,7 @@ from jaxops.nn.attention import MultiHeadAttention as MultiHeadAttention
 from jaxops.nn.attention import attention_fn as attention_fn
 from jaxops.nn.block import TransformerBlock as TransformerBlock
 from jaxops.nn.conv import Conv as Conv
+from jaxops.nn.conv import ConvTranspose as ConvTranspose
 from jaxops.nn.mlp import GatedMLP as GatedMLP
 from jaxops.nn.moe import MoE as MoE
 from jaxops.nn.norms import BatchNorm as BatchNorm

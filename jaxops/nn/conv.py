@@ -11,6 +11,7 @@ from flax.nnx.nn.linear import canonicalize_padding
 from jaxops.dispatch import Implementation
 from jaxops.nn.implementation import static
 from jaxops.ops.conv import conv
+from jaxops.ops.conv_transpose import conv_transpose
 
 _SURROUNDED = {"CIRCULAR": "wrap", "REFLECT": "reflect"}  # name of a padding → mode of `jnp.pad`
 
@@ -138,6 +139,107 @@ class Conv(nnx.Conv):
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
             out_sharding=out_sharding,
+            activation=self.activation,
+            implementation=self.implementation,
+        )
+
+
+def convolve_transposed(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    strides: int | Sequence[int] | None,
+    padding: Any,
+    kernel_dilation: int | Sequence[int] | None,
+    transpose_kernel: bool,
+    **options: Any,
+) -> jax.Array:
+    """A transposed convolution of channels-last x: what NNX and Linen layers share.
+
+    As `convolve`; kernel[..., in, out], with `transpose_kernel` [..., out, in].
+    """
+    rank = kernel.ndim - 2
+    per_axis = lambda value: (value or 1,) * rank if value is None or isinstance(value, int) else tuple(value)
+    channels = kernel.shape[-1 if transpose_kernel else -2]
+    if x.ndim < rank + 1 or x.shape[-1] != channels:
+        raise ValueError(
+            f"ConvTranspose: an input must end in {rank} spatial axes and {channels} channels, got {x.shape}"
+        )
+    padding = canonicalize_padding(padding, rank)
+    if padding == "CAUSAL" or (isinstance(padding, str) and padding in _SURROUNDED):
+        raise ValueError(f"ConvTranspose: padding must be 'SAME', 'VALID' or pairs (low, high), got {padding!r}")
+    batch = x.shape[: x.ndim - rank - 1]
+    flat = lambda a: a.reshape(-1, *a.shape[len(batch) :])
+    spatial = "".join(chr(ord("a") + axis) for axis in range(rank))
+    y = conv_transpose(
+        flat(x),
+        kernel,
+        per_axis(strides),
+        padding,
+        per_axis(kernel_dilation),
+        (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        transpose_kernel,
+        bias=bias,
+        residual=None if residual is None else flat(residual),
+        **options,
+    )
+    return y.reshape(*batch, *y.shape[1:])
+
+
+class ConvTranspose(nnx.ConvTranspose):
+    """y = activation(z + bias) + residual, z as of `jaxops.conv_transpose`, channels last.
+
+    A drop-in for `nnx.ConvTranspose`, with the same parameters and promotion of dtypes.
+
+    Args:
+      in_features, out_features: channels.
+      kernel_size: sizes of the window; an int is one axis.
+      strides: how many times as long an axis becomes, one for all or one each.
+      activation: an elementwise function of a float32 array or None, part of the operator.
+      implementation: None | "pallas" | "xla" | a sequence of them.
+      **flax_arguments: those of `nnx.ConvTranspose`; padding must be "SAME", "VALID" or sizes.
+
+    Raises `ValueError` for an input or a mask that does not fit, or another padding. Source:
+    https://arxiv.org/abs/1603.07285
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = None,
+        *,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+        implementation: Implementation = None,
+        rngs: nnx.Rngs,
+        **flax_arguments: Any,
+    ):
+        super().__init__(in_features, out_features, kernel_size, strides, rngs=rngs, **flax_arguments)
+        self.activation = activation
+        self.implementation = static(implementation)
+
+    def __call__(self, inputs: jax.Array, *, residual: jax.Array | None = None) -> jax.Array:
+        """`inputs[..., *spatial, in_features]`, with any number of batch axes, to `[..., *spatial, out_features]`.
+
+        residual: of the shape of the result, added at the end.
+        """
+        kernel = masked(self.kernel[...], self.mask)
+        bias = None if self.bias is None else self.bias[...]
+        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        return convolve_transposed(
+            inputs,
+            kernel,
+            bias,
+            residual,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            transpose_kernel=self.transpose_kernel,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
             activation=self.activation,
             implementation=self.implementation,
         )

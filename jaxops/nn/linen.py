@@ -11,7 +11,7 @@ from flax import linen
 from jaxops.dispatch import Implementation
 from jaxops.nn import quantized
 from jaxops.nn.attention import AttentionOptions, attend, sources
-from jaxops.nn.conv import convolve, masked
+from jaxops.nn.conv import convolve, convolve_transposed, masked
 from jaxops.nn.implementation import without_kernels
 from jaxops.nn.mlp import gated_mlp
 from jaxops.nn.moe import KERNEL_INIT, mixture
@@ -241,6 +241,51 @@ class Conv(linen.Module):
             input_dilation=self.input_dilation,
             kernel_dilation=self.kernel_dilation,
             feature_group_count=self.feature_group_count,
+            precision=self.precision,
+            activation=self.activation,
+            implementation=self.implementation,
+        )
+
+
+class ConvTranspose(linen.Module):
+    """y = activation(z + bias) + residual, z as of `jaxops.conv_transpose`, channels last.
+
+    Fields as in `flax.linen.ConvTranspose`, and `activation`. Called with a `residual` of the shape of the result it is
+    added at the end. Padding must be "SAME", "VALID" or sizes.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = None
+    padding: Any = "SAME"
+    kernel_dilation: int | Sequence[int] | None = None
+    use_bias: bool = True
+    mask: jax.Array | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = linen.linear.default_kernel_init
+    bias_init: Initializer = linen.initializers.zeros
+    transpose_kernel: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array, *, residual: jax.Array | None = None) -> jax.Array:
+        size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        channels = (self.features, x.shape[-1]) if self.transpose_kernel else (x.shape[-1], self.features)
+        kernel = masked(self.param("kernel", self.kernel_init, (*size, *channels), self.param_dtype), self.mask)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        x, kernel, bias = linen.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return convolve_transposed(
+            x,
+            kernel,
+            bias,
+            residual,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            transpose_kernel=self.transpose_kernel,
             precision=self.precision,
             activation=self.activation,
             implementation=self.implementation,

@@ -345,12 +345,12 @@ def geometry_of(
         raise ValueError(
             f"{operator}: lhs and rhs must have the same rank, at least 2, got {lhs.shape} and {rhs.shape}"
         )
-    numbers = _numbers(operator, lhs, rhs, dimension_numbers)
+    numbers = numbers_of(operator, lhs, rhs, dimension_numbers)
     geometry: dict[str, Any] = dict(
         dimension_numbers=numbers,
-        window_strides=_per_axis(operator, "window_strides", window_strides, lhs.ndim - 2),
-        lhs_dilation=_per_axis(operator, "lhs_dilation", lhs_dilation, lhs.ndim - 2),
-        rhs_dilation=_per_axis(operator, "rhs_dilation", rhs_dilation, lhs.ndim - 2),
+        window_strides=per_axis(operator, "window_strides", window_strides, lhs.ndim - 2),
+        lhs_dilation=per_axis(operator, "lhs_dilation", lhs_dilation, lhs.ndim - 2),
+        rhs_dilation=per_axis(operator, "rhs_dilation", rhs_dilation, lhs.ndim - 2),
         feature_group_count=_positive(operator, "feature_group_count", feature_group_count),
         batch_group_count=_positive(operator, "batch_group_count", batch_group_count),
         precision=precision,
@@ -361,7 +361,7 @@ def geometry_of(
     return _shape(operator, lhs, rhs, geometry), geometry
 
 
-def _numbers(operator: str, lhs: jax.Array, rhs: jax.Array, given: Any) -> lax.ConvDimensionNumbers:
+def numbers_of(operator: str, lhs: jax.Array, rhs: jax.Array, given: Any) -> lax.ConvDimensionNumbers:
     """The dimension numbers in their canonical form."""
     try:
         numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, given)
@@ -386,7 +386,7 @@ def _positive(operator: str, argument: str, value: Any) -> int:
     return number
 
 
-def _per_axis(operator: str, argument: str, value: Any, rank: int) -> tuple[int, ...]:
+def per_axis(operator: str, argument: str, value: Any, rank: int) -> tuple[int, ...]:
     """`value` as `rank` positive ints; None: all 1."""
     if value is None and argument != "window_strides":
         return (1,) * rank

@@ -194,6 +194,20 @@ CASES = (
         ),
     ),
     Case(
+        "conv_transpose",
+        "main",
+        ("lhs=8x28x28x256", "rhs=4x4x256x256", "bias=256"),
+        ("strides=(2,2)", "padding=SAME", "activation=jaxops.relu"),
+        kernel=False,
+    ),
+    Case(
+        "conv_transpose",
+        "awkward",
+        ("lhs=3x9x7x30", "rhs=3x2x30x17", "bias=17", "residual=3x18x7x17"),
+        ("strides=(2,1)", "padding=SAME"),
+        kernel=False,
+    ),
+    Case(
         "quantized_conv",
         "main",
         ("lhs=8x28x28x256:int8", "rhs=3x3x256x256:int8", "scales=1x1x1x256:float32", "lhs_scales=8x1x1x1", "bias=256"),

@@ -76,6 +76,12 @@ USUAL = {
         {"B": 8, "S": 28, "C": 64},
         {"B": 8, "S": 28, "C": 256},
     ),
+    "conv_transpose": Usual(
+        ("lhs=BxSxSxC", "rhs=4x4xCxC", "bias=C"),
+        ("strides=(2,2)", "padding=SAME", "activation=jaxops.relu"),
+        {"B": 8, "S": 14, "C": 64},
+        {"B": 8, "S": 28, "C": 256},
+    ),
     "decode_attention": Usual(("query=BxNxH", *_ATTENTION[1:], "lengths=B:int32"), (), *_HEADS),
     "dot_product_attention": Usual(_ATTENTION, ("is_causal=True",), *_HEADS),
     "gated_linear_unit": Usual(("x=MxK", "w_gate=KxN", "w_up=KxN"), (), *_PRODUCT),

@@ -245,6 +245,14 @@ def jax_conv(
     return y if residual is None else y + residual
 
 
+def jax_conv_transpose(lhs, rhs, strides, padding, *, bias=None, activation=None, residual=None, **more):
+    """activation(z + bias) + residual, channels last, of jax.lax and jax.numpy."""
+    y = jax.lax.conv_transpose(lhs, rhs, strides, padding, **more)
+    y = y if bias is None else y + bias
+    y = y if activation is None else activation(y)
+    return y if residual is None else y + residual
+
+
 def jax_quantized_conv(lhs, rhs, scales, *window, zeros=None, lhs_scales=None, dtype=None, **rest):
     """The convolution of what the integers stand for, of jax.lax and jax.numpy: all is widened, then convolved."""
     dtype = dtype or (lhs.dtype if lhs_scales is None else lhs_scales.dtype)
@@ -670,6 +678,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "linear_cross_entropy": jax_linear_cross_entropy,
         "linear_distillation": jax_linear_distillation,
         "conv": jax_conv,
+        "conv_transpose": jax_conv_transpose,
         "matmul": jax_matmul,
         "paged_attention": jax_paged_attention,
         "quantized_conv": jax_quantized_conv,

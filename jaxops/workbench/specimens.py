@@ -30,6 +30,7 @@ USUAL: dict[str, tuple[str, str]] = {
         "lhs=2x9x7x30 rhs=3x2x30x17 bias=17 residual=2x5x7x17",
         "window_strides=(2,1) padding=SAME dimension_numbers=('NHWC','HWIO','NHWC')",
     ),
+    "conv_transpose": ("lhs=2x5x7x30 rhs=3x2x30x17 bias=17 residual=2x10x7x17", "strides=(2,1) padding=SAME"),
     "decode_attention": ("query=3x2x4x128 key=3x304x2x128 value=3x304x2x128 lengths=3:int32<305", ""),
     "dot_product_attention": ("query=2x70x3x32 key=2x130x1x32 value=2x130x1x32", "is_causal=True"),
     "gated_linear_unit": ("x=30x65 w_gate=65x129 w_up=65x129", ""),
@@ -468,6 +469,20 @@ def _conv(c: _Chance) -> tuple[dict, dict]:
     return operands, options | ({"activation": _activation(c)} if c.of(False, True) else {})
 
 
+def _conv_transpose(c: _Chance) -> tuple[dict, dict]:
+    operands, given = _conv(c)
+    numbers, groups = given["dimension_numbers"], given["feature_group_count"]
+    rhs, turned = list(operands["rhs"].shape), c.of(False, True)
+    rhs[numbers[1].index("I")] *= groups
+    if turned:
+        a, b = numbers[1].index("I"), numbers[1].index("O")
+        rhs[a], rhs[b] = rhs[b], rhs[a]
+    options = {name: given[name] for name in ("rhs_dilation", "dimension_numbers", "activation") if name in given}
+    padding = c.of("SAME", "VALID", tuple((c.of(0, 1), c.of(1, 2)) for _ in given["window_strides"]))
+    options |= {"strides": tuple(c.of(1, 2, 3) for _ in given["window_strides"]), "padding": repr(padding)}
+    return operands | {"rhs": normal(rhs, operands["lhs"].dtype)}, options | {"transpose_kernel": turned}
+
+
 def _matmul(c: _Chance) -> tuple[dict, dict]:
     dtype, inner, columns = c.of(*DTYPES, "float16"), c.size(), c.size()
     shape = c.shape(inner)
@@ -614,6 +629,7 @@ _DRAWN: dict[str, Callable[[_Chance], tuple[dict, dict]]] = {
     "avg_pool": _pool,
     "batch_norm": _channel_norm,
     "conv": _conv,
+    "conv_transpose": _conv_transpose,
     "decode_attention": _decode,
     "dot_product_attention": _attention,
     "gated_linear_unit": _gated,

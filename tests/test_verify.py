@@ -1,5 +1,6 @@
 """`jaxops verify`: it finds planted mistakes and names them, passes what is right, and its programs fail as it did."""
 
+import contextlib
 import functools
 import json
 import subprocess
@@ -107,6 +108,17 @@ def test_every_operator_of_the_library_has_specimens():
 def test_the_operators_of_the_library(name):
     rows = verify.first_order(verify.specimen_of(name, [], []))
     assert rows and all(row.holds for row in rows), list(map(str, rows))
+
+
+@pytest.mark.parametrize("name", sorted(specimens.USUAL))
+def test_calls_by_chance_can_be_made(name):
+    found = specimens.drawn(verify.specimen_of(name, [], []), 10, seed=1, most=20)
+    assert all(set(one.static()) == set(one.options) for one in found)
+    made = 0
+    for one in found[-3:]:  # a call may be one that the operator refuses
+        with contextlib.suppress(ValueError):
+            made += bool(jax.tree.leaves(jax.eval_shape(lambda xs, one=one: one.function()(**xs), one.arrays())))
+    assert made
 
 
 @pytest.mark.slow

@@ -381,7 +381,7 @@ def _channel_norm(c: _Chance, channels: int | None = None) -> tuple[dict, dict]:
 def _pool(c: _Chance) -> tuple[dict, dict]:
     operands, window = _images(c), (c.of(2, 1, 3), c.of(2, 1, 3))
     strides = c.of(window, (1, 1), (2, 2))
-    return operands, {"window_shape": window, "strides": strides, "padding": c.of("VALID", "SAME")}
+    return operands, {"window_shape": window, "strides": strides, "padding": c.of("'VALID'", "'SAME'")}
 
 
 def _adaptive_pool(c: _Chance) -> tuple[dict, dict]:

@@ -42,10 +42,11 @@ def test_interpreted(name):
 
 @pytest.mark.timeout(300)
 def test_a_forgotten_wait_is_found(monkeypatch):
-    """Without the waits for copies the consumer's reads race with them."""
+    """Without the waits for copies the consumer's reads race with them; or a barrier that is arrived at again before
+    any read is seen first, by nobody having waited for it."""
     operands, options = build(CASES["blocks"])
     monkeypatch.setattr(decode_attention.plgpu, "barrier_wait", lambda barrier: None)
-    with interpreter(), pytest.raises(Exception, match="RACE DETECTED"):
+    with interpreter(), pytest.raises(Exception, match="RACE DETECTED|no threads observed phase"):
         jax.block_until_ready(decode_attention.forward(**operands, **options, tiles=CASES["blocks"]["tiles"])[0])
 
 

@@ -46,7 +46,7 @@ def test_a_forgotten_wait_is_found(monkeypatch):
     any read is seen first, by nobody having waited for it."""
     operands, options = build(CASES["blocks"])
     monkeypatch.setattr(decode_attention.plgpu, "barrier_wait", lambda barrier: None)
-    with interpreter(), pytest.raises(Exception, match="RACE DETECTED|no threads observed phase"):
+    with interpreter(), pytest.raises(Exception, match=r"RACE DETECTED|no threads observed phase"):
         jax.block_until_ready(decode_attention.forward(**operands, **options, tiles=CASES["blocks"]["tiles"])[0])
 
 

@@ -16,6 +16,23 @@ from jaxops.ops.conv_transpose import conv_transpose
 _SURROUNDED = {"CIRCULAR": "wrap", "REFLECT": "reflect"}  # name of a padding → mode of `jnp.pad`
 
 
+def _per_axis(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+    return (value or 1,) * rank if value is None or isinstance(value, int) else tuple(value)
+
+
+def _channels_last(rank: int) -> tuple[str, str, str]:
+    """The dimension numbers of so many spatial axes."""
+    spatial = "".join(chr(ord("a") + axis) for axis in range(rank))
+    return f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"
+
+
+def _batches(layer: str, x: jax.Array, rank: int, channels: int) -> tuple[int, ...]:
+    """The batch axes of x. Raises `ValueError` unless spatial axes and channels follow."""
+    if x.ndim < rank + 1 or x.shape[-1] != channels:
+        raise ValueError(f"{layer}: an input must end in {rank} spatial axes and {channels} channels, got {x.shape}")
+    return x.shape[: x.ndim - rank - 1]
+
+
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
@@ -35,14 +52,8 @@ def convolve(
     arguments of `jaxops.conv`.
     """
     rank = kernel.ndim - 2
-
-    def per_axis(value):
-        return (value or 1,) * rank if value is None or isinstance(value, int) else tuple(value)
-
-    channels = kernel.shape[-2] * options["feature_group_count"]
-    if x.ndim < rank + 1 or x.shape[-1] != channels:
-        raise ValueError(f"Conv: an input must end in {rank} spatial axes and {channels} channels, got {x.shape}")
-    batch, dilation = x.shape[: x.ndim - rank - 1], per_axis(kernel_dilation)
+    batch = _batches("Conv", x, rank, kernel.shape[-2] * options["feature_group_count"])
+    dilation = _per_axis(kernel_dilation, rank)
     x = x.reshape(-1, *x.shape[len(batch) :])
     if residual is not None:
         residual = residual.reshape(-1, *residual.shape[len(batch) :])
@@ -56,15 +67,14 @@ def convolve(
         if rank != 1:
             raise ValueError(f"Conv: padding 'CAUSAL' must have one spatial axis, got {rank}")
         padding = [(windows[0], 0)]
-    spatial = "".join(chr(ord("a") + axis) for axis in range(rank))
     y = function(
         x,
         kernel,
-        per_axis(strides),
+        _per_axis(strides, rank),
         padding,
-        lhs_dilation=per_axis(input_dilation),
+        lhs_dilation=_per_axis(input_dilation, rank),
         rhs_dilation=dilation,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        dimension_numbers=_channels_last(rank),
         bias=bias,
         residual=residual,
         **options,
@@ -161,25 +171,18 @@ def convolve_transposed(
     As `convolve`; kernel[..., in, out], with `transpose_kernel` [..., out, in].
     """
     rank = kernel.ndim - 2
-    per_axis = lambda value: (value or 1,) * rank if value is None or isinstance(value, int) else tuple(value)
-    channels = kernel.shape[-1 if transpose_kernel else -2]
-    if x.ndim < rank + 1 or x.shape[-1] != channels:
-        raise ValueError(
-            f"ConvTranspose: an input must end in {rank} spatial axes and {channels} channels, got {x.shape}"
-        )
+    batch = _batches("ConvTranspose", x, rank, kernel.shape[-1 if transpose_kernel else -2])
     padding = canonicalize_padding(padding, rank)
     if padding == "CAUSAL" or (isinstance(padding, str) and padding in _SURROUNDED):
         raise ValueError(f"ConvTranspose: padding must be 'SAME', 'VALID' or pairs (low, high), got {padding!r}")
-    batch = x.shape[: x.ndim - rank - 1]
     flat = lambda a: a.reshape(-1, *a.shape[len(batch) :])
-    spatial = "".join(chr(ord("a") + axis) for axis in range(rank))
     y = conv_transpose(
         flat(x),
         kernel,
-        per_axis(strides),
+        _per_axis(strides, rank),
         padding,
-        per_axis(kernel_dilation),
-        (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        _per_axis(kernel_dilation, rank),
+        _channels_last(rank),
         transpose_kernel,
         bias=bias,
         residual=None if residual is None else flat(residual),

@@ -128,6 +128,16 @@ def test_the_library_by_chance(name):
     assert failure is None and tried, failure
 
 
+def test_a_call_by_chance_is_tried_on_several_sets_of_numbers():
+    drawn = verify.specimen_of("tests.faults.rare:wrong", ["x=1"], [], seed=1)  # a number below 1; the next is above
+    assert all(row.holds for row in verify.first_order(drawn))
+    failure = verify._failure(drawn, None)
+    assert failure is not None and failure.specimen.seed > 1
+    assert not all(row.holds for row in verify.first_order(failure.specimen))
+    right = verify.specimen_of("tests.faults.rare:right", ["x=1"], [], seed=1)
+    assert verify._failure(right, None) is None
+
+
 def test_kernels_for_a_gpu(capsys):
     code, found = asked(capsys, "rms_norm", "x=3x129", "scale=129", "--interpret", "gpu")
     assert code == 0 and {row["part"] for row in found["comparisons"]} == {"here", "kernels of h100, interpreted"}

@@ -254,6 +254,7 @@ class Problem:
     """Named outputs of named operands, some of them differentiable; and the scalar Σ weights · sin(outputs).
 
     `sharded` is as in `check`; `in_float32` makes the function in float32, rounded once, its own unfused form.
+    `programs` are those that were compiled; a problem of other operands, by `dataclasses.replace`, uses them again.
     """
 
     function: Callable[[Arrays], Arrays]
@@ -262,6 +263,7 @@ class Problem:
     weights: dict[str, np.ndarray]
     sharded: dict[str, int]
     in_float32: bool = False
+    programs: dict[Any, Callable] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(
@@ -294,10 +296,11 @@ class Problem:
 
     def compiled(self, operands: Arrays, **compiler_options: Any) -> Arrays:
         """The results of other operands of the same shapes, under `jax.jit`."""
-        results = jax.jit(
-            lambda operands: dataclasses.replace(self, operands=operands).results(), compiler_options=compiler_options
-        )
-        found = results(operands)  # sorted by name
+        key = (self.function, *compiler_options.items())
+        if key not in self.programs:
+            results = lambda operands: dataclasses.replace(self, operands=operands).results()
+            self.programs[key] = jax.jit(results, compiler_options=compiler_options)
+        found = self.programs[key](operands)  # sorted by name
         order = (*self.weights, *(f"gradient of {name}" for name in self.differentiable))
         return {name: found[name] for name in order if name in found}
 

@@ -40,6 +40,7 @@ is the yardstick. Exit code 1: something does not hold.
 """
 _DEFAULT_CHIP = {"tpu": "v5e", "gpu": "h100"}
 _SHRINK_SECONDS = 60.0
+_SETS = 4  # of random numbers that a call by chance is tried on: its programs are compiled once
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -115,11 +116,15 @@ class Kernels:
 
 @dataclasses.dataclass
 class Report:
-    """What was found: the rows of every part, what a part left out and why, and a program that shows a failure."""
+    """What was found: the rows of every part, what a part left out and why, and a program that shows a failure.
+
+    tried: how many calls by chance; sets: of random numbers that each was tried on.
+    """
 
     parts: list[tuple[str, list[Row]]] = dataclasses.field(default_factory=list)
     left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     tried: int = 0
+    sets: int = 1
     program: str = ""
 
     @property
@@ -159,6 +164,7 @@ def _report(specimen: Specimen, kernels: Kernels | None, options: argparse.Names
             report.program = shown_by()
             return report
     if options.fuzz:
+        report.sets = 1 if kernels else _SETS
         with output.progress("by chance", options.fuzz, quiet=options.json) as advance:
             failure, report.tried = fuzz(specimen, options.fuzz, options.seed, kernels, advance)
         if failure is not None:
@@ -313,8 +319,8 @@ def fuzz(
 ) -> tuple[Failure | None, int]:
     """(the smallest failure among `count` calls by chance, how many were tried).
 
-    Sizes, dtypes, options and masks are drawn by hypothesis, which also shrinks what fails, for at most a minute.
-    With `kernels`, the calls they refuse are not counted.
+    Sizes, dtypes, options and masks are drawn by hypothesis, which also shrinks what fails, for at most a minute. Each
+    is tried on four sets of random numbers. With `kernels`, which take one, the calls they refuse are not counted.
     """
     hypothesis = specimens.hypothesis()
     failures: list[Failure] = []
@@ -371,8 +377,14 @@ def _now() -> float:
 
 def _failure(specimen: Specimen, kernels: Kernels | None) -> Failure | None:
     if kernels is None:
-        rows = first_order(specimen)
-        return None if all(row.holds for row in rows) else Failure(specimen, rows)
+        function, posed = specimen.function(), None
+        for seed in range(specimen.seed, specimen.seed + _SETS):
+            one = dataclasses.replace(specimen, seed=seed)
+            posed = _posed(function, one) if posed is None else _with(one.arrays(), *posed)
+            rows = _compared(specimen.name, *posed)
+            if not all(row.holds for row in rows):
+                return Failure(one, rows)
+        return None
     for mode in kernels.modes:
         rows = interpreted_first_order(specimen, kernels, mode)
         if not all(row.holds for row in rows):
@@ -398,8 +410,16 @@ def _posed(function: Callable, specimen: Specimen, sharded: Any = None) -> Any:
     return given, plain
 
 
+def _with(arrays: dict[str, jax.Array], *posed: comparison.Problem) -> tuple[comparison.Problem, ...]:
+    """The same problems of other operands."""
+    return tuple(dataclasses.replace(problem, operands=arrays) for problem in posed)
+
+
 def _judged(function: Callable, specimen: Specimen, within: Any = None) -> list[Row]:
-    given, plain = _posed(function, specimen)
+    return _compared(specimen.name, *_posed(function, specimen), within)
+
+
+def _compared(name: str, given: comparison.Problem, plain: comparison.Problem, within: Any = None) -> list[Row]:
     try:
         return comparison.first_order(given, plain, neighbours=comparison.NEIGHBOURS, within=within)
     except Problem:
@@ -407,7 +427,7 @@ def _judged(function: Callable, specimen: Specimen, within: Any = None) -> list[
     except Exception as error:  # whatever a kernel or a rule raises is what is to be reported
         if "Only interpret mode is supported" in str(error):
             raise Problem(
-                f"{specimen.name} calls a kernel outside any Operator: nothing says what it means; make it an Operator "
+                f"{name} calls a kernel outside any Operator: nothing says what it means; make it an Operator "
                 "with a reference"
             ) from error
         return [_raised("call", error)]
@@ -627,6 +647,7 @@ def _as_json(specimen: Specimen, report: Report) -> None:
             "comparisons": rows,
             "left_out": [{"transform": name, "why": why} for name, why in report.left_out],
             "by_chance": report.tried,
+            "sets": report.sets,
             "program": report.program,
         }
     )
@@ -643,6 +664,6 @@ def _print(specimen: Specimen, report: Report) -> None:
     for name, why in report.left_out:
         print(f"left out: {name}: {why}")
     if report.tried:
-        print(f"{report.tried} calls by chance")
+        print(f"{report.tried} calls by chance, each on {report.sets} set{'s' * (report.sets > 1)} of random numbers")
     if report.program:
         print(f"\nThis program shows it:\n\n{report.program}")

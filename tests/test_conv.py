@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxops
 from jaxops.nn import linen
+from jaxops.ops import winograd
 from jaxops.ops.activations import gelu, relu, silu
 from jaxops.ops.conv import conv
 from tests.compare import check, error, some_and_all
@@ -123,6 +124,25 @@ CASES = {
         "float32",
         dict(activation=silu, dimension_numbers=("NHWC", "OIHW", "CNHW")),
     ),
+    "tiles": ((3, 9, 11, 64), (3, 3, 64, 70), (1, 1), "SAME", BOTH, "float32", dict(dimension_numbers=NHWC)),
+    "tiles, two strips": (
+        (1, 81, 60, 64),
+        (3, 3, 64, 64),
+        (1, 1),
+        "VALID",
+        (),
+        "float32",
+        dict(dimension_numbers=NHWC),
+    ),
+    "tiles, cropped, 16 bits": (
+        (2, 33, 9, 12),
+        (40, 33, 3, 3),
+        (1, 1),
+        ((-1, 5), (4, -2)),
+        BOTH,
+        "bfloat16",
+        dict(activation=silu),
+    ),
     "groups of the batch": (
         (4, 5, 7, 3),
         (3, 3, 3, 6),
@@ -142,6 +162,8 @@ FAST = (
     "transposed",
     "depthwise",
     "depthwise, of everything",
+    "tiles",
+    "tiles, cropped, 16 bits",
     "no batch",
     "no result",
 )
@@ -167,6 +189,46 @@ def test_values_and_gradients(case):
     operands = operands_of(lhs, rhs, strides, padding, more, options)
     options = dict(window_strides=strides, padding=padding, **options)
     check(conv, plain, operands, differentiable=tuple(operands), dtype=dtype, transforms=(), **options)
+
+
+@pytest.mark.parametrize("form", [winograd.EXACT, winograd.FAST])
+@pytest.mark.parametrize("tiles", [1, 7, 30, 1000])
+def test_tiles(form, tiles, monkeypatch):
+    monkeypatch.setattr(winograd, "_TILES", tiles)
+    monkeypatch.setattr(winograd, "_BYTES", 0)
+    random = np.random.default_rng(0)
+    x, w = random.standard_normal((5, 10, 7, 48)), random.standard_normal((3, 3, 48, 40)) / 20
+    padding, size = ((0, 3), (2, -1)), (11, 6)
+    low = [before for before, _ in padding]
+    with jax.enable_x64(True):
+        exact = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=NHWC)
+        y, pull = jax.vjp(exact, jnp.asarray(x), jnp.asarray(w))
+        dy = random.standard_normal(y.shape)
+        dw = np.asarray(pull(jnp.asarray(dy))[1])
+    assert y.shape == (5, *size, 40)
+    bound = 4e-7 if form is winograd.EXACT else 2e-6
+    x, w, dy = (jnp.asarray(a, jnp.float32) for a in (x, w, dy))
+    assert error(winograd.convolution(x, w, low, size, form), np.asarray(y), 2) < bound
+    assert error(winograd.window_gradient(x, dy, low, form), dw, 2) < bound
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "dtype", "tiled"),
+    [((2, 8, 8), 64, "float32", True), ((2, 8, 8), 32, "float32", False), ((2, 8, 8), 32, "bfloat16", True)]
+    + [((1, 7, 7), 64, "float32", False)],
+)
+def test_what_is_made_of_tiles(shape, channels, dtype, tiled):
+    x, w = jnp.ones((*shape, channels), dtype), jnp.ones((3, 3, channels, channels), dtype)
+    call = jax.jit(lambda x, w: conv(x, w, (1, 1), "SAME", dimension_numbers=NHWC))
+    assert ("convolution" not in call.lower(x, w).compile().as_text()) == tiled
+
+
+@some_and_all
+def test_transforms_of_tiles(transforms):
+    options = dict(dimension_numbers=NHWC)
+    operands = operands_of((16, 6, 7, 64), (3, 3, 64, 64), (1, 1), "SAME", ("bias",), options)
+    more = dict(differentiable=tuple(operands), sharded={"lhs": 0}, transforms=transforms)
+    check(conv, plain, operands, window_strides=(1, 1), padding="SAME", **more, **options)
 
 
 @some_and_all

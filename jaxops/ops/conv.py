@@ -13,19 +13,31 @@ from jax import lax
 
 from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
-from jaxops.ops import checks
+from jaxops.ops import checks, winograd
 from jaxops.ops.matmul import Activation, activated, after_product, before, call_unless_traced, gradients_beside
 from jaxops.reference.conv import biased, linear
 from jaxops.reference.conv import conv as reference
 from pallas_kernels import tpu
 
 _FULL = 128  # channels that fill a matrix unit: from there on XLA's own convolution is as fast as the kernel
+_TILED = 64  # float32 channels, and half as many of 16 bits, from where on a CPU saves by tiles
+_NHWC, _HWIO = (0, 3, 1, 2), (3, 2, 0, 1)  # where batch, channels, and places are; outputs, inputs, and places
 _TAPS = 64  # a CPU adds up so many taps of a depthwise convolution one by one; more make a long program
 _PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 
 def _forward(lhs, rhs, bias=None, residual=None, *, activation, dtype, **geometry):
-    return activated(linear(lhs, rhs, bias, dtype=dtype, **geometry), residual, activation, dtype)
+    plain = lambda lhs, rhs: linear(lhs, rhs, None, dtype=dtype, **geometry)
+    numbers, z = geometry["dimension_numbers"], jax.eval_shape(plain, lhs, rhs)
+
+    def tiled(lhs, rhs):
+        x, w, form = _for_tiles(lhs, rhs, numbers)
+        sizes = [z.shape[axis] for axis in numbers.out_spec[2:]]
+        y = winograd.convolution(x, w, [low for low, _ in geometry["padding"]], sizes, form)
+        return _ordered(y, _NHWC, numbers.out_spec).astype(z.dtype)
+
+    found = dispatch.on_cpu(tiled, plain, lhs, rhs) if _is_tiled(lhs, rhs, z, geometry) else plain(lhs, rhs)
+    return activated(biased(found, bias, numbers.out_spec[1]), residual, activation, dtype)
 
 
 def _backward(lhs, rhs, bias=None, residual=None, *, outputs, residuals, cotangents, activation, dtype, **geometry):
@@ -34,7 +46,9 @@ def _backward(lhs, rhs, bias=None, residual=None, *, outputs, residuals, cotange
     dz = before(activation, residuals, dy)
     plain = lambda lhs, rhs, dz: _of_operands(lhs, rhs, dz, geometry)
     product = lambda lhs, rhs, dz: _of_factors(lhs, rhs, dz, geometry)
-    if _is_product(lhs, rhs, dz, geometry):
+    if _is_tiled(lhs, rhs, dz, geometry):
+        dlhs, drhs = dispatch.on_cpu(lambda *xs: _of_tiles(*xs, geometry), plain, lhs, rhs, dz)
+    elif _is_product(lhs, rhs, dz, geometry):
         dlhs, drhs = dispatch.on_cpu(product, plain, lhs, rhs, dz)
     else:
         dlhs, drhs = plain(lhs, rhs, dz)
@@ -48,6 +62,43 @@ def _of_operands(lhs, rhs, dz, geometry) -> tuple[jax.Array, jax.Array]:
     common = jnp.promote_types(lhs.dtype, rhs.dtype)
     f = lambda lhs, rhs: lax.conv_general_dilated(lhs.astype(common), rhs.astype(common), **geometry)
     return jax.vjp(f, lhs, rhs)[1](dz.astype(common))
+
+
+def _is_tiled(lhs, rhs, z, geometry) -> bool:
+    """Whether a CPU makes it by Winograd's tiles: a window of 3 × 3, and channels and pixels worth the transforms."""
+    numbers = geometry["dimension_numbers"]
+    ones = [*geometry["window_strides"], *geometry["lhs_dilation"], *geometry["rhs_dilation"]]
+    ones += [geometry["feature_group_count"], geometry["batch_group_count"]]
+    itemsize = jnp.promote_types(lhs.dtype, rhs.dtype).itemsize
+    channels = [rhs.shape[axis] for axis in numbers.rhs_spec[:2]]
+    pixels = math.prod(z.shape) // max(1, z.shape[numbers.out_spec[1]])
+    return (
+        [rhs.shape[axis] for axis in numbers.rhs_spec[2:]] == [winograd.WINDOW] * 2
+        and all(one == 1 for one in ones)
+        and z.dtype == jnp.float32
+        and min(channels) >= _TILED // (4 // itemsize)
+        and pixels >= max(channels)
+    )
+
+
+def _for_tiles(lhs, rhs, numbers) -> tuple[jax.Array, jax.Array, winograd.Form]:
+    common = jnp.promote_types(lhs.dtype, rhs.dtype)
+    x = _ordered(lhs, numbers.lhs_spec, _NHWC).astype(common)
+    w = _ordered(rhs, numbers.rhs_spec, _HWIO).astype(common).astype(jnp.float32)
+    return x, w, winograd.EXACT if common.itemsize == 4 else winograd.FAST
+
+
+def _of_tiles(lhs, rhs, dz, geometry) -> tuple[jax.Array, jax.Array]:
+    """(dlhs, drhs) of Winograd's tiles."""
+    numbers = geometry["dimension_numbers"]
+    x, w, form = _for_tiles(lhs, rhs, numbers)
+    d = _ordered(dz, numbers.out_spec, _NHWC).astype(x.dtype)
+    lows = [low for low, _ in geometry["padding"]]
+    turned = jnp.flip(w, (0, 1)).swapaxes(2, 3)
+    dx = winograd.convolution(d, turned, [winograd.WINDOW - 1 - low for low in lows], x.shape[1:3], form)
+    dw = winograd.window_gradient(x, d, lows, form)
+    dlhs, drhs = _ordered(dx, _NHWC, numbers.lhs_spec), _ordered(dw, _HWIO, numbers.rhs_spec)
+    return dlhs.astype(lhs.dtype), drhs.astype(rhs.dtype)
 
 
 def _is_product(lhs, rhs, dz, geometry) -> bool:

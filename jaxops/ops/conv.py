@@ -47,7 +47,8 @@ def _backward(lhs, rhs, bias=None, residual=None, *, outputs, residuals, cotange
     plain = lambda lhs, rhs, dz: _of_operands(lhs, rhs, dz, geometry)
     product = lambda lhs, rhs, dz: _of_factors(lhs, rhs, dz, geometry)
     if _is_tiled(lhs, rhs, dz, geometry):
-        dlhs, drhs = dispatch.on_cpu(lambda *xs: _of_tiles(*xs, geometry), plain, lhs, rhs, dz)
+        tiled = lambda lhs, rhs, dz: _of_tiles(lhs, rhs, dz, geometry)
+        dlhs, drhs = dispatch.on_cpu(tiled, plain, lhs, rhs, dz)
     elif _is_product(lhs, rhs, dz, geometry):
         dlhs, drhs = dispatch.on_cpu(product, plain, lhs, rhs, dz)
     else:

@@ -152,4 +152,5 @@ def _mixed(matrix: np.ndarray, x: jax.Array, axis: int) -> jax.Array:
 
 
 def _sums(matrix: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]:
-    return [sum(float(c) * part for c, part in zip(row, parts, strict=True) if c) for row in matrix]
+    terms = ([float(c) * part for c, part in zip(row, parts, strict=True) if c] for row in matrix)
+    return [functools.reduce(jnp.add, of_row) for of_row in terms]

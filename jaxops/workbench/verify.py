@@ -416,7 +416,8 @@ def _with(arrays: dict[str, jax.Array], *posed: comparison.Problem) -> tuple[com
 
 
 def _judged(function: Callable, specimen: Specimen, within: Any = None) -> list[Row]:
-    return _compared(specimen.name, *_posed(function, specimen), within)
+    given, plain = _posed(function, specimen)
+    return _compared(specimen.name, given, plain, within)
 
 
 def _compared(name: str, given: comparison.Problem, plain: comparison.Problem, within: Any = None) -> list[Row]:

@@ -30,7 +30,7 @@ from jaxops import autodiff, inspection
 
 Arrays = dict[str, jax.Array]
 DEVICES = 8
-NEIGHBOURS = 3
+NEIGHBOURS = 15
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pallas_kernels.gpu import layer_norm as layer_norm
 from pallas_kernels.gpu import linear_cross_entropy as linear_cross_entropy
 from pallas_kernels.gpu import linear_distillation as linear_distillation
 from pallas_kernels.gpu import matmul as matmul
+from pallas_kernels.gpu import quantized_matmul as quantized_matmul
 from pallas_kernels.gpu import ragged_dot as ragged_dot
 from pallas_kernels.gpu import rms_norm as rms_norm
 from pallas_kernels.gpu import rope as rope

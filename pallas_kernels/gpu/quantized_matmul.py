@@ -9,11 +9,12 @@ in the accumulators and scaled at the end. Of several groups each is summed by i
 Few rows wait for the memory: a block then takes 64 rows, most of them empty, of few columns, and the rows of w may be
 split over blocks, whose sums XLA adds. Integers times integers are exact: wgmma sums what 24 bits hold, and the rest is
 summed in int32. Where their rows are many, XLA transposes w, in 8 bits, and wgmma multiplies integers: it wants both
-operands contiguous along k. Its sums of float8 keep about 14 bits (DeepSeek-V3, arXiv:2412.19437, section 3.3.2): float8
-is widened, too.
+operands contiguous along k. Float8 is widened, too: wgmma's own sums of it keep about 14 bits (DeepSeek-V3,
+arXiv:2412.19437, section 3.3.2).
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -309,18 +310,17 @@ def _widening(s: Sizes, t: Tiles, operands: dict, out_dtype):
             plgpu.copy_gmem_to_smem(w.at[depth, over], w_tiles.at[slot], ready.at[slot])
 
         def widener(which):
-            def mine(n):
-                return n * wideners + which
+            mine = lambda n: n * wideners + which
 
             def one(n, _):
                 i = mine(n)
                 slot, turn = lax.rem(i, stages), lax.rem(i, TURNS)
 
-                @pl.when(i >= TURNS)
-                def _():
+                def follow():  # the tiles that were just multiplied are free
                     plgpu.barrier_wait(taken.at[turn])
                     pl.when(i - TURNS + stages < steps)(lambda: load(i - TURNS + stages))
 
+                pl.when(i >= TURNS)(follow)
                 plgpu.barrier_wait(ready.at[slot])
                 for row, column in itertools.product(range(0, t.depth, UNIT), range(0, t.columns, width)):
                     here = pl.ds(row, UNIT), pl.ds(column, min(width, t.columns - column))
@@ -330,7 +330,7 @@ def _widening(s: Sizes, t: Tiles, operands: dict, out_dtype):
                 plgpu.barrier_arrive(widened.at[turn])
 
             for n in range(stages // wideners):
-                pl.when(mine(n) < steps)(lambda n=n: load(mine(n)))
+                pl.when(mine(n) < steps)(functools.partial(load, mine(n)))
             lax.fori_loop(0, lax.div(steps - which + wideners - 1, jnp.int32(wideners)), one, None)
 
         def consumer(group):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxops.interpreter import gpu as interpreter
@@ -74,6 +75,23 @@ def test_vmap_of_x():
         both = np.asarray(jax.block_until_ready(jax.vmap(call)(x)), np.float32)
     np.testing.assert_array_equal(both[1], 2 * both[0])
     np.testing.assert_array_equal(both[0], run(operands, "bfloat16", None).astype(np.float32))
+
+
+@pytest.mark.timeout(300)
+def test_each_weight_is_read_once(monkeypatch):
+    """What the copies of a call read, as the interpreter runs them."""
+    read, original = [], gpu_callbacks.AsyncCopyGmemToSmemTask.__init__
+
+    def recorded(task, *arguments, **named):
+        original(task, *arguments, **named)
+        read.append(task.src_access.shape)
+
+    monkeypatch.setattr(gpu_callbacks.AsyncCopyGmemToSmemTask, "__init__", recorded)
+    tiles = Tiles(64, 64, 128, 2, 2)
+    run(build(case(16, 512, 128, groups=4, w="int4")), "bfloat16", tiles)
+    assert read.count((tiles.depth, tiles.columns)) * tiles.depth * tiles.columns == 512 * 128
+    rest = [shape for shape in read if shape != (tiles.depth, tiles.columns)]
+    assert rest == [(16, tiles.depth)] * 8  # x, for each of the two blocks of columns
 
 
 FAULTS = {

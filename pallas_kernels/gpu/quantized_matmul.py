@@ -55,18 +55,20 @@ class Tiles:
 
     @staticmethod
     def default(s: "Sizes") -> "Tiles":
-        """Many rows want large tiles. Few wait for the memory: as many blocks as cores, narrow or, if their sums are
-        little beside w, of a part of its rows, in steps of some KiB of which many are on their way."""
+        """Large, as long as there is a block for nearly every core. Few rows wait for the memory: narrow blocks or, if
+        their sums are little beside w, of a part of its rows, in steps of some KiB of which many are on their way."""
         if s.integer:
             return s.staged(128, min(256, round_up(s.n, PIECE)), STEP)
-        if s.m > ROWS:
-            return s.staged(128, min(128 if s.parted else 256, round_up(s.n, PIECE)), UNIT)
-        cores = chips.current("gpu").cores
-        columns = 128 if s.n >= 128 * cores else 64
-        splits = next((n for n in (16, 8, 4, 2) if s.splits(n) and n * s.n <= 1.5 * columns * cores), 1)
-        if splits == 1 and s.bits == 8 and s.n <= 32 * cores:
+        cores, rows = chips.current("gpu").cores, ROWS if s.m <= ROWS else 128
+        blocks = lambda columns: pl.cdiv(s.m, rows) * pl.cdiv(s.n, columns)
+        widths = (128, 64) if s.parted or rows == ROWS else (256, 128, 64)
+        columns = next((c for c in widths if c <= s.n and blocks(c) >= 0.9 * cores), 64)
+        if rows == 128:
+            return s.staged(rows, columns, UNIT)
+        splits = next((n for n in (16, 8, 4, 2) if s.splits(n) and n * blocks(columns) <= 1.5 * cores), 1)
+        if splits == 1 and s.m <= 16 and s.bits == 8 and blocks(32) <= cores:
             columns = 32
-        depth = next(d for d in (256, 128, 64) if s.part(splits) % d == 0)
+        depth = 128 if s.part(splits) % 128 == 0 else 64
         return s.staged(ROWS, columns, depth, splits)
 
     def allowed(self, s: "Sizes") -> bool:

@@ -17,6 +17,20 @@ def along(activation: Callable, x: jax.Array, dy: jax.Array) -> tuple[jax.Array,
     return jax.jvp(activation, (x,), (dy,))
 
 
+def before(activation: Callable | None, residuals, dy: jax.Array, bias, residual) -> tuple[jax.Array, dict[str, Any]]:
+    """(dz in float32, the gradients of bias and residual that are present) of y = activation(z) + residual, the bias
+    part of z, which is saved if there is an activation."""
+    dz = dy.astype(jnp.float32)
+    if activation is not None:
+        dz = along(activation, residuals[0].astype(jnp.float32), dz)[1]
+    gradients = {}
+    if bias is not None:
+        gradients["bias"] = jnp.sum(dz, tuple(range(dz.ndim - 1))).astype(bias.dtype)
+    if residual is not None:
+        gradients["residual"] = dy.astype(residual.dtype)
+    return dz, gradients
+
+
 @functools.lru_cache(maxsize=256)
 def unsupported(
     activation: Callable | None, refusal: Callable[[Any], str | None], computed: Callable = along

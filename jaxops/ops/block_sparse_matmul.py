@@ -14,7 +14,7 @@ from jaxops.ops import checks
 from jaxops.ops.matmul import Activation, activated, after_product, before, call_unless_traced, gradients_beside
 from jaxops.reference.block_sparse_matmul import block_sparse_matmul as reference
 from jaxops.reference.block_sparse_matmul import columns_of, expanded
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 
 def _strips(x: jax.Array, size: int) -> jax.Array:
@@ -121,7 +121,7 @@ _OPERATOR = Operator(
     reference=reference,
     xla=Rules(_forward, _backward),
     tpu=tpu.block_sparse_matmul,
-    gpu="no Mosaic GPU kernel for block_sparse_matmul yet",
+    gpu=gpu.block_sparse_matmul,
     partition=None,
     cost=_cost,
 )

@@ -11,7 +11,7 @@ from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
 from jaxops.reference.quantized_matmul import quantized_matmul as reference
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 _NAME = "quantized_matmul"
 INTEGERS = (jnp.dtype(jnp.int8), jnp.dtype(jnp.int4))
@@ -35,7 +35,7 @@ def _operator(*differentiable: str) -> Operator:
         reference=reference,
         xla=Rules(_forward, None),
         tpu=tpu.quantized_matmul,
-        gpu="no Mosaic GPU kernel for quantized_matmul yet",
+        gpu=gpu.quantized_matmul,
         partition=None,
         cost=cost,
     )

@@ -150,9 +150,9 @@ def stream(load: Callable, steps, free, stages: int) -> None:
     lax.fori_loop(0, steps, one, None)
 
 
-def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: int):
+def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: int, dtype=jnp.float32):
     """`count` sums of `shape`, of multiply(i, slot, accumulators) over the steps, which starts a product of what is in
-    the slot for each. In registers."""
+    the slot for each. In registers, of `dtype`."""
 
     def accumulate(*accs):
         def step(i, _):
@@ -166,7 +166,7 @@ def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: in
         plgpu.wgmma_wait(0)
         return tuple(acc[...] for acc in accs)
 
-    return pl.run_scoped(accumulate, *[plgpu.ACC(shape, jnp.float32)] * count)
+    return pl.run_scoped(accumulate, *[plgpu.ACC(shape, dtype)] * count)
 
 
 def forward(

@@ -422,15 +422,7 @@ def backward(
     del outputs
     s = Sizes.of(x, w, None, size=size)
     t = s.cut(tiles or _tiles("backward", s, x.dtype))
-    dy = cotangents[0]
-    dz = dy.astype(f32)
-    if activation is not None:
-        dz = activations.along(activation, residuals[0].astype(f32), dz)[1]
-    gradients = {}
-    if bias is not None:
-        gradients["bias"] = jnp.sum(dz, tuple(range(dz.ndim - 1))).astype(bias.dtype)
-    if residual is not None:
-        gradients["residual"] = dy.astype(residual.dtype)
+    dz, gradients = activations.before(activation, residuals, cotangents[0], bias, residual)
     flat = lambda a: a.reshape(s.m, a.shape[-1])
     dz = flat(dz).astype(x.dtype)
     order = jnp.argsort(rows, stable=True).astype(jnp.int32)

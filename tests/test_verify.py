@@ -143,6 +143,12 @@ def test_kernels_for_a_gpu(capsys):
     assert code == 0 and {row["part"] for row in found["comparisons"]} == {"here", "kernels of h100, interpreted"}
 
 
+def test_kernels_without_a_backward():
+    words = ["x=3x128:bfloat16", "w=128x128:int8<100", "scales=1x128"]
+    rows = verify.interpreted_first_order(verify.specimen_of("quantized_matmul", words, []), verify.Kernels("v5e"))
+    assert {row.name for row in rows} >= {"output", "gradient of x"} and all(row.holds for row in rows), rows
+
+
 def test_attention_of_a_gpu_under_a_target():
     query = jnp.asarray(np.random.default_rng(0).standard_normal((1, 16, 1, 64)), "bfloat16")
     with jaxops.target("h100", interpret=True):

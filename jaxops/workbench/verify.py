@@ -212,7 +212,7 @@ def interpreted_first_order(specimen: Specimen, kernels: Kernels, mode: dict[str
     if isinstance(function.func, type(jax.jit(abs))):  # an interpreted kernel has effects, which jit does not take
         function = functools.partial(inspect.unwrap(function.func), **function.keywords)
     if "implementation" in inspect.signature(function.func).parameters and "implementation" not in specimen.options:
-        function = functools.partial(function, implementation="pallas")
+        function = functools.partial(function, implementation=("pallas", "xla"))  # a kernel may have no backward
     arrays = specimen.arrays()
     try:
         explained = explain(lambda operands: function(**operands), arrays, target=kernels.chip)

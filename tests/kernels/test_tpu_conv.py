@@ -109,11 +109,12 @@ def against_float64(kernel, chip, lhs, rhs, padding, dilation, numbers, dtype, a
         operands |= {"bias": jnp.asarray(random.standard_normal(channel), dtype)}
         operands |= {"residual": jnp.asarray(random.standard_normal(shape), dtype)}
     dy = jnp.asarray(random.standard_normal(shape), dtype)
+    backward = tiles if groups > 1 else None
 
     def both(operands, dy):
         (y,), residuals = kernel.forward(**operands, **static, tiles=tiles)
         saved = dict(outputs=(y,), residuals=residuals, cotangents=(dy,))
-        return {"y": y} | kernel.backward(**operands, **saved, **static, tiles=tiles if groups > 1 else None)
+        return {"y": y} | kernel.backward(**operands, **saved, **static, tiles=backward)
 
     with chips.target(chips.named(chip)):
         assert kernel.unsupported(**operands, **static) is None

@@ -292,7 +292,7 @@ def _convolve(problem: Problem, tiles: Tiles, x, w, bias, residual, activation, 
         in_specs=[
             pl.BlockSpec(memory_space=pl.ANY),
             w_spec,
-            None if bias is None else pl.BlockSpec((1, columns), lambda g, h, c: (0, c)),
+            None if bias is None else pl.BlockSpec((columns,), lambda g, h, c: (c,)),
             None if residual is None else y_spec,
         ],
         out_specs=[y_spec] * (1 + problem.saved),
@@ -313,9 +313,11 @@ def _convolve(problem: Problem, tiles: Tiles, x, w, bias, residual, activation, 
         ),
         name="conv",
     )
+    # Beside its gradients XLA would bring x to VMEM before, and wait; alone, it may do so while something else runs.
+    there = in_hbm if problem.saved else lambda x: x
     # Under vmap the kernel is called for each: shared weights stay shared.
-    call = jax.custom_batching.sequential_vmap(lambda x, *operands: kernel(in_hbm(x), *operands))
-    row = None if bias is None else bias.astype(bias.dtype if bias.dtype in (f32, jnp.bfloat16) else f32)[None]
+    call = jax.custom_batching.sequential_vmap(lambda x, *operands: kernel(there(x), *operands))
+    row = None if bias is None else bias.astype(bias.dtype if bias.dtype in (f32, jnp.bfloat16) else f32)
     residual = None if residual is None else view(residual, problem, width)
     found = call(view(x, problem, problem.width), w, row, residual)
     return [back(a, problem, width) for a in found]
@@ -397,7 +399,7 @@ def backward(
         dw = dw.reshape(w.shape).transpose([order.index(axis) for axis in range(rhs.ndim)])
         found = {"lhs": unimage(back(dx, problem, problem.out[1]), numbers.lhs_spec), "rhs": dw}
         if bias is not None:
-            found["bias"] = dbias[0][0, 0].astype(bias.dtype)
+            found["bias"] = dbias[0].reshape(-1, *bias.shape)[0].astype(bias.dtype)
         if residual is not None:
             found["residual"] = cotangents[0].astype(residual.dtype)
         return found

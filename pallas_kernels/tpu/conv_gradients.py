@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import activations, chips
 from pallas_kernels.padding import round_up
 from pallas_kernels.tpu.conv_geometry import Geometry, Rows, arrive, clear, divisor, in_hbm, moved
-from pallas_kernels.tpu.matrix_unit import LANES, NN, TN, dot
+from pallas_kernels.tpu.matrix_unit import LANES, NN, NT, TN, dot
 
 f32 = jnp.float32
 SLACK = 8 << 20  # VMEM left to the compiler for what does not stay in registers
@@ -56,6 +56,11 @@ class Problem(Geometry):
     def beside(self) -> int:
         """Rows of the window whose channels are side by side."""
         return self.size[0] if self.few else 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weights are taken as they are; else turned around, those of a row of the window as one axis."""
+        return not self.few and self.channels % LANES == 0
 
     @property
     def staged(self) -> bool:
@@ -120,7 +125,7 @@ class Tiles:
             columns //= 2
         most = min(problem.most, height)
         rows = round_up(pl.cdiv(height, max(1, 8 // problem.images)), most)
-        rows = min(round_up(max(rows, 4 * problem.reach), most), round_up(height, most))
+        rows = min(round_up(max(rows, 3 * problem.reach), most), round_up(height, most))
         while rows > 1 and problem.vmem_bytes(Tiles(rows, columns)) > chip.vmem_bytes // 2:
             rows = pl.cdiv(rows, 2)
         return Tiles(rows, columns)
@@ -219,7 +224,12 @@ def _kernel(x_hbm, dy_hbm, z_hbm, w_ref, dx_ref, dw_ref, *refs, problem, tiles, 
         else:
             for i in range(taps):
                 d = d_ref[pl.ds(row + i * step, turn)].reshape(-1, problem.across)
-                dx = dx + dot(d, w_ref[i], NN, precision)
+                if problem.plain:
+                    for j in range(across):
+                        part = d[:, j * channels : (j + 1) * channels]
+                        dx = dx + dot(part, w_ref[taps - 1 - i, across - 1 - j], NT, precision)
+                else:
+                    dx = dx + dot(d, w_ref[i], NN, precision)
                 dw_sum[i] += dot(x, d, TN, precision)
             dx = dx.reshape(turn, problem.pitch, columns)
         dx_ref[0, pl.ds(row, turn)] = dx[:, : problem.out_pixels].astype(dx_ref.dtype)
@@ -241,7 +251,7 @@ def _kernel(x_hbm, dy_hbm, z_hbm, w_ref, dx_ref, dw_ref, *refs, problem, tiles, 
                 one = dw_sum[i // beside, pl.ds(i % beside * columns, columns), pl.ds(j * channels, channels)]
                 dw_ref[taps - 1 - i, across - 1 - j] = one.astype(dw_ref.dtype)
         if dbias_ref is not None:
-            dbias_ref[0] = jnp.sum(dbias_sum[...], 0, keepdims=True)
+            dbias_ref[...] = jnp.sum(dbias_sum[...], 0).reshape(dbias_ref.shape).astype(dbias_ref.dtype)
 
 
 def _sum(d: jax.Array) -> jax.Array:
@@ -272,8 +282,15 @@ def gradients(problem: Problem, tiles: Tiles, x, dy, z, w, activation, precision
     taps, across = problem.size
     blocks, shares = pl.cdiv(height, tiles.rows), problem.columns // columns
     beside = problem.beside
-    w = jnp.flip(w, (0, 1)).reshape(-1, beside, across, problem.columns, problem.channels)
-    w = w.transpose(0, 2, 4, 1, 3).reshape(-1, problem.across, beside * problem.columns)
+    if problem.plain:
+        w_spec = pl.BlockSpec((taps, across, columns, problem.channels), lambda share, *block: (0, 0, share, 0))
+    else:
+        w = jnp.flip(w, (0, 1)).reshape(-1, beside, across, problem.columns, problem.channels)
+        w = w.transpose(0, 2, 4, 1, 3).reshape(-1, problem.across, beside * problem.columns)
+        w_spec = pl.BlockSpec((*w.shape[:2], beside * columns), lambda share, *block: (0, 0, share))
+    total, dbias_spec = (problem.channels,), pl.BlockSpec((problem.channels,), lambda *_: (0,))
+    if shares > 1:  # each makes the gradient of the bias, in a place of its own: two cores may have them
+        total, dbias_spec = (shares, 1, *total), pl.BlockSpec((1, 1, *total), lambda share, *_: (share, 0, 0))
     rows_in = tiles.rows + problem.reach
     shape = (problem.images, height, problem.out_pixels, problem.columns)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -286,17 +303,17 @@ def gradients(problem: Problem, tiles: Tiles, x, dy, z, w, activation, precision
             anywhere,
             anywhere,
             None if z is None else anywhere,
-            pl.BlockSpec((taps // beside, problem.across, beside * columns), lambda share, image, place: (0, 0, share)),
+            w_spec,
         ],
         out_specs=[
             pl.BlockSpec((1, tiles.rows, problem.out_pixels, columns), lambda share, *block: (*block, 0, share)),
             pl.BlockSpec((taps, across, columns, problem.channels), lambda share, image, place: (0, 0, share, 0)),
-            *[pl.BlockSpec((1, 1, problem.channels), lambda share, image, place: (share, 0, 0))] * problem.summed,
+            *[dbias_spec] * problem.summed,
         ],
         out_shape=[
             jax.ShapeDtypeStruct(shape, problem.out_dtype),
             jax.ShapeDtypeStruct((taps, across, problem.columns, problem.channels), problem.dw),
-            *[jax.ShapeDtypeStruct((shares, 1, problem.channels), f32)] * problem.summed,
+            *[jax.ShapeDtypeStruct(total, problem.dw)] * problem.summed,
         ],
         scratch_shapes=[
             buffer(x, tiles.rows, columns),

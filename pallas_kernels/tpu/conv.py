@@ -1,7 +1,7 @@
 """y = activation(x ∗ w + bias) + residual on the TPU, over one or two axes with stride 1, and its gradients.
 
     z[h, q] = Σ_{i, j} x[h + i·d - p, q + j·e - r] · w[i, j] + bias,   dz = activation'(z) · dy
-    dx = dz ∗ (w turned around, in and out exchanged),   dw and dbias in XLA,   dresidual = dy
+    dx = dz ∗ (w turned around, in and out exchanged),   dw[i, j] = Σ xᵀ · dz,   dbias = Σ dz,   dresidual = dy
 
 An implicit product: no array of windows is made in HBM, nor a padded input. A grid step has some rows of the image with
 those around them in VMEM; rows outside are cleared there. A row of pixels is multiplied with the weights of a column j
@@ -9,7 +9,8 @@ of the window as it lies, and the product, not the input, is moved by j·e - r p
 moved, and what falls outside is left out. Pixels are rows of a matrix; where the width of an image is no multiple of
 8 but the batch is one of 8, all images of the batch are taken at once, a pixel of each beside the others, which is how
 XLA keeps them: then pixels are moved by whole registers. Few channels fill the matrix unit by the rows i of the
-window side by side as one contracted axis, and its columns j as one axis of results.
+window side by side as one contracted axis, and its columns j as one axis of results. The gradients are made by
+`conv_gradients`; where that does not fit the chip, dx by this kernel and the others by XLA.
 """
 
 import dataclasses
@@ -154,13 +155,18 @@ def _of(phase: str, lhs, rhs, bias, residual, activation, dtype, geometry) -> An
                 dy=jnp.dtype(dtype).name,
                 dw=jnp.dtype(rhs.dtype).name,
                 saved=int(activation is not None),
-                summed=bias is not None,
+                dbias=None if bias is None else _of_row(bias).name,
             )
             if gradients.served():
                 return gradients
-        around = _problem(dz, rhs, None, **around)
-        found = around if isinstance(around, Problem) else found
+        smaller = _problem(dz, rhs, None, **around)
+        found = smaller if isinstance(smaller, Problem) else found
     return found
+
+
+def _of_row(bias: Any) -> Any:
+    """The dtype in which the kernels have a bias."""
+    return jnp.dtype(bias.dtype if bias.dtype in (f32, jnp.bfloat16) else f32)
 
 
 def _kind(problem: Any) -> Any:
@@ -317,7 +323,7 @@ def _convolve(problem: Problem, tiles: Tiles, x, w, bias, residual, activation, 
     there = in_hbm if problem.saved else lambda x: x
     # Under vmap the kernel is called for each: shared weights stay shared.
     call = jax.custom_batching.sequential_vmap(lambda x, *operands: kernel(there(x), *operands))
-    row = None if bias is None else bias.astype(bias.dtype if bias.dtype in (f32, jnp.bfloat16) else f32)
+    row = None if bias is None else bias.astype(_of_row(bias))
     residual = None if residual is None else view(residual, problem, width)
     found = call(view(x, problem, problem.width), w, row, residual)
     return [back(a, problem, width) for a in found]

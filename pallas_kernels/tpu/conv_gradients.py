@@ -36,11 +36,15 @@ GROUP = 256  # pixels of dz that are made together, about
 @dataclasses.dataclass(frozen=True)
 class Problem(Geometry):
     """Of the convolution of dz: `channels` are those of dz, `columns` those of dx; `saved`: z is there. `dy` and `dw`
-    are the dtypes of dy (and z) and of the gradient of the window; `summed`: that of the bias is made, too."""
+    are the dtypes of dy (and z) and of the gradient of the window; `dbias` that of the bias, if there is one."""
 
     dy: Any = f32
     dw: Any = f32
-    summed: bool = False
+    dbias: Any = None
+
+    @property
+    def summed(self) -> bool:
+        return self.dbias is not None
 
     @property
     def across(self) -> int:
@@ -137,12 +141,13 @@ class Tiles:
 
 
 def _kernel(x_hbm, dy_hbm, z_hbm, w_ref, dx_ref, dw_ref, *refs, problem, tiles, activation, precision):
-    dbias_ref, refs = (refs[0], refs[1:]) if problem.summed else (None, refs)
-    x_ref, dy_ref, *refs = refs
-    z_ref, refs = (refs[0], refs[1:]) if problem.saved else (None, refs)
-    arrived, d_ref, dw_sum, *refs = refs
-    x_stage, refs = (refs[0], refs[1:]) if problem.staged else (None, refs)
-    dbias_sum = refs[0] if problem.summed else None
+    left = iter(refs)
+    dbias_ref = next(left) if problem.summed else None
+    x_ref, dy_ref = next(left), next(left)
+    z_ref = next(left) if problem.saved else None
+    arrived, d_ref, dw_sum = next(left), next(left), next(left)
+    x_stage: Any = next(left) if problem.staged else None
+    dbias_sum: Any = next(left) if problem.summed else None
     (taps, across), (step, apart) = problem.size, problem.dilation
     height, channels, beside, columns = problem.out[0], problem.channels, problem.beside, tiles.columns
     place, blocks = pl.program_id(2), pl.cdiv(height, tiles.rows)
@@ -288,9 +293,11 @@ def gradients(problem: Problem, tiles: Tiles, x, dy, z, w, activation, precision
         w = jnp.flip(w, (0, 1)).reshape(-1, beside, across, problem.columns, problem.channels)
         w = w.transpose(0, 2, 4, 1, 3).reshape(-1, problem.across, beside * problem.columns)
         w_spec = pl.BlockSpec((*w.shape[:2], beside * columns), lambda share, *block: (0, 0, share))
-    total, dbias_spec = (problem.channels,), pl.BlockSpec((problem.channels,), lambda *_: (0,))
+    total: tuple[int, ...] = (problem.channels,)
+    dbias_spec = pl.BlockSpec((problem.channels,), lambda *_: (0,))
     if shares > 1:  # each makes the gradient of the bias, in a place of its own: two cores may have them
-        total, dbias_spec = (shares, 1, *total), pl.BlockSpec((1, 1, *total), lambda share, *_: (share, 0, 0))
+        total = (shares, 1, problem.channels)
+        dbias_spec = pl.BlockSpec((1, *total[1:]), lambda share, *_: (share, 0, 0))
     rows_in = tiles.rows + problem.reach
     shape = (problem.images, height, problem.out_pixels, problem.columns)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -313,7 +320,7 @@ def gradients(problem: Problem, tiles: Tiles, x, dy, z, w, activation, precision
         out_shape=[
             jax.ShapeDtypeStruct(shape, problem.out_dtype),
             jax.ShapeDtypeStruct((taps, across, problem.columns, problem.channels), problem.dw),
-            *[jax.ShapeDtypeStruct(total, problem.dw)] * problem.summed,
+            *[jax.ShapeDtypeStruct(total, problem.dbias)] * problem.summed,
         ],
         scratch_shapes=[
             buffer(x, tiles.rows, columns),

@@ -141,13 +141,13 @@ class Tiles:
 
 
 def _kernel(x_hbm, dy_hbm, z_hbm, w_ref, dx_ref, dw_ref, *refs, problem, tiles, activation, precision):
-    left = iter(refs)
-    dbias_ref = next(left) if problem.summed else None
-    x_ref, dy_ref = next(left), next(left)
-    z_ref = next(left) if problem.saved else None
-    arrived, d_ref, dw_sum = next(left), next(left), next(left)
-    x_stage: Any = next(left) if problem.staged else None
-    dbias_sum: Any = next(left) if problem.summed else None
+    others = iter(refs)
+    dbias_ref = next(others) if problem.summed else None
+    x_ref, dy_ref = next(others), next(others)
+    z_ref = next(others) if problem.saved else None
+    arrived, d_ref, dw_sum = next(others), next(others), next(others)
+    x_stage: Any = next(others) if problem.staged else None
+    dbias_sum: Any = next(others) if problem.summed else None
     (taps, across), (step, apart) = problem.size, problem.dilation
     height, channels, beside, columns = problem.out[0], problem.channels, problem.beside, tiles.columns
     place, blocks = pl.program_id(2), pl.cdiv(height, tiles.rows)
@@ -320,7 +320,7 @@ def gradients(problem: Problem, tiles: Tiles, x, dy, z, w, activation, precision
         out_shape=[
             jax.ShapeDtypeStruct(shape, problem.out_dtype),
             jax.ShapeDtypeStruct((taps, across, problem.columns, problem.channels), problem.dw),
-            *[jax.ShapeDtypeStruct(total, problem.dbias)] * problem.summed,
+            *([jax.ShapeDtypeStruct(total, problem.dbias)] if problem.summed else []),
         ],
         scratch_shapes=[
             buffer(x, tiles.rows, columns),

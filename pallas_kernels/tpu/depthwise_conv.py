@@ -24,7 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import activations, chips, tuned
 from pallas_kernels.padding import round_up
-from pallas_kernels.tpu import conv, elementwise
+from pallas_kernels.tpu import conv_geometry as conv
+from pallas_kernels.tpu import elementwise
 from pallas_kernels.tpu.matrix_unit import LANES
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported", "value"]

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxops.ops.activations import silu
 from jaxops.reference.conv import conv as reference
 from pallas_kernels import chips, tpu
+from pallas_kernels.tpu import conv_gradients
 
 f32, bf16 = "float32", "bfloat16"
 slow = pytest.mark.slow
@@ -40,6 +41,23 @@ CASES = {
     ),
     "one axis": ((3, 21, 6), (4, 6, 5), ((3, 3),), (2,), NWC, f32, False, None),
     "channels first": ((2, 5, 6, 7), (9, 5, 3, 3), ((1, 0), (2, 5)), (1, 1), NCHW, f32, False, None),
+}
+# The same for the tiles of the gradients.
+GRADIENTS = {
+    "one axis, few channels": ((3, 21, 6), (4, 6, 5), ((3, 2),), (1,), NWC, bf16, True, None),
+    "few channels, rows that divide no block": (
+        (2, 7, 10, 5),
+        (3, 3, 5, 40),
+        ((1, 1), (1, 1)),
+        (1, 1),
+        NHWC,
+        bf16,
+        True,
+        (4, 5),
+    ),
+    "a share for each core": ((8, 5, 6, 256), (3, 2, 256, 128), ((0, 2), (1, 0)), (1, 1), NHWC, bf16, True, (2, 128)),
+    "more rows of dz": ((2, 5, 16, 128), (2, 3, 128, 30), ((2, 2), (3, 3)), (2, 3), NHWC, f32, True, (2, 128)),
+    "fewer rows of dz": ((2, 7, 9, 130), (4, 3, 130, 5), ((0, 0), (0, 0)), (1, 2), NHWC, f32, False, (3, 130)),
 }
 # The same where every channel is a group.
 DEPTHWISE = {
@@ -89,15 +107,25 @@ def test_tpu(case, chip):
     against_float64(tpu.conv, chip, *CASES[case])
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("case", [c if c[:3] == "one" else pytest.param(c, marks=slow) for c in GRADIENTS])
+def test_gradients(case, cores):
+    *shapes, tiles = GRADIENTS[case]
+    tiles = tiles and conv_gradients.Tiles(*tiles)
+    against_float64(tpu.conv, "v5e" if cores == 1 else "v5p", *shapes, None, backward=tiles, cores=cores)
+
+
 @pytest.mark.parametrize("case", [c if c[:3] == "one" else pytest.param(c, marks=slow) for c in DEPTHWISE])
 def test_depthwise(case):
     *shapes, tiles = DEPTHWISE[case]
     lhs, _, _, _, numbers, _, _ = shapes
     tiles = tiles and tpu.depthwise_conv.Tiles(*tiles)
-    against_float64(tpu.depthwise_conv, "v5e", *shapes, tiles, groups=lhs[numbers[0].index("C")])
+    against_float64(tpu.depthwise_conv, "v5e", *shapes, tiles, tiles, groups=lhs[numbers[0].index("C")])
 
 
-def against_float64(kernel, chip, lhs, rhs, padding, dilation, numbers, dtype, after, tiles, groups=1):
+def against_float64(
+    kernel, chip, lhs, rhs, padding, dilation, numbers, dtype, after, tiles, backward=None, groups=1, cores=1
+):
     random = np.random.default_rng(0)
     static = dict(activation=silu if after else None, dtype=dtype)
     static |= geometry(padding, dilation, numbers, lhs, rhs, groups=groups)
@@ -113,11 +141,11 @@ def against_float64(kernel, chip, lhs, rhs, padding, dilation, numbers, dtype, a
     def both(operands, dy):
         (y,), residuals = kernel.forward(**operands, **static, tiles=tiles)
         saved = dict(outputs=(y,), residuals=residuals, cotangents=(dy,))
-        return {"y": y} | kernel.backward(**operands, **saved, **static, tiles=tiles if groups > 1 else None)
+        return {"y": y} | kernel.backward(**operands, **saved, **static, tiles=backward)
 
     with chips.target(chips.named(chip)):
         assert kernel.unsupported(**operands, **static) is None
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=1)):
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)):
             got = jax.tree.map(np.asarray, jax.block_until_ready(jax.jit(both)(operands, dy)))
 
     def plain(operands, dy, dtype):

@@ -17,7 +17,7 @@ from jaxops.ops import checks
 from jaxops.ops.matmul import Activation, activated, after_product, before, call_unless_traced, gradients_beside
 from jaxops.reference.conv import biased, linear
 from jaxops.reference.conv import conv as reference
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 _FULL = 128  # channels that fill a matrix unit: from there on XLA's own convolution is as fast as the kernel
 _TAPS = 64  # a CPU adds up so many taps of a depthwise convolution one by one; more make a long program
@@ -78,7 +78,7 @@ _OPERATOR = Operator(
     reference=lambda *operands, **named: (reference(*operands, **named),),
     xla=Rules(_forward, _backward),
     tpu=tpu.conv,
-    gpu="conv has no Pallas kernel yet",
+    gpu=gpu.conv,
     partition=None,
 )
 
@@ -222,7 +222,12 @@ def _depthwise_backward(
     return {"lhs": dlhs, "rhs": drhs} | gradients_beside(dy, dz, bias, residual, numbers.out_spec[1])
 
 
-_DEPTHWISE = dataclasses.replace(_OPERATOR, xla=Rules(_depthwise_forward, _depthwise_backward), tpu=tpu.depthwise_conv)
+_DEPTHWISE = dataclasses.replace(
+    _OPERATOR,
+    xla=Rules(_depthwise_forward, _depthwise_backward),
+    tpu=tpu.depthwise_conv,
+    gpu="conv of every channel by itself has no Pallas kernel yet",
+)
 
 
 def conv(

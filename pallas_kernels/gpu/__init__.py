@@ -4,6 +4,7 @@ from pallas_kernels.gpu import add_layer_norm as add_layer_norm
 from pallas_kernels.gpu import add_rms_norm as add_rms_norm
 from pallas_kernels.gpu import attention as attention
 from pallas_kernels.gpu import batch_norm as batch_norm
+from pallas_kernels.gpu import conv as conv
 from pallas_kernels.gpu import decode_attention as decode_attention
 from pallas_kernels.gpu import gated_linear_unit as gated_linear_unit
 from pallas_kernels.gpu import group_norm as group_norm

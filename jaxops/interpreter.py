@@ -252,7 +252,9 @@ class _GatherWindows(gpu_callbacks.AsyncCopyGmemToSmemTask):
 
 
 @gpu_callbacks.fail_on_exception
-def _gather_windows(*, token, mesh_location, thread, source, index, target, target_transforms, barrier, view, source_info):
+def _gather_windows(
+    *, token, mesh_location, thread, source, index, target, target_transforms, barrier, view, source_info
+):
     memory = gpu_callbacks._get_shared_memory()
     source, target, barrier = map(gpu_callbacks.HostAllocationKey.from_array, (source, target, barrier))
     target_transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(target_transforms))

@@ -226,7 +226,7 @@ _DEPTHWISE = dataclasses.replace(
     _OPERATOR,
     xla=Rules(_depthwise_forward, _depthwise_backward),
     tpu=tpu.depthwise_conv,
-    gpu="conv of every channel by itself has no Pallas kernel yet",
+    gpu=gpu.depthwise_conv,
 )
 
 

@@ -6,6 +6,7 @@ from pallas_kernels.gpu import attention as attention
 from pallas_kernels.gpu import batch_norm as batch_norm
 from pallas_kernels.gpu import conv as conv
 from pallas_kernels.gpu import decode_attention as decode_attention
+from pallas_kernels.gpu import depthwise_conv as depthwise_conv
 from pallas_kernels.gpu import gated_linear_unit as gated_linear_unit
 from pallas_kernels.gpu import group_norm as group_norm
 from pallas_kernels.gpu import layer_norm as layer_norm

@@ -54,14 +54,32 @@ class Axis:
         """Elements of a phase that a window begins before the first."""
         return max(0, pl.cdiv(self.low, self.stride))
 
+    @property
+    def first(self) -> int:
+        """The element of a phase that the first window begins at, if it is not before the image."""
+        return max(0, -pl.cdiv(self.low, self.stride))
+
+    @property
+    def shift(self) -> int:
+        """The phase that windows begin with."""
+        return -self.low % self.stride
+
+    @property
+    def reach(self) -> int:
+        """Elements from the first of its phases to the last tap of a window."""
+        return self.shift + (self.taps - 1) * self.dilation
+
+    @property
+    def blocks_read(self) -> int:
+        """Elements of a phase that all windows meet."""
+        return self.count + self.reach // self.stride
+
     def place(self, tap: Any) -> tuple[Any, Any]:
         """(where in a window a tap is, of which phase)."""
-        start = pl.cdiv(self.low, self.stride) * self.stride  # so that nothing is negative
-        first = max(0, -pl.cdiv(self.low, self.stride))
-        at = tap * self.dilation + (start - self.low)
+        at = tap * self.dilation + self.shift
         if isinstance(at, int):
-            return at // self.stride + first, at % self.stride
-        return lax.div(at, jnp.int32(self.stride)) + first, lax.rem(at, jnp.int32(self.stride))
+            return at // self.stride + self.first, at % self.stride
+        return lax.div(at, jnp.int32(self.stride)) + self.first, lax.rem(at, jnp.int32(self.stride))
 
     @property
     def after(self) -> int:
@@ -112,12 +130,14 @@ class Windows:
         """Why TMA cannot copy them, or None."""
         shape, padding = self.view["window_shape"], self.view["padding"]
         if len(shape) > 3:
-            return f"at most three axes can be copied, where one with a stride counts twice but the last, got {len(shape)}"
+            return (
+                f"at most three axes can be copied, where one with a stride counts twice but the last, got {len(shape)}"
+            )
         most = 1 << (16 // len(shape))
         for extent, (low, high) in zip(shape, padding, strict=True):
             if extent > most or max(low, extent - 1 - high) > most // 2 or high - extent + 1 >= most // 2:
                 return (
-                    f"a window with its padding must be within {most} elements and begin at most {most // 2} outside of "
+                    f"a window with its padding must be within {most} elements and begin at most {most // 2} outside "
                     f"the image, got {extent} elements and padding {low, high}"
                 )
         return None
@@ -147,11 +167,14 @@ class Windows:
         return plgpu.im2col_ref(ref, **self.view).at[(rows, *offsets, pl.ds(channel, DEPTH))]
 
 
-def _windows(lhs, rhs, *, dimension_numbers, window_strides, padding, rhs_dilation) -> Windows:
+def windows_of(lhs, rhs, *, dimension_numbers, window_strides, padding, rhs_dilation, **_) -> Windows:
+    """What a convolution reads."""
     images, channels, *sizes = (lhs.shape[axis] for axis in dimension_numbers.lhs_spec)
     taps = [rhs.shape[axis] for axis in dimension_numbers.rhs_spec[2:]]
     axes = []
-    for size, count, stride, dilation, (low, high) in zip(sizes, taps, window_strides, rhs_dilation, padding, strict=True):
+    for size, count, stride, dilation, (low, high) in zip(
+        sizes, taps, window_strides, rhs_dilation, padding, strict=True
+    ):
         reach = size + low + high - (count - 1) * dilation - 1
         axes.append(Axis(size, reach // stride + 1 if reach >= 0 else 0, count, stride, dilation, low))
     return Windows(images, tuple(axes), round_up(channels, DEPTH if window_strides[-1] > 1 else EIGHT))
@@ -184,7 +207,7 @@ def _problem(
         return f"lhs_dilation must be 1, got {lhs_dilation}"
     if not 1 <= len(lhs_dilation) <= 3:
         return f"conv must have one, two or three spatial axes on a GPU, got {len(lhs_dilation)}"
-    windows = _windows(lhs, rhs, **geometry)
+    windows = windows_of(lhs, rhs, **geometry)
     if min(axis.count for axis in windows.axes) < 1:
         return f"there must be a result, got one of the sizes {tuple(axis.count for axis in windows.axes)}"
     if reason := windows.unsupported():
@@ -261,13 +284,13 @@ def memory(phase: str, tiles: Tiles, lhs, rhs, bias=None, residual=None, *, acti
     return products.memory(tiles, _sizes(phase, lhs, rhs, residual, dtype, geometry))
 
 
-def _last(a, spec: tuple[int, ...]):
+def last(a, spec: tuple[int, ...]):
     """a, whose axes are said by `spec`, with its channels last."""
     return a.transpose(spec[0], *spec[2:], spec[1])
 
 
-def _back(a, spec: tuple[int, ...]):
-    """The inverse of `_last`."""
+def back(a, spec: tuple[int, ...]):
+    """The inverse of `last`."""
     order = (spec[0], *spec[2:], spec[1])
     return a.transpose([order.index(axis) for axis in range(len(spec))])
 
@@ -285,7 +308,8 @@ def forward(
     **static: Any,
 ):
     """((y,), residuals): z is saved if there is an activation, unless not `saving`."""
-    windows, sizes = _problem(lhs, rhs, residual, **static)  # type: ignore[misc]
+    problem: Any = _problem(lhs, rhs, residual, **static)
+    windows, sizes = problem
     numbers = static["dimension_numbers"]
     n = rhs.shape[numbers.rhs_spec[0]]
     w = rhs.transpose(*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
@@ -298,10 +322,10 @@ def forward(
         return (y if residual is None else y + residual), z
 
     if residual is not None:
-        residual = pad_to(_last(residual, numbers.out_spec).reshape(windows.rows, n), 1, sizes.n)
+        residual = pad_to(last(residual, numbers.out_spec).reshape(windows.rows, n), 1, sizes.n)
     found = products.forward(
         "conv",
-        windows.of(_last(lhs, numbers.lhs_spec)),
+        windows.of(last(lhs, numbers.lhs_spec)),
         [w],
         bias,
         residual,
@@ -311,7 +335,7 @@ def forward(
         windows=windows,
     )
     shape = (windows.images, *(axis.count for axis in windows.axes), n)
-    y, *saved = (_back(a[:, :n].reshape(shape), numbers.out_spec) for a in found)
+    y, *saved = (back(a[:, :n].reshape(shape), numbers.out_spec) for a in found)
     return (y,), tuple(saved)
 
 

@@ -31,6 +31,17 @@ CASES = {
     "channels first": ((2, 70, 5, 6), (9, 70, 3, 3), (1, 1), ((1, 0), (2, 5)), (1, 1), NCHW, False, None),
     "window of 1, stride": ((2, 7, 6, 64), (1, 1, 64, 64), (2, 2), "VALID", (1, 1), NHWC, True, None),
 }
+# The same where every channel is a group, whose tiles are rows, pixels and warpgroups.
+DEPTHWISE = {
+    "rows that divide no block": ((2, 7, 10, 72), (3, 3, 1, 72), (1, 1), "SAME", (1, 1), NHWC, True, (3, 8, 2)),
+    "dilated, more rows out than in": ((2, 5, 9, 8), (3, 2, 1, 8), (1, 1), ((4, 3), (3, 0)), (2, 3), NHWC, True, None),
+    "fewer rows out than in": ((1, 9, 17, 5), (4, 3, 1, 5), (1, 1), "VALID", (1, 2), NHWC, False, (4, 16, 4)),
+    "many taps": ((1, 4, 8, 40), (3, 11, 1, 40), (1, 1), "SAME", (1, 1), NHWC, False, None),
+    "strides, depthwise": ((2, 9, 8, 70), (3, 3, 1, 70), (2, 2), "SAME", (1, 1), NHWC, True, None),
+    "strides, cropped, depthwise": ((1, 8, 9, 8), (2, 3, 1, 8), (3, 1), ((-2, 0), (1, -2)), (1, 2), NHWC, False, None),
+    "causal": ((2, 40, 8), (4, 1, 8), (1,), ((3, 0),), (1,), NWC, True, (1, 16, 2)),
+    "channels first, depthwise": ((2, 5, 6, 7), (5, 1, 3, 3), (1, 1), ((1, 0), (2, 1)), (1, 1), NCHW, False, None),
+}
 
 
 def geometry(lhs, rhs, strides, padding, dilation, numbers, groups=1):
@@ -56,7 +67,8 @@ def made(lhs, rhs, after, static):
     random = np.random.default_rng(0)
     array = lambda shape: jnp.asarray(random.standard_normal(shape), bf16)
     operands = {"lhs": array(lhs), "rhs": array(rhs)}
-    shape = jax.eval_shape(lambda x, w: reference(x, w, activation=None, dtype=bf16, **static), *operands.values()).shape
+    plain = lambda x, w: reference(x, w, activation=None, dtype=bf16, **static)
+    shape = jax.eval_shape(plain, *operands.values()).shape
     if after:
         operands |= {"bias": array(shape[static["dimension_numbers"].out_spec[1]]), "residual": array(shape)}
     return operands, array(shape)
@@ -88,9 +100,20 @@ def against_float64(kernel, lhs, rhs, strides, padding, dilation, numbers, after
 
 
 @pytest.mark.timeout(300)  # a lost arrival is a deadlock
-@pytest.mark.parametrize("case", [c if c in ("odd channels, dilated", "strides") else pytest.param(c, marks=slow) for c in CASES])
+@pytest.mark.parametrize(
+    "case", [c if c in ("odd channels, dilated", "strides") else pytest.param(c, marks=slow) for c in CASES]
+)
 def test_against_float64(case):
     against_float64(gpu.conv, *CASES[case])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", [c if c == "causal" else pytest.param(c, marks=slow) for c in DEPTHWISE])
+def test_depthwise(case):
+    *call, tiles = DEPTHWISE[case]
+    lhs, numbers = call[0], call[5]
+    tiles = tiles and gpu.depthwise_conv.Tiles(*tiles)
+    against_float64(gpu.depthwise_conv, *call, tiles, groups=lhs[numbers[0].index("C")])
 
 
 @pytest.mark.timeout(300)
@@ -105,16 +128,46 @@ def test_what_is_outside_is_not_read():
     assert np.isfinite(y[[0, 2]]).all() and np.isnan(y[1]).all()
 
 
+@slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("fault", ["commit_smem", "barrier_wait"])
-def test_a_planted_fault_is_found(monkeypatch, fault):
-    """A result that leaves before it is written; a product that does not wait for its windows."""
-    static = geometry((1, 8, 8, 64), (1, 1, 64, 64), (1, 1), "SAME", (1, 1), NHWC)
-    operands, _ = made((1, 8, 8, 64), (1, 1, 64, 64), False, static)
+def test_images_are_apart():
+    """NaN in an image, or in the one after it, stays out of what it does not reach: also of the gradient of rhs."""
+    static = geometry((1, 3, 10, 8), (3, 1, 1, 8), (1, 1), "SAME", (1, 1), NHWC, groups=8)
+    operands, dy = made((2, 3, 10, 8), (3, 1, 1, 8), False, static)
+    static |= dict(activation=None, dtype="bfloat16")
+    dy = dy.at[1, 0].set(jnp.nan)  # no first tap of the window meets it
     with chips.target(chips.named("h100")), interpreter():
-        monkeypatch.setattr(plgpu, fault, lambda *_: None)
-        with pytest.raises(Exception, match="RACE DETECTED|phase|barrier"):
-            jax.block_until_ready(gpu.conv.value(**operands, activation=None, dtype="bfloat16", **static))
+        (y,), _ = gpu.depthwise_conv.forward(**operands | {"lhs": operands["lhs"].at[1].set(jnp.nan)}, **static)
+        saved = dict(outputs=(y,), residuals=(), cotangents=(dy,))
+        got = gpu.depthwise_conv.backward(**operands, **saved, **static, tiles=gpu.depthwise_conv.Tiles(2, 8, 2))
+        y, dx, dw = (np.asarray(a, np.float32) for a in jax.block_until_ready((y, got["lhs"], got["rhs"])))
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all()
+    assert np.isfinite(dx[0]).all() and np.isfinite(dx[1, 2]).all() and np.isnan(dx[1, :2]).all()
+    assert np.isfinite(dw[0]).all() and np.isnan(dw[1:]).all()
+
+
+FAULTS = {  # what is forgotten
+    "a product's windows": (gpu.conv, "barrier_wait"),
+    "a product's result": (gpu.conv, "commit_smem"),
+    "a depthwise result": (gpu.depthwise_conv, "commit_smem"),
+    "what a depthwise window reads": (gpu.depthwise_conv, "barrier_wait"),
+    "that a slot is taken": (gpu.depthwise_conv, "wait_smem_to_gmem"),
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_planted_fault_is_found(monkeypatch, what):
+    """A result that leaves before it is written, or what is read before it has arrived."""
+    kernel, fault = FAULTS[what]
+    groups, width = (1, 64) if kernel is gpu.conv else (8, 8)
+    shapes = (1, 2, 48, width), (1, 1, width // groups, width)
+    static = geometry(*shapes, (1, 1), "SAME", (1, 1), NHWC, groups)
+    operands, _ = made(*shapes, False, static)
+    with chips.target(chips.named("h100")), interpreter():
+        monkeypatch.setattr(plgpu, fault, lambda *_, **__: None)
+        with pytest.raises(Exception, match=r"RACE DETECTED|phase|barrier"):
+            jax.block_until_ready(kernel.value(**operands, activation=None, dtype="bfloat16", **static))
         monkeypatch.undo()
 
 
@@ -131,7 +184,7 @@ REFUSED = [
     ("h100", {"feature_group_count": 2}, "groups have no kernel, got 2 of features"),
     ("h100", {"lhs_dilation": (1, 2)}, "lhs_dilation must be 1, got (1, 2)"),
     ("h100", {"padding": ((0, 0), (0, 0)), "rhs_dilation": (14, 1)}, "one of the sizes (0, 26)"),
-    ("h100", {"padding": ((200, 0), (0, 0))}, "begin at most 128 outside of the image, got 3 elements and padding"),
+    ("h100", {"padding": ((200, 0), (0, 0))}, "begin at most 128 outside the image, got 3 elements and padding"),
     ("h100", {"activation": jnp.sin}, "activation or its gradient uses sin, which the kernel cannot compile"),
     ("h100", {"lhs": shape(1 << 15, 28, 28, 64)}, "the grid is limited to 65535 blocks of 128 rows"),
 ]
@@ -143,6 +196,43 @@ def test_refusals(chip, changes, reason):
     call = dict(lhs=shape(*lhs), rhs=shape(*rhs), activation=None, dtype="bfloat16") | geometry(*CALL)
     with chips.target(chips.named(chip)):
         assert reason in gpu.conv.unsupported(**(call | changes))
+
+
+DEPTHWISE_REFUSED = [
+    ("a100", {}, "needs compute capability 9.0, got 8.0"),
+    ("h100", {"rhs": shape(3, 3, 1, 128)}, "every channel must be a group of one output, got 64 and 128 channels"),
+    ("h100", {"dtype": "float8_e4m3fn"}, "the result must be float32, bfloat16 or float16"),
+    ("h100", {"residual": shape(8, 28, 28, 64, dtype="float32")}, "the dtype of the result, bfloat16, got float32"),
+    ("h100", {"lhs_dilation": (1, 2)}, "lhs_dilation must be 1, got (1, 2)"),
+    ("h100", {"padding": ((0, 0), (0, 0)), "rhs_dilation": (14, 1)}, "one of the sizes (0, 26)"),
+    ("h100", {"rhs": shape(9, 8, 1, 64)}, "the weights of at most 64 taps, got 9 x 8"),
+    ("h100", {"padding": ((200, 0), (0, 0))}, "begin at most 128 outside the image"),
+    ("h100", {"lhs": shape(1, 1300, 1300, 64), "rhs_dilation": (600, 1)}, "bytes of shared memory"),
+]
+
+
+@pytest.mark.parametrize(("chip", "changes", "reason"), DEPTHWISE_REFUSED)
+def test_depthwise_refusals(chip, changes, reason):
+    lhs, rhs = (8, 28, 28, 64), (3, 3, 1, 64)
+    call = dict(lhs=shape(*lhs), rhs=shape(*rhs), activation=None, dtype="bfloat16")
+    call |= geometry(lhs, rhs, *CALL[2:], groups=64)
+    with chips.target(chips.named(chip)):
+        assert reason in gpu.depthwise_conv.unsupported(**(call | changes))
+
+
+def test_depthwise_tiles_fit():
+    """And move little twice: so many bytes over those of the image and the result."""
+    lhs, rhs = (8, 56, 56, 256), (3, 3, 1, 256)
+    call = dict(activation=None, dtype="bfloat16", **geometry(lhs, rhs, *CALL[2:], groups=256))
+    with chips.target(chips.named("h100")):
+        for phase in ("forward", "backward"):
+            chosen = gpu.depthwise_conv.tiles(phase, shape(*lhs), shape(*rhs), **call)
+            memory = gpu.depthwise_conv.memory(phase, chosen, shape(*lhs), shape(*rhs), **call)
+            assert 2 * memory <= chips.named("h100").smem_bytes
+            assert next(gpu.depthwise_conv.candidates(phase, shape(*lhs), shape(*rhs), **call)) == chosen
+            rows = 7 * (chosen.rows + 2) - 2  # inside of the image
+            arrays, partials = (2, 0) if phase == "forward" else (3, 2 * 4 * 56 * 9 / 56**2 / 8 / 2)
+            assert (rows / 56 + arrays - 1 + partials) / arrays <= 1.2
 
 
 def test_strides_of_too_many_axes():

@@ -270,14 +270,14 @@ def _convolve(problem: Problem, tiles: Tiles, x, w, bias, other, activation):
         for size in reversed(counts):
             place.insert(0, lax.rem(block, size))
             block = lax.div(block, size)
-        image, row, pixel = place[0], place[1] * tiles.rows, place[2] * tiles.pixels
+        batch, row, pixel = place[0], place[1] * tiles.rows, place[2] * tiles.pixels
         over = pl.ds(place[3] * lanes, lanes)
 
         @pl.when(group == 0)
         def _():
             view = plgpu.im2col_ref(x_ref, **windows.view)
             for k, phase in itertools.product(range(rows_in), range(width.stride)):
-                block_row = image * height.blocks_read + row + k // height.stride
+                block_row = batch * height.blocks_read + row + k // height.stride
                 index = [pl.ds(block_row * width.blocks_read + pixel, pitch), height.first]
                 index += [k % height.stride] if height.stride > 1 else []
                 index += [width.first, pl.ds(phase * problem.channels + place[3] * lanes, lanes)]
@@ -286,7 +286,7 @@ def _convolve(problem: Problem, tiles: Tiles, x, w, bias, other, activation):
         def here(ref, m):
             """The m-th strip of this warpgroup in y or its like."""
             start = pixel + (group + m * groups) * px
-            return ref.at[image, pl.ds(row, tiles.rows), pl.ds(start, px), over]
+            return ref.at[batch, pl.ds(row, tiles.rows), pl.ds(start, px), over]
 
         def fetch(m):
             slot = lax.rem(m, SLOTS)

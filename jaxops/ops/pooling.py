@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from operator import index
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,7 @@ _READS = 16  # elements of a window along an axis that are read one by one: more
 
 def _forward(inputs, *, window, strides, padding):
     if window != strides:
-        whole = lambda x: plain.max_pool(x, window=window, strides=strides, padding=padding)[0]
-        reads = lambda x: shifted(x, -jnp.inf, lax.max, window, strides, padding)
-        return (whole(inputs) if max(window) > _READS else dispatch.on_tpu(reads, whole, inputs),), ()
+        return (_reduced(inputs, -jnp.inf, lax.max, window, strides, padding),), ()
     return (jnp.max(_cut(inputs, window, padding, -jnp.inf), _inner(inputs, window)),), ()
 
 
@@ -53,6 +52,12 @@ def _backward(inputs, *, outputs, residuals, cotangents, window, strides, paddin
     first = jnp.min(found, axes, keepdims=True)
     dx = jnp.where((place == first) & (place < math.prod(window)), dy, jnp.zeros_like(dy))
     return {"inputs": _joined(dx, inputs, window, padding)}
+
+
+def _reduced(x, fill: float, function: Callable, *how: Any):
+    """`plain.reduced`, however a platform does it best; how: window, strides and padding."""
+    whole = lambda x: plain.reduced(x, fill, function, *how)
+    return whole(x) if max(how[0]) > _READS else dispatch.on_tpu(lambda x: shifted(x, fill, function, *how), whole, x)
 
 
 def shifted(x, fill: float, function: Callable, window: tuple[int, ...], strides: tuple[int, ...], padding):
@@ -174,7 +179,7 @@ def avg_pool(
     if window == steps:
         total = jnp.sum(_cut(wide, window, pairs, 0.0), _inner(inputs, window))
     else:
-        total = plain.reduced(wide, 0.0, lax.add, window, steps, pairs)
+        total = _reduced(wide, 0.0, lax.add, window, steps, pairs)
     count = np.full((1,) * (len(window) + 1), math.prod(window))
     if not count_include_pad:
         for axis, (size, w, step, (low, _)) in enumerate(

@@ -1,7 +1,7 @@
 """max_pool, avg_pool, global_max_pool, global_avg_pool, adaptive_avg_pool: public functions and XLA rules.
 
-Only max_pool has a rule of its own: what XLA makes of averages and of their gradients is as good. Windows that do not
-overlap are an axis of their own after a reshape.
+Only max_pool has a rule of its own: what JAX makes of the gradients of averages is as good. Windows that do not overlap
+are an axis of their own after a reshape; others are, on a TPU, reads that are shifted.
 """
 
 import functools
@@ -61,8 +61,9 @@ def _reduced(x, fill: float, function: Callable, *how: Any):
 
 
 def shifted(x, fill: float, function: Callable, window: tuple[int, ...], strides: tuple[int, ...], padding):
-    """`plain.reduced`, along one axis after the other, of reads that are shifted. A stride makes an axis two, blocks and
-    phases, and a read is of one phase: XLA for the TPU reads every second element slowly, and reduces windows so."""
+    """`plain.reduced`, along one axis after the other, of reads that are shifted. A stride makes an axis two, blocks
+    and phases, and a read is of one phase: XLA for the TPU is slow to read every second element and to reduce windows.
+    """
     lead = x.ndim - len(window) - 1
     for axis, size, stride, (low, high) in zip(range(lead, x.ndim - 1), window, strides, padding, strict=True):
         count = max(0, (x.shape[axis] + low + high - size) // stride + 1)
@@ -72,9 +73,7 @@ def shifted(x, fill: float, function: Callable, window: tuple[int, ...], strides
         x = lax.pad(x, jnp.asarray(fill, x.dtype)[()], edges)
         x = x.reshape(*x.shape[:axis], blocks, stride, *x.shape[axis + 1 :])
         phases = [lax.index_in_dim(x, phase, axis + 1, keepdims=False) for phase in range(min(size, stride))]
-        reads = (
-            lax.slice_in_dim(phases[k % stride], k // stride, k // stride + count, axis=axis) for k in range(size)
-        )
+        reads = (lax.slice_in_dim(phases[k % stride], k // stride, k // stride + count, axis=axis) for k in range(size))
         x = functools.reduce(function, reads)
     return x
 

@@ -60,6 +60,11 @@ def on_cpu(cpu: Callable, otherwise: Callable, *operands: Any) -> Any:
     return lax.platform_dependent(*operands, cpu=cpu, default=otherwise)
 
 
+def on_tpu(tpu: Callable, otherwise: Callable, *operands: Any) -> Any:
+    """`tpu(*operands)` in a program for a TPU, else `otherwise(*operands)`: for XLA rules cut for its vector unit."""
+    return lax.platform_dependent(*operands, tpu=tpu, default=otherwise)
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What runs on a platform and why the implementations before it do not."""

@@ -5,6 +5,7 @@
 - wgmma with a left operand in registers, and values stored to its accumulators;
 - race checks of what wgmma reads from shared memory: a product is an event of the asynchronous proxy, as a copy is, so
   a missing fence or a tile freed too early is a race;
+- copies that gather windows (`plgpu.im2col_ref`);
 - what GPUs before Hopper have instead: mma, and copies without a barrier (cp.async), which arrive as late as they may;
 - `inline_mgpu` of a function that says in plain JAX what it does, as its attribute `meaning`.
 """
@@ -21,7 +22,7 @@ import numpy as np
 from jax._src import callback
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu import primitives
-from jax._src.pallas.mosaic_gpu.core import WGMMAAbstractAccumulatorRef
+from jax._src.pallas.mosaic_gpu.core import Im2ColTransform, WGMMAAbstractAccumulatorRef
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
 from jax._src.state.primitives import ref_set
 from jax._src.state.types import AbstractRef
@@ -222,8 +223,83 @@ def _finish_copies(*, token, thread, but):
     return token
 
 
+class _GatherWindows(gpu_callbacks.AsyncCopyGmemToSmemTask):
+    """A copy of which the interpreter reads all of the source; what arrives is one element of some windows."""
+
+    def __init__(self, view: Im2ColTransform, index, **how):
+        super().__init__(**how)
+        self.view, self.index = view, index
+
+    def __call__(self, tma_thread_id: int):
+        memory = gpu_callbacks._get_shared_memory()
+        self.pre_read(tma_thread_id, memory)
+        x = memory.get_buffer_content(self.src_allocation_key, self.src_access, self.thread, logging_info=None)[0]
+        assert x is not None
+        padded = np.pad(x, [(0, 0), *self.view.padding, (0, 0)])
+        rows, *offsets, channels = self.index
+        counts = self.view.spatial_out_shape(x.shape)
+        windows = np.arange(rows.start, min(rows.start + rows.size, len(x) * int(np.prod(counts))))
+        image, *places = np.unravel_index(windows, (len(x), *counts))
+        assert all(0 <= o < extent for o, extent in zip(offsets, self.view.window_shape, strict=True)), offsets
+        there = tuple(place + offset for place, offset in zip(places, offsets, strict=True))
+        found = padded[(image, *there)][:, channels.start : channels.start + channels.size]
+        value = np.zeros((rows.size, channels.size), x.dtype)
+        value[: found.shape[0], : found.shape[1]] = found
+        self.post_read(tma_thread_id, memory)
+        log = self.logging_info
+        memory.store_buffer_content(self.dst_allocation_key, self.dst_access, value, self.thread, logging_info=log)
+        self.post_write(tma_thread_id, memory)
+
+
+@gpu_callbacks.fail_on_exception
+def _gather_windows(
+    *, token, mesh_location, thread, source, index, target, target_transforms, barrier, view, source_info
+):
+    memory = gpu_callbacks._get_shared_memory()
+    source, target, barrier = map(gpu_callbacks.HostAllocationKey.from_array, (source, target, barrier))
+    target_transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(target_transforms))
+    copy = _GatherWindows(
+        view,
+        jax.tree.map(int, index),
+        mesh_location=mesh_location,
+        thread=thread,
+        src_allocation_key=source,
+        src_access=memory.access(source, ()),
+        dst_allocation_key=target,
+        dst_access=memory.access(target, target_transforms),
+        barrier_allocation_key=barrier,
+        source_info=source_info,
+        clock=memory.incr_clock(thread) if memory.detect_races else None,
+    )
+    memory.execute_async_task(copy)
+    return token
+
+
+def _interpret_gather(self, equation, token, read_inputs):
+    source, target, barrier, *leaves = read_inputs()
+    trees = [equation.params[f"{name}_transforms_treedef"] for name in ("src", "dst", "barrier")]
+    (view, indexer), target_transforms, barrier_transforms = jax.tree.unflatten(
+        jax.tree_util.treedef_tuple(trees), leaves
+    )
+    key = jaxpr_interpret._get_barrier_allocation_key_from_inval(barrier, trees[2], jax.tree.leaves(barrier_transforms))
+    token = _called(
+        *(self, functools.partial(_gather_windows, view=view), equation, token),
+        source=source,
+        index=indexer.indices,
+        target=target,
+        target_transforms=target_transforms,
+        barrier=key,
+    )
+    return token, []
+
+
 def _interpret_copy(self, original, equation, token, read_inputs):
     if equation.params["has_barrier"]:
+        transforms = equation.params["src_transforms_treedef"].unflatten(
+            [0] * equation.params["src_transforms_treedef"].num_leaves
+        )
+        if any(isinstance(transform, Im2ColTransform) for transform in transforms):
+            return _interpret_gather(self, equation, token, read_inputs)
         return original(self, equation, token, read_inputs)
     source, target, *leaves = read_inputs()
     trees = [equation.params[f"{name}_transforms_treedef"] for name in ("src", "dst")]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxops
+from jaxops.ops import pooling
 from jaxops.reference.pooling import max_pool as reference
 from jaxops.workbench.comparison import against_float64
 from tests.compare import check, error, some_and_all
@@ -50,6 +51,25 @@ def test_max_pool_is_flax_max_pool(shape, window, strides, padding):
         got = with_gradient(lambda x: jaxops.max_pool(x, window, strides, padding), x)
         want = with_gradient(lambda x: nn.max_pool(x, window, strides, padding), x)
         assert all(jnp.array_equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+SHIFTED = [  # shape, window, strides, padding
+    ((2, 9, 8, 3), (3, 3), (2, 2), ((0, 1), (1, 1))),
+    ((2, 9, 8, 3), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    ((9, 8, 3), (3, 2), (2, 3), ((0, 0), (1, 0))),
+    ((2, 9, 8, 3), (2, 4), (3, 1), ((1, 1), (3, 3))),
+    ((2, 9, 8, 3), (5, 1), (1, 2), ((4, 6), (0, 0))),
+    ((2, 3, 5), (9,), (2,), ((1, 0),)),  # no window fits
+]
+
+
+@pytest.mark.parametrize(("shape", "window", "strides", "padding"), SHIFTED, ids=str)
+def test_shifted_reads_are_windows(shape, window, strides, padding):
+    """What a TPU does with windows that overlap, with numbers that are not finite."""
+    x = numbers(shape).at[..., :3, 0].set(-jnp.inf).at[..., 1, :1, 1].set(jnp.nan)
+    how = dict(window=window, strides=strides, padding=padding)
+    got = jax.jit(lambda x: pooling.shifted(x, -jnp.inf, jax.lax.max, **how))(x)
+    assert np.array_equal(got, reference(x, **how)[0], equal_nan=True)
 
 
 @pytest.mark.parametrize("count_include_pad", [True, False])

@@ -17,7 +17,7 @@ from jaxops.ops import checks, winograd
 from jaxops.ops.matmul import Activation, activated, after_product, before, call_unless_traced, gradients_beside
 from jaxops.reference.conv import biased, linear
 from jaxops.reference.conv import conv as reference
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 _FULL = 128  # channels that fill a matrix unit: from there on XLA's own convolution is as fast as the kernel
 _TILED = 64  # float32 channels, and half as many of 16 bits, from where on a CPU saves by tiles
@@ -130,7 +130,7 @@ _OPERATOR = Operator(
     reference=lambda *operands, **named: (reference(*operands, **named),),
     xla=Rules(_forward, _backward),
     tpu=tpu.conv,
-    gpu="conv has no Pallas kernel yet",
+    gpu=gpu.conv,
     partition=None,
 )
 
@@ -274,7 +274,12 @@ def _depthwise_backward(
     return {"lhs": dlhs, "rhs": drhs} | gradients_beside(dy, dz, bias, residual, numbers.out_spec[1])
 
 
-_DEPTHWISE = dataclasses.replace(_OPERATOR, xla=Rules(_depthwise_forward, _depthwise_backward), tpu=tpu.depthwise_conv)
+_DEPTHWISE = dataclasses.replace(
+    _OPERATOR,
+    xla=Rules(_depthwise_forward, _depthwise_backward),
+    tpu=tpu.depthwise_conv,
+    gpu=gpu.depthwise_conv,
+)
 
 
 def conv(

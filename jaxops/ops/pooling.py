@@ -1,29 +1,33 @@
 """max_pool, avg_pool, global_max_pool, global_avg_pool, adaptive_avg_pool: public functions and XLA rules.
 
-Only max_pool has a rule of its own: what XLA makes of averages and of their gradients is as good. Windows that do not
-overlap are an axis of their own after a reshape.
+Only max_pool has a rule of its own: what JAX makes of the gradients of averages is as good. Windows that do not overlap
+are an axis of their own after a reshape; others are, on a TPU, reads that are shifted.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.dispatch import Implementation, only_xla
 from jaxops.ops import checks
 from jaxops.reference import pooling as plain
 
 Padding = str | Sequence[tuple[int, int]]
+_READS = 16  # elements of a window along an axis that are read one by one: more make a long program
 
 
 def _forward(inputs, *, window, strides, padding):
     if window != strides:
-        return plain.max_pool(inputs, window=window, strides=strides, padding=padding), ()
+        return (_reduced(inputs, -jnp.inf, lax.max, window, strides, padding),), ()
     return (jnp.max(_cut(inputs, window, padding, -jnp.inf), _inner(inputs, window)),), ()
 
 
@@ -48,6 +52,30 @@ def _backward(inputs, *, outputs, residuals, cotangents, window, strides, paddin
     first = jnp.min(found, axes, keepdims=True)
     dx = jnp.where((place == first) & (place < math.prod(window)), dy, jnp.zeros_like(dy))
     return {"inputs": _joined(dx, inputs, window, padding)}
+
+
+def _reduced(x, fill: float, function: Callable, *how: Any):
+    """`plain.reduced`, however a platform does it best; how: window, strides and padding."""
+    whole = lambda x: plain.reduced(x, fill, function, *how)
+    return whole(x) if max(how[0]) > _READS else dispatch.on_tpu(lambda x: shifted(x, fill, function, *how), whole, x)
+
+
+def shifted(x, fill: float, function: Callable, window: tuple[int, ...], strides: tuple[int, ...], padding):
+    """`plain.reduced`, along one axis after the other, of reads that are shifted. A stride makes an axis two, blocks
+    and phases, and a read is of one phase: XLA for the TPU is slow to read every second element and to reduce windows.
+    """
+    lead = x.ndim - len(window) - 1
+    for axis, size, stride, (low, high) in zip(range(lead, x.ndim - 1), window, strides, padding, strict=True):
+        count = max(0, (x.shape[axis] + low + high - size) // stride + 1)
+        blocks = count + (size - 1) // stride
+        edges = [(0, 0, 0)] * x.ndim
+        edges[axis] = (low, blocks * stride - low - x.shape[axis], 0)
+        x = lax.pad(x, jnp.asarray(fill, x.dtype)[()], edges)
+        x = x.reshape(*x.shape[:axis], blocks, stride, *x.shape[axis + 1 :])
+        phases = [lax.index_in_dim(x, phase, axis + 1, keepdims=False) for phase in range(min(size, stride))]
+        reads = (lax.slice_in_dim(phases[k % stride], k // stride, k // stride + count, axis=axis) for k in range(size))
+        x = functools.reduce(function, reads)
+    return x
 
 
 def _inner(inputs, window: tuple[int, ...]) -> tuple[int, ...]:
@@ -150,7 +178,7 @@ def avg_pool(
     if window == steps:
         total = jnp.sum(_cut(wide, window, pairs, 0.0), _inner(inputs, window))
     else:
-        total = plain.reduced(wide, 0.0, lax.add, window, steps, pairs)
+        total = _reduced(wide, 0.0, lax.add, window, steps, pairs)
     count = np.full((1,) * (len(window) + 1), math.prod(window))
     if not count_include_pad:
         for axis, (size, w, step, (low, _)) in enumerate(

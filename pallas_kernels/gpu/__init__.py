@@ -5,7 +5,9 @@ from pallas_kernels.gpu import add_rms_norm as add_rms_norm
 from pallas_kernels.gpu import attention as attention
 from pallas_kernels.gpu import batch_norm as batch_norm
 from pallas_kernels.gpu import block_sparse_matmul as block_sparse_matmul
+from pallas_kernels.gpu import conv as conv
 from pallas_kernels.gpu import decode_attention as decode_attention
+from pallas_kernels.gpu import depthwise_conv as depthwise_conv
 from pallas_kernels.gpu import gated_linear_unit as gated_linear_unit
 from pallas_kernels.gpu import group_norm as group_norm
 from pallas_kernels.gpu import layer_norm as layer_norm

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -181,23 +182,29 @@ def forward(
     tiles: Tiles,
     piece: int = PIECE,
     tables: Sequence = (),
+    windows: Any = None,
 ) -> list[jax.Array]:
     """[y, saved …], each [m, n] in the dtype of x[m, k]: what `finish` makes of the products with every w[k, n].
 
     finish(zs, bias, residual, tables …) -> (y, saved …), of float32 tiles of `piece` columns, bias and residual perhaps
     None. tables: float32 [r, columns], row i for the rows i, i + r … of x, r a multiple of 64 or no less than m.
+    windows: x is any array, of which `windows.tile(x, rows, i)` is what some rows are in step i, `windows.rows` in all.
     """
-    rows, (k, n), count, dtype = len(x), ws[0].shape, len(ws), x.dtype
+    rows = len(x) if windows is None else windows.rows
+    (k, n), count, dtype = ws[0].shape, len(ws), x.dtype
     m = round_up(rows, 8)
     columns, steps = tiles.columns, pl.cdiv(k, DEPTH)
     stages = min(tiles.stages, steps)
-    operands, period = [pad_to(x, 0, m), *ws], len(tables[0]) if tables else 0
+    operands, period = [pad_to(x, 0, m) if windows is None else x, *ws], len(tables[0]) if tables else 0
     if bias is not None:
         operands.append(pad_to(bias.astype(jnp.float32), 0, round_up(n, columns)))
     if residual is not None:
         operands.append(pad_to(residual, 0, m))
     extras = len(operands) - 1 - count
     operands += [pad_to(table, 0, round_up(period, CONSUMERS * ROWS)) for table in tables]
+
+    # JAX lowers copies of windows in this way alone.
+    semantics = plgpu.LoweringSemantics.Warpgroup if windows is None else plgpu.LoweringSemantics.Lane
 
     def body(x_ref, *arrays, x_tiles, w_tiles, out_tile, bias_tile, ready, free, extras_ready):
         refs = list(arrays)
@@ -252,13 +259,14 @@ def forward(
                 depth = pl.ds(i * DEPTH, DEPTH)
                 for g in range(CONSUMERS):
                     rows = pl.ds(first_row + g * ROWS, ROWS)
-                    plgpu.copy_gmem_to_smem(x_ref.at[rows, depth], x_tiles.at[slot, g], ready.at[slot])
+                    source = x_ref.at[rows, depth] if windows is None else windows.tile(x_ref, rows, i)
+                    plgpu.copy_gmem_to_smem(source, x_tiles.at[slot, g], ready.at[slot])
                 for w_ref, tile in zip(w_refs, w_tiles, strict=True):
                     plgpu.copy_gmem_to_smem(w_ref.at[depth, over_columns], tile.at[slot], ready.at[slot])
 
             stream(load, steps, free, stages)
 
-        specialised(consumer, producer)
+        specialised(consumer, producer, (240, 24) if windows is None else (232, 40))  # a window has more coordinates
 
     found = plgpu.kernel(
         body,
@@ -277,6 +285,6 @@ def forward(
         grid_names=("row", "column"),
         num_threads=CONSUMERS + 1,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=semantics),
     )(*operands)
     return [y[:rows] for y in found]

@@ -22,12 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import activations, chips, tuned
+from pallas_kernels.convolution import beside, turned
 from pallas_kernels.gpu import products
 from pallas_kernels.gpu.elementwise import lowered, refusal
 from pallas_kernels.gpu.products import CONSUMERS, DEPTH, PIECE, ROWS
 from pallas_kernels.gpu.products import Tiles as Tiles
 from pallas_kernels.padding import pad_to, round_up
-from pallas_kernels.tpu.conv_geometry import beside, turned
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported", "value"]
 EIGHT = 8  # channels of 16 bytes: what strides of arrays are made of for TMA

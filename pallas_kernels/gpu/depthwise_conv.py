@@ -24,12 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import activations, chips, tuned
+from pallas_kernels.convolution import beside, image, turned, unimage
 from pallas_kernels.gpu import conv, products
 from pallas_kernels.gpu.elementwise import lowered, refusal
 from pallas_kernels.gpu.group_norm import Columns
 from pallas_kernels.gpu.row_norm import DTYPES
 from pallas_kernels.padding import pad_to, round_up
-from pallas_kernels.tpu.conv_geometry import beside, image, turned, unimage
 
 __all__ = ["Tiles", "backward", "candidates", "forward", "memory", "tiles", "unsupported", "value"]
 f32 = jnp.float32

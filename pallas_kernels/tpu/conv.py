@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import activations, chips, tuned
+from pallas_kernels.convolution import beside, image, turned, unimage
 from pallas_kernels.padding import pad_to, round_up
 from pallas_kernels.tpu import conv_gradients, elementwise, matrix_unit
 from pallas_kernels.tpu.conv_geometry import (
@@ -33,15 +34,11 @@ from pallas_kernels.tpu.conv_geometry import (
     Rows,
     arrive,
     back,
-    beside,
     clear,
     divisor,
-    image,
     in_hbm,
     moved,
     problem_of,
-    turned,
-    unimage,
     view,
 )
 from pallas_kernels.tpu.matrix_unit import LANES, NN, dot

@@ -11,7 +11,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import activations
 from pallas_kernels.tpu import matrix_unit
 
 f32 = jnp.float32
@@ -118,22 +117,6 @@ def problem_of(
     return problem
 
 
-def turned(lhs, rhs, geometry: dict[str, Any]) -> dict[str, Any]:
-    """The options of the convolution of dz with the window turned around that is the gradient of lhs."""
-    numbers = geometry["dimension_numbers"]
-    sizes = [rhs.shape[axis] - 1 for axis in numbers.rhs_spec[2:]]
-    around = [size * step for size, step in zip(sizes, geometry["rhs_dilation"], strict=True)]
-    pads = zip(around, geometry["padding"], strict=True)
-    specs = numbers.out_spec, (numbers.rhs_spec[1], numbers.rhs_spec[0], *numbers.rhs_spec[2:]), numbers.lhs_spec
-    return {
-        **geometry,
-        "activation": None,
-        "dtype": lhs.dtype.name,
-        "padding": tuple((window - low, window - high) for window, (low, high) in pads),
-        "dimension_numbers": type(numbers)(*specs),
-    }
-
-
 def moved(z: jax.Array, by: int, width: int, out: int) -> jax.Array:
     """z[rows, pixels, columns], of which `width` pixels count, such that pixel q is its pixel q + by, for q < out; 0
     where there is none."""
@@ -233,19 +216,6 @@ def in_hbm(x: jax.Array) -> jax.Array:
     return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
-def image(a, spec: tuple[int, ...]):
-    """a, whose axes are said by `spec`, as [batch, height, width, channels]."""
-    a = a.transpose(spec[0], *spec[2:], spec[1])
-    return a if a.ndim == 4 else a[:, None]
-
-
-def unimage(a, spec: tuple[int, ...]):
-    """The inverse of `image`."""
-    order = (spec[0], *spec[2:], spec[1])
-    a = a if len(spec) == 4 else a[:, 0]
-    return a.transpose([order.index(axis) for axis in range(len(spec))])
-
-
 def view(a, problem: Geometry, width: int):
     """a[batch, height, width, channels] as [images, height, pixels, channels]."""
     if problem.joined > 1:
@@ -258,16 +228,3 @@ def back(a, problem: Geometry, width: int):
     if problem.joined > 1:
         return a.reshape(-1, width, problem.joined, a.shape[-1]).transpose(2, 0, 1, 3)
     return a.reshape(problem.images, -1, width, a.shape[-1])
-
-
-def beside(dy, bias, residual, residuals, activation, numbers) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(dz in float32, the gradients of bias and residual that are present)."""
-    wide = dy.astype(f32)
-    dz = wide if not residuals else activations.along(activation, residuals[0].astype(f32), wide)[1]
-    gradients = {}
-    if bias is not None:
-        others = [axis for axis in range(dz.ndim) if axis != numbers.out_spec[1]]
-        gradients["bias"] = jnp.sum(dz, others).astype(bias.dtype)
-    if residual is not None:
-        gradients["residual"] = dy.astype(residual.dtype)
-    return dz, gradients

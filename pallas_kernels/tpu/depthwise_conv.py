@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import activations, chips, tuned
+from pallas_kernels import activations, chips, convolution, tuned
 from pallas_kernels.padding import round_up
 from pallas_kernels.tpu import conv_geometry as conv
 from pallas_kernels.tpu import elementwise
@@ -348,7 +348,7 @@ def _of(phase: str, lhs, rhs, residual, activation, **static: Any) -> Any:
 
 def _turned(lhs, rhs, geometry: dict[str, Any]) -> dict[str, Any]:
     """Those of the dense convolution; but the window has its channels as outputs in both."""
-    turned = conv.turned(lhs, rhs, geometry)
+    turned = convolution.turned(lhs, rhs, geometry)
     numbers = turned["dimension_numbers"]
     rhs_spec = geometry["dimension_numbers"].rhs_spec
     return turned | {"dimension_numbers": type(numbers)(numbers.lhs_spec, rhs_spec, numbers.out_spec)}
@@ -409,14 +409,14 @@ def forward(
     y, *saved = _convolve(
         problem,
         tiles or _chosen("forward", problem),
-        conv.image(lhs, numbers.lhs_spec),
+        convolution.image(lhs, numbers.lhs_spec),
         _window(rhs, numbers),
         bias,
-        None if residual is None else conv.image(residual, numbers.out_spec),
+        None if residual is None else convolution.image(residual, numbers.out_spec),
         None,
         activation,
     )
-    return (conv.unimage(y, numbers.out_spec),), tuple(conv.unimage(a, numbers.out_spec) for a in saved)
+    return (convolution.unimage(y, numbers.out_spec),), tuple(convolution.unimage(a, numbers.out_spec) for a in saved)
 
 
 def value(*operands, **options):
@@ -430,22 +430,22 @@ def backward(
     """Gradients of the operands that are present: of lhs and rhs by one kernel, the rest by XLA."""
     del outputs
     dy, numbers = cotangents[0], static["dimension_numbers"]
-    dz, others = conv.beside(dy, bias, residual, residuals, activation, numbers)
+    dz, others = convolution.beside(dy, bias, residual, residuals, activation, numbers)
     problem: Any = _of("backward", lhs, rhs, None, activation, **static)
     dx, dw = _convolve(
         problem,
         tiles or _chosen("backward", problem),
-        conv.image(dz.astype(lhs.dtype), numbers.out_spec),
+        convolution.image(dz.astype(lhs.dtype), numbers.out_spec),
         jnp.flip(_window(rhs, numbers), (0, 1)),
         None,
         None,
-        conv.image(lhs, numbers.lhs_spec),
+        convolution.image(lhs, numbers.lhs_spec),
         None,
     )
     back = [(*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]).index(axis) for axis in range(rhs.ndim)]
     sizes = [rhs.shape[axis] for axis in numbers.rhs_spec[2:]]
     return {
-        "lhs": conv.unimage(dx, numbers.lhs_spec),
+        "lhs": convolution.unimage(dx, numbers.lhs_spec),
         "rhs": dw.reshape(*sizes, 1, -1).transpose(back),
         **others,
     }

@@ -5,8 +5,7 @@ after them, on the accumulators, in registers.
 
 A block owns 128 rows: two consumer warpgroups of 64, the height of a wgmma, and a producer that streams tiles of x and
 of the weights through shared memory by TMA. Ragged edges are left to the copies, which read zeros and drop writes out
-of bounds; they cut rows by eights. Gradients are products without an epilogue, which XLA's library does as well as can
-be done.
+of bounds; they cut rows by eights.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import activations, chips, tuned
 from pallas_kernels.gpu.attention_scores import across, smem
-from pallas_kernels.gpu.elementwise import lowered, refusal
+from pallas_kernels.gpu.elementwise import derived, refusal
 from pallas_kernels.padding import pad_to, round_up
 
 ROWS = 64  # rows of one warpgroup: the height of a wgmma
@@ -74,10 +73,10 @@ def memory(tiles: Tiles, sizes: Sizes) -> int:
     return tiles.stages * step + sizes.itemsize * rows * tiles.columns + 4 * tiles.columns + sizes.more + _SPARE
 
 
-def tiles(name: str, sizes: Sizes, dtype) -> Tiles:
+def tiles(name: str, phase: str, sizes: Sizes, dtype) -> Tiles:
     """The tuned tiles of the nearest problem that fit this one, else the default."""
     return tuned.choose(
-        f"gpu.{name}.forward",
+        f"gpu.{name}.{phase}",
         chips.current("gpu"),
         {"m": sizes.m, "n": sizes.n, "k": sizes.k},
         jnp.dtype(dtype).name,
@@ -91,12 +90,6 @@ def candidates(sizes: Sizes) -> Iterator[Tiles]:
     """Tiles worth trying, the default first."""
     found = [Tiles.default(sizes), *(Tiles(*both) for both in itertools.product((256, 192, 128, 64), (4, 3, 2)))]
     yield from (one for one in dict.fromkeys(found) if one.allowed(sizes))
-
-
-def computed(activation: Callable, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """What a kernel computes of an activation."""
-    del dy  # gradients are computed elsewhere
-    return lowered(activation)(x)
 
 
 def no_wgmma() -> str | None:
@@ -121,7 +114,7 @@ def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str |
     rows = math.prod(x.shape[:-1])
     if max(pl.cdiv(rows, CONSUMERS * ROWS), pl.cdiv(n, PIECE)) > 65535:
         return f"the grid is limited to 65535 blocks of 128 rows and of 64 columns, got {rows} rows and {n} columns"
-    return activations.unsupported(activation, refusal, computed)
+    return activations.unsupported(activation, refusal, derived)
 
 
 def specialised(consumer: Callable, producer: Callable, registers: tuple[int, int] = (240, 24)) -> None:

@@ -39,7 +39,7 @@ def candidates(phase: str, x, w_gate, w_up, **options) -> Iterator[Tiles]:
 
 def memory(phase: str, tiles: Tiles, x, w_gate, w_up, **options) -> int:
     """Bytes of shared memory of a block."""
-    return products.memory(tiles, _sizes(x, w_gate))
+    return (product_gradients if phase == "backward" else products).memory(tiles, _sizes(x, w_gate))
 
 
 def forward(

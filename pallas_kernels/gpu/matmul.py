@@ -39,7 +39,7 @@ def candidates(phase: str, x, w, bias=None, residual=None, **options) -> Iterato
 
 def memory(phase: str, tiles: Tiles, x, w, bias=None, residual=None, **options) -> int:
     """Bytes of shared memory of a block."""
-    return products.memory(tiles, _sizes(x, w))
+    return (product_gradients if phase == "backward" else products).memory(tiles, _sizes(x, w))
 
 
 def forward(

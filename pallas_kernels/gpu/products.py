@@ -29,7 +29,7 @@ CONSUMERS = 2
 DEPTH = 64  # of one step along the contracted axis: 128 bytes, a row of swizzled shared memory
 PIECE = 64  # columns that are finished together: more would not fit the registers beside the accumulators
 WGMMA = plgpu.Layout.WGMMA
-_SPARE = 2048  # shared memory for barriers and alignment
+SPARE = 2048  # shared memory for barriers and alignment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def memory(tiles: Tiles, sizes: Sizes) -> int:
     """Bytes of shared memory of a block."""
     rows = CONSUMERS * ROWS
     step = 2 * DEPTH * (rows + sizes.weights * tiles.columns)
-    return tiles.stages * step + sizes.itemsize * rows * tiles.columns + 4 * tiles.columns + sizes.more + _SPARE
+    return tiles.stages * step + sizes.itemsize * rows * tiles.columns + 4 * tiles.columns + sizes.more + SPARE
 
 
 def tiles(name: str, phase: str, sizes: Sizes, dtype) -> Tiles:
@@ -143,16 +143,16 @@ def stream(load: Callable, steps, free, stages: int) -> None:
     lax.fori_loop(0, steps, one, None)
 
 
-def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: int):
+def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: int, *, started: int | None = None):
     """`count` sums of `shape`, of multiply(i, slot, accumulators) over the steps, which starts a product of what is in
-    the slot for each. In registers."""
+    the slot for each, or `started` products. In registers."""
 
     def accumulate(*accs):
         def step(i, _):
             slot = lax.rem(i, stages)
             plgpu.barrier_wait(ready.at[slot])
             multiply(i, slot, accs)
-            plgpu.wgmma_wait(count)  # those of the step before are through: its tiles are free
+            plgpu.wgmma_wait(started or count)  # those of the step before are through: its tiles are free
             pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i - 1, stages)]))
 
         lax.fori_loop(0, steps, step, None)

@@ -99,22 +99,45 @@ def test_a_planted_fault_is_found(monkeypatch):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("forgotten", ["commit_smem", "barrier_wait"])
+@pytest.mark.parametrize("forgotten", ["commit_smem", "barrier_wait", "wait_smem_to_gmem"])
 def test_a_fault_of_the_gradients_is_found(forgotten, monkeypatch):
-    """What is differentiated leaves before it is written, or is read before it has come."""
-    x, dz = jnp.ones((64, 64), jnp.bfloat16), jnp.ones((64, 128), jnp.bfloat16)
-    start = lambda dy, z: (2 * dy * z,)
+    """What is differentiated leaves before it is written, is read before it has come, or overwritten as it leaves."""
+    x, wide = jnp.ones((64, 64), jnp.bfloat16), jnp.ones((64, 256), jnp.bfloat16)
+    start = lambda dy, gate, up: (dy * up, 2 * dy * gate)
+
+    def gradients():
+        saved, tiles = [wide, wide], Tiles(64, 2)
+        return jax.block_until_ready(product_gradients.backward("f", x, [wide, wide], wide, saved, start, tiles=tiles))
+
     with chips.target(chips.named("h100")), interpreter():
-        (found,), _ = product_gradients.started("matmul", start, 1, dz, [dz], 64, with_sums=False)
-        assert (np.asarray(found, np.float32) == 2).all()
-        monkeypatch.setattr(plgpu, forgotten, lambda *_: None)
+        dx, dws, _ = gradients()
+        for found, expected in ((dx, 3 * 256), (dws[0], 64), (dws[1], 128)):
+            assert (np.asarray(found, np.float32) == expected).all()
+    with chips.target(chips.named("h100")), interpreter():
+        real = getattr(plgpu, forgotten)
+        forget_all = forgotten != "wait_smem_to_gmem"  # else only those for tiles that are to be written again
+        forget = lambda *given, **how: None if forget_all or how else real(*given)
+        monkeypatch.setattr(plgpu, forgotten, forget)
         with pytest.raises(Exception, match="RACE DETECTED"):
-            jax.block_until_ready(product_gradients.started("matmul", start, 1, dz, [dz], 64, with_sums=False))
+            gradients()
         monkeypatch.undo()
-    with chips.target(chips.named("h100")), interpreter():  # a product of what has not come
-        monkeypatch.setattr(plgpu, "barrier_wait", lambda *_: None)
+
+
+@pytest.mark.timeout(300)
+def test_a_fault_of_the_first_gradient_is_found(monkeypatch):
+    """The rows of dz are summed, and dz leaves, before they are written."""
+    z = jnp.ones((64, 128), jnp.bfloat16)
+
+    def made():
+        return product_gradients.started("f", lambda dy, z: (2 * dy * z,), z, [z], 64, with_sums=True)
+
+    with chips.target(chips.named("h100")), interpreter():
+        (dz,), (total,) = jax.block_until_ready(made())
+        assert (np.asarray(dz, np.float32) == 2).all() and (np.asarray(total) == 128).all()
+    with chips.target(chips.named("h100")), interpreter():
+        monkeypatch.setattr(plgpu, "commit_smem", lambda *_: None)
         with pytest.raises(Exception, match="RACE DETECTED"):
-            jax.block_until_ready(product_gradients.backward("matmul", x, [dz], dz, [], None, tiles=Tiles(64, 2)))
+            jax.block_until_ready(made())
         monkeypatch.undo()
 
 

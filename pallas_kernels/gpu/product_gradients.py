@@ -50,7 +50,7 @@ def started(name: str, start: Callable, dy, saved: Sequence, rows: int, *, with_
     dy and saved are [m, n], of which the first `rows` count: those of d beyond them are zero.
     """
     m, n = dy.shape
-    inputs, blocks = [dy, *saved], (pl.cdiv(n, WIDTH), pl.cdiv(m, ROWS))
+    inputs, blocks = [dy, *saved], (pl.cdiv(m, ROWS), pl.cdiv(n, WIDTH))
 
     def body(*refs, tiles, total_tile, ready):
         in_refs, d_ref, total_refs = refs[: len(inputs)], refs[len(inputs)], refs[len(inputs) + 1 :]
@@ -81,24 +81,31 @@ def started(name: str, start: Callable, dy, saved: Sequence, rows: int, *, with_
         body,
         kernel_name=f"{name}_backward",
         out_type=[jax.ShapeDtypeStruct((m, n), dy.dtype)]
-        + [jax.ShapeDtypeStruct((blocks[1], blocks[0] * WIDTH), f32)] * with_sums,
+        + [jax.ShapeDtypeStruct((blocks[0], blocks[1] * WIDTH), f32)] * with_sums,
         scratch_types=dict(
             tiles=[plgpu.SMEM((ROWS, WIDTH), dy.dtype)] * len(inputs),
             total_tile=plgpu.SMEM((STEP, WIDTH), f32),
             ready=plgpu.Barrier(num_arrivals=len(inputs)),
         ),
         grid=blocks,
-        grid_names=("column", "row"),
+        grid_names=("row", "column"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*inputs)
     return [d], [sums.sum(0)[:n] for sums in partial]
 
 
 def _multiplied(
-    name: str, lefts: Sequence, rights: Sequence, tiles: Tiles, *, over_rows: bool, start: Callable | None = None, rows=0
+    name: str,
+    lefts: Sequence,
+    rights: Sequence,
+    tiles: Tiles,
+    *,
+    over_rows: bool,
+    start: Any = None,
+    rows: int = 0,
 ):
-    """[left_1ᵀ · right_i for every i] if `over_rows`, else [Σ_i d_i · right_iᵀ, d_1, …]: with `start`, the d_i are those
-    of `started`, made of all lefts on their way into the product, else there is one, the left itself."""
+    """[leftᵀ · right_i for every i] if `over_rows`, else [left · rightᵀ]; with `start` [Σ_i d_i · right_iᵀ, d_1, …], of
+    (d_1, …) = start(left_1, …), made on their way into the product and zero beyond the first `rows`."""
     dtype, count = lefts[0].dtype, len(rights)
     apart, made = count if over_rows else 1, count if start is not None else 0
     (length, height), width = (lefts[0].shape if over_rows else lefts[0].shape[::-1]), rights[0].shape[int(over_rows)]
@@ -197,8 +204,10 @@ def _multiplied(
 def backward(
     name: str, x, ws: Sequence, dy, saved: Sequence, start: Callable | None, *, tiles: Tiles, with_sums: bool = False
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """(dx, every dw, the sums over the rows of every d in float32, if wanted), of x[m, k], and of dy and what was saved,
-    all [m, n]. start(dy, saved …) -> (d_1, …), of float32 tiles; None for dy itself."""
+    """(dx, every dw, [Σ_rows d_1] in float32 if wanted, of a single weight), of x[m, k], dy[m, n] and saved[m, n].
+
+    start(dy, saved …) -> (d_1, …), of float32 tiles; None for dy itself, of a single weight.
+    """
     rows, sums = len(x), []
     x, dy, *saved = (pad_to(a, 0, round_up(rows, 8)) for a in (x, dy, *saved))
     product = functools.partial(_multiplied, f"{name}_backward_x", tiles=tiles, over_rows=False)

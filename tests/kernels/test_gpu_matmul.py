@@ -99,7 +99,10 @@ def test_a_planted_fault_is_found(monkeypatch):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("forgotten", ["commit_smem", "barrier_wait", "wait_smem_to_gmem"])
+@pytest.mark.parametrize(
+    "forgotten",
+    [*(pytest.param(f, marks=pytest.mark.slow) for f in ("commit_smem", "barrier_wait")), "wait_smem_to_gmem"],
+)
 def test_a_fault_of_the_gradients_is_found(forgotten, monkeypatch):
     """What is differentiated leaves before it is written, is read before it has come, or overwritten as it leaves."""
     x, wide = jnp.ones((64, 64), jnp.bfloat16), jnp.ones((64, 256), jnp.bfloat16)

@@ -159,12 +159,11 @@ def _multiplied(
             piece = outs[0].shape[1]
             pieces = [(*one, at) for one in zip(out_refs, totals, strict=True) for at in range(0, columns, piece)]
             for which, (ref, total, at) in enumerate(pieces):
-                size, out = min(piece, columns - at), outs[which % len(outs)]
+                out = outs[which % len(outs)]
                 plgpu.wait_smem_to_gmem(len(outs) - 1 if which else 0, wait_read_only=True)
-                part = out.at[:, pl.ds(0, size)]
-                part[...] = lax.slice(total, (0, at), (ROWS, at + size)).astype(dtype)
+                out[...] = lax.slice(total, (0, at), (ROWS, at + piece)).astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(part, ref.at[rows_of(group), pl.ds(column * columns + at, size)])
+                plgpu.copy_smem_to_gmem(out, ref.at[rows_of(group), pl.ds(column * columns + at, piece)])
             plgpu.wait_smem_to_gmem(0)
 
         def producer():
@@ -189,7 +188,7 @@ def _multiplied(
         scratch_types=dict(
             left_tiles=[smem(dtype, stages, CONSUMERS, ROWS, DEPTH)] * len(lefts),  # or [DEPTH, ROWS]: both are 64
             right_tiles=[smem(dtype, stages, *((DEPTH, columns) if over_rows else (columns, DEPTH)))] * count,
-            out_tile=[] if made else smem(dtype, CONSUMERS, ROWS, tiles.columns),
+            out_tile=[] if made else smem(dtype, CONSUMERS, ROWS, columns),
             ready=plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS * len(lefts) + count),
             free=plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         ),

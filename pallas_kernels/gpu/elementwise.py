@@ -1,5 +1,6 @@
 """Elementwise functions of the user inside a Mosaic GPU kernel, in the primitives that its compiler takes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+
+from pallas_kernels import activations
 
 # Elementwise primitives that Mosaic GPU lowers, all of them tried. (Its sine is wrong far from 0.)
 _COMPILED = frozenset(
@@ -58,6 +61,11 @@ def lowered(function: Callable) -> Callable:
         return jax.tree.unflatten(jax.tree.structure(shape), evaluate(program, *arguments))
 
     return call
+
+
+def derived(activation: Callable, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(activation(x), activation'(x) · dy), as `lowered` computes them."""
+    return lowered(functools.partial(activations.along, activation))(x, dy)
 
 
 def _tanh(x, **_):

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.gpu import products
-from pallas_kernels.gpu.elementwise import lowered
+from pallas_kernels.gpu import product_gradients, products
+from pallas_kernels.gpu.elementwise import derived, lowered
 from pallas_kernels.gpu.products import Tiles as Tiles
 
 _NAME = "gated_linear_unit"
@@ -28,8 +28,8 @@ def unsupported(x, w_gate, w_up, *, activation: Callable, precision: Any) -> str
 
 
 def tiles(phase: str, x, w_gate, w_up, **options) -> Tiles:
-    """What `forward` takes when it is given no tiles; operands as for `unsupported`."""
-    return products.tiles(_NAME, _sizes(x, w_gate), x.dtype)
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
+    return products.tiles(_NAME, phase, _sizes(x, w_gate), x.dtype)
 
 
 def candidates(phase: str, x, w_gate, w_up, **options) -> Iterator[Tiles]:
@@ -39,7 +39,7 @@ def candidates(phase: str, x, w_gate, w_up, **options) -> Iterator[Tiles]:
 
 def memory(phase: str, tiles: Tiles, x, w_gate, w_up, **options) -> int:
     """Bytes of shared memory of a block."""
-    return products.memory(tiles, _sizes(x, w_gate))
+    return (product_gradients if phase == "backward" else products).memory(tiles, _sizes(x, w_gate))
 
 
 def forward(
@@ -62,7 +62,7 @@ def forward(
         return active(gate) * up, gate, up
 
     sizes = _sizes(x, w_gate)
-    tiles = tiles or products.tiles(_NAME, sizes, x.dtype)
+    tiles = tiles or products.tiles(_NAME, "forward", sizes, x.dtype)
     flat, kept = x.reshape(sizes.m, sizes.k), 2 * int(saving)
     found = products.forward(_NAME, flat, [w_gate, w_up], None, None, finish, saved=kept, tiles=tiles)
     y, *saved = (a.reshape(*x.shape[:-1], sizes.n) for a in found)
@@ -72,3 +72,30 @@ def forward(
 def value(*operands, **options):
     """(y,), with nothing saved: `forward` for a call that is not differentiated."""
     return forward(*operands, **options, saving=False)[0]
+
+
+def backward(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    activation: Callable,
+    precision: Any,
+    tiles: Tiles | None = None,
+) -> dict[str, jax.Array]:
+    """Gradients of the operands from the cotangent of y."""
+    del outputs, precision
+
+    def start(dy, gate, up):
+        active, dgate = derived(activation, gate, dy * up)
+        return dgate, dy * active
+
+    sizes = _sizes(x, w_gate)
+    tiles = tiles or products.tiles(_NAME, "backward", sizes, x.dtype)
+    dy, *saved = (a.astype(x.dtype).reshape(sizes.m, sizes.n) for a in (cotangents[0], *residuals))
+    flat = x.reshape(sizes.m, sizes.k)
+    dx, (dw_gate, dw_up), _ = product_gradients.backward(_NAME, flat, [w_gate, w_up], dy, saved, start, tiles=tiles)
+    return {"x": dx.reshape(x.shape), "w_gate": dw_gate, "w_up": dw_up}

@@ -1,6 +1,9 @@
-"""y = activation(x · w + bias) + residual on Hopper GPUs: the product of `products`, finished in registers.
+"""y = activation(x · w + bias) + residual on Hopper GPUs, the product of `products` finished in registers; and its
+gradients, those of `product_gradients`.
 
-With an activation, a forward pass that is differentiated saves z = x · w + bias, in the dtype of y.
+    z = x · w + bias,   dz = activation'(z) · dy,   dx = dz · wᵀ,   dw = xᵀ · dz,   dbias = Σ_rows dz,   dresidual = dy
+
+With an activation, a forward pass that is differentiated saves z, in the dtype of y.
 """
 
 import math
@@ -9,8 +12,8 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.gpu import products
-from pallas_kernels.gpu.elementwise import lowered
+from pallas_kernels.gpu import product_gradients, products
+from pallas_kernels.gpu.elementwise import derived, lowered
 from pallas_kernels.gpu.products import Tiles as Tiles
 
 
@@ -25,8 +28,8 @@ def unsupported(x, w, bias=None, residual=None, *, activation: Callable | None, 
 
 
 def tiles(phase: str, x, w, bias=None, residual=None, **options) -> Tiles:
-    """What `forward` takes when it is given no tiles; operands as for `unsupported`."""
-    return products.tiles("matmul", _sizes(x, w), x.dtype)
+    """What `forward` or `backward` (the `phase`) takes when it is given no tiles; operands as for `unsupported`."""
+    return products.tiles("matmul", phase, _sizes(x, w), x.dtype)
 
 
 def candidates(phase: str, x, w, bias=None, residual=None, **options) -> Iterator[Tiles]:
@@ -36,7 +39,7 @@ def candidates(phase: str, x, w, bias=None, residual=None, **options) -> Iterato
 
 def memory(phase: str, tiles: Tiles, x, w, bias=None, residual=None, **options) -> int:
     """Bytes of shared memory of a block."""
-    return products.memory(tiles, _sizes(x, w))
+    return (product_gradients if phase == "backward" else products).memory(tiles, _sizes(x, w))
 
 
 def forward(
@@ -62,7 +65,7 @@ def forward(
 
     sizes = _sizes(x, w)
     flat = lambda a: None if a is None else a.reshape(sizes.m, a.shape[-1])
-    tiles = tiles or products.tiles("matmul", sizes, x.dtype)
+    tiles = tiles or products.tiles("matmul", "forward", sizes, x.dtype)
     kept = int(saving and activation is not None)
     found = products.forward("matmul", flat(x), [w], bias, flat(residual), finish, saved=kept, tiles=tiles)
     y, *saved = (a.reshape(*x.shape[:-1], sizes.n) for a in found)
@@ -72,3 +75,34 @@ def forward(
 def value(*operands, **options):
     """(y,), with nothing saved: `forward` for a call that is not differentiated."""
     return forward(*operands, **options, saving=False)[0]
+
+
+def backward(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    *,
+    outputs,
+    residuals,
+    cotangents,
+    activation: Callable | None,
+    precision: Any,
+    tiles: Tiles | None = None,
+) -> dict[str, jax.Array]:
+    """Gradients of the operands that are present, from the cotangent of y."""
+    del outputs, precision
+    sizes = _sizes(x, w)
+    tiles = tiles or products.tiles("matmul", "backward", sizes, x.dtype)
+    start = None if activation is None else lambda dy, z: derived(activation, z, dy)[1:]
+    dy, *saved = (a.astype(x.dtype).reshape(sizes.m, sizes.n) for a in (cotangents[0], *residuals))
+    flat, with_sums = x.reshape(sizes.m, sizes.k), bias is not None
+    dx, (dw,), sums = product_gradients.backward(
+        "matmul", flat, [w], dy, saved, start, tiles=tiles, with_sums=with_sums
+    )
+    gradients = {"x": dx.reshape(x.shape), "w": dw}
+    if bias is not None:
+        gradients["bias"] = sums[0].astype(bias.dtype)
+    if residual is not None:
+        gradients["residual"] = cotangents[0].astype(residual.dtype)
+    return gradients

@@ -5,8 +5,7 @@ after them, on the accumulators, in registers.
 
 A block owns 128 rows: two consumer warpgroups of 64, the height of a wgmma, and a producer that streams tiles of x and
 of the weights through shared memory by TMA. Ragged edges are left to the copies, which read zeros and drop writes out
-of bounds; they cut rows by eights. Gradients are products without an epilogue, which XLA's library does as well as can
-be done.
+of bounds; they cut rows by eights.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import activations, chips, tuned
 from pallas_kernels.gpu.attention_scores import across, smem
-from pallas_kernels.gpu.elementwise import lowered, refusal
+from pallas_kernels.gpu.elementwise import derived, lowered, refusal
 from pallas_kernels.padding import pad_to, round_up
 
 ROWS = 64  # rows of one warpgroup: the height of a wgmma
@@ -31,7 +30,7 @@ CONSUMERS = 2
 DEPTH = 64  # of one step along the contracted axis: 128 bytes, a row of swizzled shared memory
 PIECE = 64  # columns that are finished together: more would not fit the registers beside the accumulators
 WGMMA = plgpu.Layout.WGMMA
-_SPARE = 2048  # shared memory for barriers and alignment
+SPARE = 2048  # shared memory for barriers and alignment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +71,13 @@ def memory(tiles: Tiles, sizes: Sizes) -> int:
     """Bytes of shared memory of a block."""
     rows = CONSUMERS * ROWS
     step = 2 * DEPTH * (rows + sizes.weights * tiles.columns)
-    return tiles.stages * step + sizes.itemsize * rows * tiles.columns + 4 * tiles.columns + sizes.more + _SPARE
+    return tiles.stages * step + sizes.itemsize * rows * tiles.columns + 4 * tiles.columns + sizes.more + SPARE
 
 
-def tiles(name: str, sizes: Sizes, dtype) -> Tiles:
+def tiles(name: str, phase: str, sizes: Sizes, dtype) -> Tiles:
     """The tuned tiles of the nearest problem that fit this one, else the default."""
     return tuned.choose(
-        f"gpu.{name}.forward",
+        f"gpu.{name}.{phase}",
         chips.current("gpu"),
         {"m": sizes.m, "n": sizes.n, "k": sizes.k},
         jnp.dtype(dtype).name,
@@ -95,8 +94,8 @@ def candidates(sizes: Sizes) -> Iterator[Tiles]:
 
 
 def computed(activation: Callable, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """What a kernel computes of an activation."""
-    del dy  # gradients are computed elsewhere
+    """What a kernel computes of an activation whose gradient is made elsewhere."""
+    del dy
     return lowered(activation)(x)
 
 
@@ -122,7 +121,7 @@ def unsupported(activation: Callable | None, x, *arrays, residual=None) -> str |
     rows = math.prod(x.shape[:-1])
     if max(pl.cdiv(rows, CONSUMERS * ROWS), pl.cdiv(n, PIECE)) > 65535:
         return f"the grid is limited to 65535 blocks of 128 rows and of 64 columns, got {rows} rows and {n} columns"
-    return activations.unsupported(activation, refusal, computed)
+    return activations.unsupported(activation, refusal, derived)
 
 
 def specialised(consumer: Callable, producer: Callable, registers: tuple[int, int] = (240, 24)) -> None:
@@ -151,16 +150,26 @@ def stream(load: Callable, steps, free, stages: int) -> None:
     lax.fori_loop(0, steps, one, None)
 
 
-def summed(multiply: Callable, shape, count: int, steps, ready, free, stages: int, dtype=jnp.float32):
+def summed(
+    multiply: Callable,
+    shape,
+    count: int,
+    steps,
+    ready,
+    free,
+    stages: int,
+    dtype=jnp.float32,
+    started: int | None = None,
+):
     """`count` sums of `shape`, of multiply(i, slot, accumulators) over the steps, which starts a product of what is in
-    the slot for each. In registers, of `dtype`."""
+    the slot for each, or `started` products. In registers, of `dtype`."""
 
     def accumulate(*accs):
         def step(i, _):
             slot = lax.rem(i, stages)
             plgpu.barrier_wait(ready.at[slot])
             multiply(i, slot, accs)
-            plgpu.wgmma_wait(count)  # those of the step before are through: its tiles are free
+            plgpu.wgmma_wait(started or count)  # those of the step before are through: its tiles are free
             pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i - 1, stages)]))
 
         lax.fori_loop(0, steps, step, None)

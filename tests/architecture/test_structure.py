@@ -22,8 +22,6 @@ WITHOUT_BACKWARD = (  # XLA's serves
     pallas_kernels.tpu.decode_attention,
     pallas_kernels.tpu.quantized_matmul,
     pallas_kernels.gpu.decode_attention,
-    pallas_kernels.gpu.gated_linear_unit,
-    pallas_kernels.gpu.matmul,
     pallas_kernels.gpu.quantized_matmul,
     pallas_kernels.gpu.rope_projection,
 )

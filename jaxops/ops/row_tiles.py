@@ -13,8 +13,8 @@ from jaxops import dispatch
 
 # Of one tile: 64 KiB in float32, so that a tile of two arrays and what is computed from them fit a core's own cache.
 _TILE_ELEMENTS = 1 << 14
-# Of what products make: from 32 MiB on, the C library maps an array anew in every call, and its pages are cleared one by
-# one. Blocks of 8 MiB cost nothing beside that: each reads all of a weight.
+# Of what products make: the C library maps an array of 32 MiB or more anew in every call, and its pages are cleared one
+# by one. Blocks of 8 MiB cost nothing beside that: each reads all of a weight.
 _MAPPED_ELEMENTS = 1 << 23
 _BLOCK_ELEMENTS = 1 << 21
 # Every leading axis is cut into up to this many parts that are worked on at the same time. The loop runs inside a part,

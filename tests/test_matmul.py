@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -86,6 +87,12 @@ def test_the_gradient_of_a_weight_in_another_layout():
     x, dz = (jnp.asarray(operands_of((40,), 24, 24, ())["x"], jnp.bfloat16) for _ in range(2))
     turned = jax.jit(lambda x, dz: row_tiles.outer_products(x, dz).T)(x, dz)
     assert error(turned, np.asarray(dz, np.float64).T @ np.asarray(x, np.float64)) < 1e-5
+
+
+def test_a_gradient_can_be_exported():
+    x, w = jnp.ones((8, 4), jnp.bfloat16), jnp.ones((4, 6), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda w: matmul(x, w, activation=jnp.tanh).sum(dtype=jnp.float32)))
+    assert jnp.array_equal(jax.export.export(gradient, platforms=["cpu"])(w).call(w), gradient(w))
 
 
 def test_rows_of_many_devices_stay_there(monkeypatch):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxops.ops import row_tiles
 from jaxops.ops.activations import gelu, silu
 from jaxops.ops.gated_linear_unit import gated_linear_unit
 from jaxops.reference.gated_linear_unit import gated_linear_unit as reference
@@ -39,6 +40,14 @@ def test_values_and_gradients(leading, k, n, dtype, activation, precision):
 def test_transforms(transforms):
     operands = operands_of((16,), 5, 7)
     options = dict(differentiable=tuple(operands), sharded={"x": 0}, transforms=transforms)
+    check(gated_linear_unit, reference, operands, activation=silu, precision=None, **options)
+
+
+def test_blocks_of_rows(monkeypatch):
+    monkeypatch.setattr(row_tiles, "_MAPPED_ELEMENTS", 0)
+    monkeypatch.setattr(row_tiles, "_BLOCK_ELEMENTS", 66)  # three rows of two times eleven, of which some remain
+    operands = operands_of((8, 7), 5, 11)
+    options = dict(differentiable=tuple(operands), dtype="bfloat16", transforms=())
     check(gated_linear_unit, reference, operands, activation=silu, precision=None, **options)
 
 

@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxops.ops import row_tiles
 from jaxops.ops.activations import gelu, silu
 from jaxops.ops.matmul import matmul
 from jaxops.reference.matmul import matmul as reference
@@ -58,6 +60,51 @@ def test_transforms(transforms):
         transforms=transforms,
         **static,
     )
+
+
+@pytest.mark.parametrize("transforms", [(), pytest.param(None, marks=pytest.mark.slow)], ids=["none", "all"])
+def test_blocks_of_rows(transforms, monkeypatch):
+    monkeypatch.setattr(row_tiles, "_MAPPED_ELEMENTS", 0)
+    monkeypatch.setattr(row_tiles, "_BLOCK_ELEMENTS", 33)  # three rows of eleven, of which some remain
+    operands = operands_of((8, 7), 5, 11, BOTH)
+    static = dict(activation=silu, precision=None)
+    sharded = {"x": 0, "residual": 0}
+    names = tuple(operands)
+    check(matmul, reference, operands, differentiable=names, sharded=sharded, transforms=transforms, **static)
+    check(matmul, reference, operands, differentiable=names, dtype="bfloat16", transforms=(), **static)
+
+
+@pytest.mark.slow
+def test_transforms_in_bfloat16():
+    operands = operands_of((16,), 9, 13, BOTH)
+    static = dict(activation=silu, precision=None, dtype="bfloat16")
+    sharded = {"x": 0, "residual": 0}
+    check(matmul, reference, operands, differentiable=tuple(operands), sharded=sharded, **static)
+
+
+def test_the_gradient_of_a_weight_in_another_layout():
+    # XLA fails where it may choose a layout for the sums of a product of bfloat16.
+    x, dz = (jnp.asarray(operands_of((40,), 24, 24, ())["x"], jnp.bfloat16) for _ in range(2))
+    turned = jax.jit(lambda x, dz: row_tiles.outer_products(x, dz).T)(x, dz)
+    assert error(turned, np.asarray(dz, np.float64).T @ np.asarray(x, np.float64)) < 1e-5
+
+
+def test_a_gradient_can_be_exported():
+    x, w = jnp.ones((8, 4), jnp.bfloat16), jnp.ones((4, 6), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda w: matmul(x, w, activation=jnp.tanh).sum(dtype=jnp.float32)))
+    assert jnp.array_equal(jax.export.export(gradient, platforms=["cpu"])(w).call(w), gradient(w))
+
+
+def test_rows_of_many_devices_stay_there(monkeypatch):
+    monkeypatch.setattr(row_tiles, "_MAPPED_ELEMENTS", 0)
+    monkeypatch.setattr(row_tiles, "_BLOCK_ELEMENTS", 1 << 10)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((256, 24), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+    w = jax.ShapeDtypeStruct((24, 40), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    loss = lambda x, w: matmul(x, w, activation=jnp.tanh).sum(dtype=jnp.float32)
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(x, w).compile().as_text()
+    assert "while(" in program and "all-reduce(" in program
+    assert not any(f"{moved}(" in program for moved in ("all-gather", "all-to-all", "collective-permute"))
 
 
 def test_bfloat16_is_rounded_once():

@@ -8,6 +8,7 @@ from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
 from jaxops.ops.activations import silu
 from jaxops.ops.matmul import Activation, call_unless_traced, kept, plain_activation, product_gradients, pull_back
+from jaxops.ops.row_tiles import map_rows
 from jaxops.reference.gated_linear_unit import gated_linear_unit as reference
 from pallas_kernels import gpu, tpu
 
@@ -15,14 +16,25 @@ from pallas_kernels import gpu, tpu
 def _forward(x, w_gate, w_up, *, activation, precision):
     dtype = jnp.promote_types(x.dtype, jnp.promote_types(w_gate.dtype, w_up.dtype))
     wide = jnp.promote_types(dtype, jnp.float32)
-    gate, up = (jnp.dot(x, w, precision=precision, preferred_element_type=wide) for w in (w_gate, w_up))
-    return ((activation(gate) * up).astype(dtype),), (kept(gate, dtype), kept(up, dtype))
+
+    def rows(x):
+        gate, up = (jnp.dot(x, w, precision=precision, preferred_element_type=wide) for w in (w_gate, w_up))
+        return ((activation(gate) * up).astype(dtype), kept(gate, dtype), kept(up, dtype)), ()
+
+    (y, *saved), _ = map_rows(rows, 2 * w_up.shape[1], x)
+    return (y,), tuple(saved)
 
 
 def _backward(x, w_gate, w_up, *, outputs, residuals, cotangents, activation, precision):
     """dgate = dy ∘ up ∘ activation'(gate),  dup = dy ∘ activation(gate), and the gradients of two products."""
     del outputs
-    dgate, dup = pull_back(lambda gate, up: activation(gate) * up, residuals, cotangents[0])
+    dtype = jnp.promote_types(x.dtype, jnp.promote_types(w_gate.dtype, w_up.dtype))
+
+    def rows(dy, *saved):
+        gradients = pull_back(lambda gate, up: activation(gate) * up, saved, dy)
+        return tuple(d.astype(dtype) for d in gradients), ()
+
+    (dgate, dup), _ = map_rows(rows, 2 * w_up.shape[1], cotangents[0], *residuals)
     dx, (dw_gate, dw_up) = product_gradients(x, [(w_gate, dgate), (w_up, dup)], precision)
     return {"x": dx, "w_gate": dw_gate, "w_up": dw_up}
 

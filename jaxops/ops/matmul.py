@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxops import autodiff, dispatch
 from jaxops.autodiff import Operator, Rules
-from jaxops.ops import checks
+from jaxops.ops import checks, row_tiles
 from jaxops.reference.matmul import matmul as reference
 from pallas_kernels import gpu, modifiers, tpu
 
@@ -100,13 +100,12 @@ def product_gradients(
     dtype = functools.reduce(jnp.promote_types, (w.dtype for w, _ in pairs), x.dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
     product = functools.partial(lax.dot_general, precision=precision, preferred_element_type=wide)
-    leading = tuple(range(x.ndim - 1))
     dx: Any = 0
     dws = []
     for w, dz in pairs:
         dz = dz.astype(dtype)
         dx = dx + product(dz, w.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
-        dws.append(product(x.astype(dtype), dz, ((leading, leading), ((), ()))))
+        dws.append(row_tiles.outer_products(x.astype(dtype), dz, precision))
     return dx.astype(x.dtype), [dw.astype(w.dtype) for dw, (w, _) in zip(dws, pairs, strict=True)]
 
 
@@ -115,19 +114,31 @@ def _forward(x, w, bias=None, residual=None, *, activation, precision):
         return (reference(x, w, bias, residual, activation=None, precision=precision),), ()
     dtype = jnp.promote_types(x.dtype, w.dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
-    z = jnp.dot(x, w, precision=precision, preferred_element_type=wide)
-    if bias is not None:
-        z = z + bias.astype(wide)
-    return activated(z, residual, activation, dtype)
+
+    def rows(x, residual=None):
+        z = jnp.dot(x, w, precision=precision, preferred_element_type=wide)
+        if bias is not None:
+            z = z + bias.astype(wide)
+        return sum(activated(z, residual, activation, dtype), ()), ()
+
+    (*y, saved), _ = row_tiles.map_rows(rows, w.shape[1], x, *(() if residual is None else (residual,)))
+    return tuple(y), (saved,)
 
 
 def _backward(x, w, bias=None, residual=None, *, outputs, residuals, cotangents, activation, precision):
     """dz = activation'(z) · dy,  dx = dz · wᵀ,  dw = xᵀ · dz,  dbias = Σ dz,  dresidual = dy."""
     del outputs
     dy = cotangents[0]
-    dz = before(activation, residuals, dy)
+
+    def rows(dy, *saved):
+        dz = before(activation, saved, dy)
+        sums = () if bias is None else ((jnp.ones((*dz.shape[:-1], 1), dz.dtype), dz),)
+        return (dz.astype(jnp.promote_types(x.dtype, w.dtype)),), sums
+
+    (dz,), dbias = row_tiles.map_rows(rows, w.shape[1], dy, *residuals)
     dx, (dw,) = product_gradients(x, [(w, dz)], precision)
-    return {"x": dx, "w": dw} | gradients_beside(dy, dz, bias, residual)
+    beside = gradients_beside(dy, dz, None, residual)
+    return {"x": dx, "w": dw} | beside | ({} if bias is None else {"bias": dbias[0].astype(bias.dtype)})
 
 
 _OPERATOR = Operator(

@@ -12,6 +12,7 @@ from jax import lax
 from jaxops import dispatch
 from jaxops.autodiff import Operator, Rules
 from jaxops.ops import checks
+from jaxops.ops.row_tiles import outer_products
 from jaxops.reference.ragged_dot import ragged_dot as reference
 from pallas_kernels import gpu, tpu
 
@@ -144,7 +145,7 @@ def _backward_by_tiles(most, lhs, rhs, bounds, lhs_rows, out_rows, out_weights, 
                 dot = jnp.sum(dx * x.astype(wide), axis=1)
                 dweights = _write(dweights[:, None], None, start, inside, dot[:, None])[:, 0]
                 dx, dy = scale * dx, (scale * dy.astype(wide)).astype(narrow)
-            drhs_of_group = drhs_of_group + product(x.astype(narrow), dy, (((0,), (0,)), ((), ())))
+            drhs_of_group = drhs_of_group + outer_products(x.astype(narrow), dy, precision)
             return _write(dlhs, lhs_rows, start, inside, dx), drhs_of_group, dweights
 
         empty = jnp.zeros(rhs.shape[1:], wide)

@@ -1,16 +1,24 @@
-"""Sums along and across rows, a few rows at a time, so that what lies between two of them stays in the cache."""
+"""Functions of rows and sums over them, a few rows at a time, so that what lies between stays in the cache."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from jaxops import dispatch
 
 # Of one tile: 64 KiB in float32, so that a tile of two arrays and what is computed from them fit a core's own cache.
 _TILE_ELEMENTS = 1 << 14
+# Of what products make: the C library maps an array of 32 MiB or more anew in every call, and its pages are cleared one
+# by one. Blocks of 8 MiB cost nothing beside that: each reads all of a weight.
+_MAPPED_ELEMENTS = 1 << 23
+_BLOCK_ELEMENTS = 1 << 21
 # Every leading axis is cut into up to this many parts that are worked on at the same time. The loop runs inside a part,
 # so an axis sharded over that many devices (or a divisor of it) is never communicated.
 _PARTS = 8
@@ -33,7 +41,51 @@ def reduce_rows(rows: Rows, *arrays: jax.Array) -> tuple[Numbers, tuple[jax.Arra
     Returns:
       each n[..., 1] and each sum[features].
     """
-    return dispatch.on_cpu(lambda *xs: _tiled(rows, xs), lambda *xs: _whole(rows, xs), *arrays)
+    return _by_rows(rows, arrays, _TILE_ELEMENTS, arrays[0].shape[-1])
+
+
+def map_rows(rows: Rows, columns: int, *arrays: jax.Array) -> tuple[Numbers, tuple[jax.Array, ...]]:
+    """As `reduce_rows`, for arrays and numbers of any last axis, and `rows` with products in it.
+
+    columns: how many numbers `rows` makes on its way for each row. Unless that is large, all rows are taken at once.
+    """
+    if math.prod(arrays[0].shape[:-1]) * columns < _MAPPED_ELEMENTS:
+        return _whole(rows, arrays)
+    return _by_rows(rows, arrays, _BLOCK_ELEMENTS, columns)
+
+
+def outer_products(x: jax.Array, y: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
+    """xᵀ · y[features, columns] = Σ_r x_r ⊗ y_r, in float32 or more, for x[..., features] and y[..., columns]."""
+    product = functools.partial(
+        lax.dot_general, precision=precision, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
+    )
+    axes = tuple(range(x.ndim - 1))
+
+    def transposed(x, y):
+        # XLA's fast path takes rows alone, in and out; it would widen both for a layout of its own choice.
+        x = _row_major(jnp.moveaxis(x, -1, 0))
+        return _row_major(product(x, y, ((tuple(range(1, x.ndim)), axes), ((), ()))))
+
+    plain = lambda x, y: product(x, y, ((axes, axes), ((), ())))
+    return dispatch.on_cpu(transposed, plain, x, y) if x.dtype == y.dtype == jnp.bfloat16 else plain(x, y)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    return _row_major_p.bind(x)
+
+
+def _lower_row_major(context, x):
+    """A layout is nothing that an exported program could ask for: there XLA chooses."""
+    exported = context.module_context.lowering_parameters.for_export
+    constraint = lambda x: x if exported else with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return mlir.lower_fun(constraint, multiple_results=False)(context, x)
+
+
+_row_major_p = Primitive("row_major")
+_row_major_p.def_impl(lambda x: x)
+_row_major_p.def_abstract_eval(lambda x: x)
+batching.defvectorized(_row_major_p)
+mlir.register_lowering(_row_major_p, _lower_row_major)
 
 
 def row_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -44,22 +96,26 @@ def row_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.einsum("...f,f->...", x, weights, precision=lax.Precision.HIGHEST)[..., None] / x.shape[-1]
 
 
+def _by_rows(rows: Rows, arrays, elements: int, columns: int):
+    return dispatch.on_cpu(lambda *xs: _tiled(rows, xs, elements, columns), lambda *xs: _whole(rows, xs), *arrays)
+
+
 def _whole(rows: Rows, arrays):
     numbers, pairs = rows(*arrays)
     return numbers, tuple(jnp.sum(w * a, range(a.ndim - 1)) for w, a in pairs)
 
 
-def _tiled(rows: Rows, arrays):
-    *leading, features = arrays[0].shape
+def _tiled(rows: Rows, arrays, elements: int, columns: int):
+    leading = arrays[0].shape[:-1]
     parts = [math.gcd(size, _PARTS) for size in leading]
     lengths = [size // count for size, count in zip(leading, parts, strict=True)]
     length = max(lengths, default=1)
-    width = max(1, _TILE_ELEMENTS * length // arrays[0].size)
+    width = max(1, elements * length // (math.prod(leading) * columns))
     if width >= length:
         return _whole(rows, arrays)
     dim = 2 * lengths.index(length) + 1
     split = [size for pair in zip(parts, lengths, strict=True) for size in pair]
-    arrays = [x.reshape(*split, features) for x in arrays]
+    arrays = [x.reshape(*split, x.shape[-1]) for x in arrays]
     inside = range(1, 2 * len(leading), 2)
 
     def block(start, size):
@@ -81,11 +137,11 @@ def _tiled(rows: Rows, arrays):
         return put(whole, numbers, i * width), tuple(map(jnp.add, sums, more))
 
     like_numbers, like_sums = jax.eval_shape(lambda: block(0, width))
-    whole = tuple(jnp.zeros((*split, 1), n.dtype) for n in like_numbers)
+    whole = tuple(jnp.zeros((*split, n.shape[-1]), n.dtype) for n in like_numbers)
     sums = tuple(jnp.zeros(s.shape, s.dtype) for s in like_sums)
     rest = length % width
     if rest:
         numbers, sums = block(length - rest, rest)
         whole = put(whole, numbers, length - rest)
     whole, sums = lax.fori_loop(0, length // width, step, (whole, sums))
-    return tuple(n.reshape(*leading, 1) for n in whole), tuple(jnp.sum(s, range(s.ndim - 1)) for s in sums)
+    return tuple(n.reshape(*leading, n.shape[-1]) for n in whole), tuple(jnp.sum(s, range(s.ndim - 1)) for s in sums)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxops import dispatch
+from jaxops.ops.row_tiles import outer_products
 
 # Logits of all tokens against one chunk of the vocabulary, held at a time: 16 MiB in float32 is about a processor's
 # last cache. An accelerator has the memory for more, and adding to dx for every small chunk would cost it more than the
@@ -87,7 +88,7 @@ def gradients(layer: Layer, width: int, dz_of: Callable) -> dict[str, jax.Array]
             dbias = lax.dynamic_update_slice_in_dim(dbias, jnp.sum(dz, 0).astype(dbias.dtype), start, 0)
         dz = dz.astype(narrow)
         dx = dx + product(dz, chunk.astype(narrow), (((1,), (1,)), ((), ())))
-        part = product(x.astype(narrow), dz, (((0,), (0,)), ((), ())))
+        part = outer_products(x.astype(narrow), dz)
         return dx, lax.dynamic_update_slice_in_dim(dweight, part.astype(weight.dtype), start, 1), dbias
 
     empty = jnp.zeros(x.shape, layer.wide), jnp.zeros_like(weight), None if bias is None else jnp.zeros_like(bias)

@@ -43,6 +43,7 @@ TOPOLOGY = "v5p:4x4x4"
 MESH = dict(data=4, fsdp=4, tensor=4)
 LAYERS = 2
 CHIP, LINK = chips.CHIPS["v5p"], LINKS["v5p"]
+OVERLAP: dict = dict(overlap=True, fsdp="fsdp")
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
@@ -80,10 +81,10 @@ def training_step(size: Size, mesh: Mesh, form: str):
         for p in parameters:
 
             def layer(p, x):
-                if by_hand:
+                if form == "xla":
                     p = reduction.gather(p, specs[0])
                 p = {name: w.astype(jnp.bfloat16) for name, w in p.items()}
-                return block(p, x, overlap=form == "ours") if by_hand else by_jit(p, x)
+                return by_jit(p, x) if form == "jit" else block(p, x, **(OVERLAP if form == "ours" else {}))
 
             x = jax.checkpoint(layer, policy=reduction.policy)(p, x)
         return jnp.mean(jnp.square((x - y).astype(jnp.float32)))

@@ -6,8 +6,8 @@ directions, so that both directions of every link carry half of the bytes.
     all_gather_matmul      x[I_T, K], w[K, J_T] ↦ y[I, J_T]      rows travel, products are put where they belong
     matmul_reduce_scatter  x[I, K_T], w[K_T, J] ↦ y[I_T, J]      sums travel, each device adds its product
 
-With `fsdp`, the weights are split over a second axis F, w[K_F, J_T] and w[K_T, J_F]: they go round its ring, too, beside
-the products of what is there, and so do the sums of dw.
+With `fsdp`, the weights are split over a second axis F, w[K_F, J_T] and w[K_T, J_F]: they go round its ring, too,
+beside the products of what is there, and so do the sums of dw.
 
 Each is the other's gradient with respect to x: dx = matmul_reduce_scatter(dy, wᵀ), and dx = all_gather_matmul(dy, wᵀ).
 In XLA a ring is unrolled: each step is a transfer and a product that do not depend on each other, and the compiler's
@@ -78,7 +78,7 @@ def all_gather_matmul(
     parts = _parts_of_weights(name, fsdp)
     if parts > 1:
         collectives.divisible(name, "x", x, -1, parts, str(fsdp))
-    like = jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] // parts), x.dtype)
+    like: Any = jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] // parts), x.dtype)
     ws = tuple(checks.weight(name, f"w[{i}]" if several else "w", one, like) for i, one in enumerate(given))
     if not ws:
         raise ValueError(f"{name}: w must hold at least one matrix, got none")
@@ -86,8 +86,8 @@ def all_gather_matmul(
     size = collectives.axis_size(name, axis)
     if parts > 1:
         _without_kernels(name, implementation)
-        x, w = varying_alike((collectives.copy(x, axis), jnp.concatenate(ws, axis=1)))
-        (y,) = _split_gather(_Ring(axis, precision, None, fsdp), x, w)
+        whole = jnp.concatenate(ws, axis=1)
+        (y,) = _split_gather(_Ring(axis, precision, None, fsdp), *varying_alike((collectives.copy(x, axis), whole)))
         ends = itertools.accumulate(one.shape[1] for one in ws)
         ys = tuple(y[..., end - one.shape[1] : end] for one, end in zip(ws, ends, strict=True))
     elif size == 1:
@@ -122,8 +122,8 @@ def matmul_reduce_scatter(
       precision, implementation: as in `all_gather_matmul`.
 
     Returns:
-      y[..., rows / T, n] (n as a whole) in the common dtype of x and w. Products and additions are in float32; what travels from
-      device to device is rounded to the dtype of y.
+      y[..., rows / T, n], of the whole n, in the common dtype of x and w. Products and additions are in float32; what
+      travels from device to device is rounded to the dtype of y.
 
     Raises `TypeError` or `ValueError` as `all_gather_matmul` does, and if T does not divide the rows.
     """
@@ -367,8 +367,8 @@ _scatter = Rules(
 
 # ---- weights split over a second axis ------------------------------------------------------------------------------
 #
-# The compiler starts a transfer about one product before its end is asked for. So each is asked for by a barrier after a
-# product that lasts long enough: of both halves that arrive in a step, put together, unless one is long enough.
+# The compiler starts a transfer about one operation before its end is asked for. So each is asked for by a barrier,
+# after a product that lasts long enough: of both halves that arrive in a step, put together, unless one does.
 
 _LONG = 5100  # numbers with which one has to be multiplied to be hidden: v5p, bfloat16, 459 Tflop/s to 90 GB/s
 
@@ -405,32 +405,39 @@ def _send_halves(parts: Sequence[jax.Array], axis: str) -> list[jax.Array]:
     return [_send(part, axis, way) for way, part in zip(_WAYS, parts, strict=False)]
 
 
+_Steps = Generator[list[jax.Array], list[jax.Array], jax.Array]  # yields what is sent, is given what arrived
+
+
 class _Travel:
-    """Transfers that follow each other: a generator that yields what it has sent, is given what arrived, and returns."""
+    """Transfers that follow each other."""
 
-    def __init__(self, steps: Generator):
-        self.steps, self.sent, self.result = steps, None, None
-        self._on(None)
+    def __init__(self, steps: _Steps):
+        self.steps = steps
+        self.sent: list[jax.Array] = []
+        self.result: Any = None
+        self._go(lambda: next(steps))
 
-    def _on(self, arrived: Any) -> None:
+    def _go(self, step: Callable[[], list[jax.Array]]) -> None:
         try:
-            self.sent = self.steps.send(arrived)
+            self.sent = step()
         except StopIteration as end:
-            self.sent, self.result = None, end.value
+            self.sent, self.result = [], end.value
 
-    def behind(self, product: Any) -> None:
-        """One more transfer is to end when `product` is there."""
-        if self.sent is not None:
-            self._on(lax.optimization_barrier((self.sent, product))[0])
+    def behind(self, product: Any) -> tuple[list[jax.Array], Any]:
+        """(what the next transfer brings, the product), each there when both are. Without a transfer: nothing."""
+        if not self.sent:
+            return [], product
+        arrived, product = lax.optimization_barrier((self.sent, product))
+        self._go(lambda: self.steps.send(arrived))
+        return arrived, product
 
     def end(self) -> jax.Array:
-        while self.sent is not None:
-            self._on(self.sent)
-        assert self.result is not None
+        while self.sent:
+            self._go(lambda: self.steps.send(self.sent))
         return self.result
 
 
-def _gathering(w: jax.Array, axis: str, dimension: int) -> Generator:
+def _gathering(w: jax.Array, axis: str, dimension: int) -> _Steps:
     """The shards of w along a dimension, all of them."""
     size, rows = lax.axis_size(axis), w.shape[dimension]
     shape = list(w.shape)
@@ -444,7 +451,7 @@ def _gathering(w: jax.Array, axis: str, dimension: int) -> Generator:
     return whole
 
 
-def _scattering(parts_of_sum: jax.Array, axis: str, dimension: int, dtype: Any) -> Generator:
+def _scattering(parts_of_sum: jax.Array, axis: str, dimension: int, dtype: Any) -> _Steps:
     """The device's shard along a dimension of Σ parts; sums travel as `dtype`."""
     size = lax.axis_size(axis)
     rows = parts_of_sum.shape[dimension] // size
@@ -458,8 +465,8 @@ def _scattering(parts_of_sum: jax.Array, axis: str, dimension: int, dtype: Any) 
     return jnp.concatenate(sums, axis=dimension)
 
 
-def _arrive(x: jax.Array, axis: str, use: Callable[[Any, _Places, jax.Array], Any], carry: Any, others: int, beside=None):
-    """carry = use(carry, rows in the whole, they) for the rows of all devices; in each step a transfer of `beside`.
+def _arrive(x: jax.Array, axis: str, use: Callable, carry: Any, others: int, beside: _Travel | None = None) -> Any:
+    """carry = use(carry, places in the whole, rows) for the rows of all devices; in each step a transfer of `beside`.
 
     others: with how many numbers each that arrives is multiplied.
     """
@@ -516,17 +523,14 @@ def _split_gathered(ring, x, w):
     """x[I_T, K] · w[K_F, J_T]."""
     size, columns, precision = lax.axis_size(ring.weights), w.shape[1], ring.precision
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    travel, own = _gathering(w, ring.weights, 0), None
-    sent, flat = next(travel), x.reshape(-1, x.shape[-1])  # else the sum is not in one operation with the product
+    travel = _Travel(_gathering(w, ring.weights, 0))
+    flat = x.reshape(-1, x.shape[-1])  # else the sum is not in one operation with the product
     own = _times(_take(flat, _places(ring.weights, w.shape[0], 0), -1), w, precision)
     for step in range(1, size):
-        parts, own = lax.optimization_barrier((sent, own))
+        parts, own = travel.behind(own)
         features = _take(flat, _places(ring.weights, w.shape[0], step), -1)
         own = own + _times(features, jnp.concatenate(parts, axis=0), precision)
-        try:
-            sent = travel.send(parts)
-        except StopIteration as end:
-            whole = end.value
+    whole = travel.end()
     own = own.reshape(*x.shape[:-1], columns)
     y = jnp.zeros((*x.shape[:-2], x.shape[-2] * lax.axis_size(ring.axis), columns), dtype)
 
@@ -563,18 +567,14 @@ def _split_scattered(ring, x, w):
     devices = lax.axis_size(ring.axis)
     rows = x.shape[-2] // devices
     first = _take(x, _places(ring.axis, rows, 1 - devices), -2)
-    travel = _gathering(w, ring.weights, 1)
-    sent = next(travel)
+    travel = _Travel(_gathering(w, ring.weights, 1))
     begun = jnp.zeros((*first.shape[:-1], w.shape[1] * size), dtype)
     begun = _put_in(begun, _times(first, w, precision), _places(ring.weights, w.shape[1], 0), -1)
     for step in range(1, size):
-        parts, begun = lax.optimization_barrier((sent, begun))
+        parts, begun = travel.behind(begun)
         product = _times(first, jnp.concatenate(parts, axis=1), precision)
         begun = _put_in(begun, product, _places(ring.weights, w.shape[1], step), -1)
-        try:
-            sent = travel.send(parts)
-        except StopIteration as end:
-            whole = end.value
+    whole = travel.end()
     halves = _cut_halves(whole, 1)
 
     def rows_of_y(places, half):

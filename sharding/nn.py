@@ -168,8 +168,8 @@ class ParallelTransformerBlock(TransformerBlock):
       axis: the mesh axis T.
       sequence: whether the stream is split by rows outside the products.
       overlap: with `sequence`, whether rows and sums travel beside the products (`sharding.collective_matmul`).
-      fsdp: the mesh axis that every matrix's other dimension is split over: gathered beside the products with `overlap`,
-        else before. It must divide in_features.
+      fsdp: the mesh axis that every matrix's other dimension, in_features, is split over: gathered beside the products
+        with `overlap`, else before.
       replicate_kv: for fewer key heads than devices: every device has all of them and uses the one its heads share.
       **arguments: further ones of `jaxops.nn.TransformerBlock`, except attention's `dropout_rate`.
 
@@ -442,8 +442,8 @@ def _run(
     if fsdp is not None:
         if not any(fsdp in (entry if isinstance(entry, tuple) else (entry,)) for entry in x_spec):
             raise ValueError(
-                f"{called}: its input must be split over {fsdp!r}, as the parameters are, got shape {x.shape}, split as "
-                f"{x_spec}"
+                f"{called}: its input must be split over {fsdp!r}, as the parameters are, got shape {x.shape}, split "
+                f"as {x_spec}"
             )
         names.add(fsdp)
     return jax.shard_map(on_shards, in_specs=in_specs, out_specs=y_spec, axis_names=names)(*given)

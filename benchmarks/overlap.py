@@ -2,13 +2,13 @@
 
 Layers of an 8-billion-parameter GPT on data 4 × fsdp 4 × tensor 4, forward and backward, ZeRO 3 along fsdp: once as
 this library sends (rings of neighbours beside the products, of rows, sums and weights), once with XLA's collectives
-inside the same `shard_map`, and once as plain `jit` with shardings. Read from the schedule of TPU's compiler and **modelled**: products take their
-operations at the peak, kernels their operations or their bytes at the bandwidth of the HBM, whichever is longer (those
-of attention and those that send say nothing of operations), everything else no time, and the transfers of one direction
-of one mesh axis follow each other on one link. So there is less to hide behind than there would be. A transfer is
-hidden as far as it ends before the program waits for it; an XLA collective that is not split in start and done is
-exposed, its bytes going both ways at once. What a kernel sends from inside is not counted, nor the work of a loop, as
-attention in XLA is.
+inside the same `shard_map`, and once as plain `jit` with shardings. Read from the schedule of TPU's compiler and
+**modelled**: products take their operations at the peak, kernels their operations or their bytes at the bandwidth of
+the HBM, whichever is longer (those of attention and those that send say nothing of operations), everything else no
+time, and the transfers of one direction of one mesh axis follow each other on one link. So there is less to hide behind
+than there would be. A transfer is hidden as far as it ends before the program waits for it; an XLA collective that is
+not split in start and done is exposed, its bytes going both ways at once. What a kernel sends from inside is not
+counted, nor the work of a loop, as attention in XLA is.
 
 JAX_PLATFORMS=cpu python -m benchmarks.overlap [ours xla jit]     (with the extra `tpu-compile`; no TPU is used)
 """

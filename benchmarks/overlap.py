@@ -1,14 +1,14 @@
 """What travels behind computation in a training step of large layers, compiled for 64 TPU v5p chips nobody has here.
 
 Layers of an 8-billion-parameter GPT on data 4 × fsdp 4 × tensor 4, forward and backward, ZeRO 3 along fsdp: once as
-this library sends (rings of neighbours beside the products), once with XLA's collectives inside the same `shard_map`,
-and once as plain `jit` with shardings. Read from the schedule of TPU's compiler and **modelled**: products take their
-operations at the peak, kernels their operations or their bytes at the bandwidth of the HBM, whichever is longer (those
-of attention and those that send say nothing of operations), everything else no time, and the transfers of one direction
-of one mesh axis follow each other on one link. So there is less to hide behind than there would be. A transfer is
-hidden as far as it ends before the program waits for it; an XLA collective that is not split in start and done is
-exposed, its bytes going both ways at once. What a kernel sends from inside is not counted, nor the work of a loop, as
-attention in XLA is.
+this library sends (rings of neighbours beside the products, of rows, sums and weights), once with XLA's collectives
+inside the same `shard_map`, and once as plain `jit` with shardings. Read from the schedule of TPU's compiler and
+**modelled**: products take their operations at the peak, kernels their operations or their bytes at the bandwidth of
+the HBM, whichever is longer (those of attention and those that send say nothing of operations), everything else no
+time, and the transfers of one direction of one mesh axis follow each other on one link. So there is less to hide behind
+than there would be. A transfer is hidden as far as it ends before the program waits for it; an XLA collective that is
+not split in start and done is exposed, its bytes going both ways at once. What a kernel sends from inside is not
+counted, nor the work of a loop, as attention in XLA is.
 
 JAX_PLATFORMS=cpu python -m benchmarks.overlap [ours xla jit]     (with the extra `tpu-compile`; no TPU is used)
 """
@@ -43,6 +43,7 @@ TOPOLOGY = "v5p:4x4x4"
 MESH = dict(data=4, fsdp=4, tensor=4)
 LAYERS = 2
 CHIP, LINK = chips.CHIPS["v5p"], LINKS["v5p"]
+OVERLAP: dict = dict(overlap=True, fsdp="fsdp")
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
@@ -80,10 +81,10 @@ def training_step(size: Size, mesh: Mesh, form: str):
         for p in parameters:
 
             def layer(p, x):
-                if by_hand:
+                if form == "xla":
                     p = reduction.gather(p, specs[0])
                 p = {name: w.astype(jnp.bfloat16) for name, w in p.items()}
-                return block(p, x, overlap=form == "ours") if by_hand else by_jit(p, x)
+                return by_jit(p, x) if form == "jit" else block(p, x, **(OVERLAP if form == "ours" else {}))
 
             x = jax.checkpoint(layer, policy=reduction.policy)(p, x)
         return jnp.mean(jnp.square((x - y).astype(jnp.float32)))

@@ -101,9 +101,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jaxops.dot_product_attention(*rotated, value, is_causal=True)
 
 
-def block(p: dict, x: jax.Array, overlap: bool = False) -> jax.Array:
-    """x ↦ x + attention, x + MLP of the norms of x, with parameters that are whole along fsdp."""
-    stream = dict(sequence=True, overlap=overlap)
+def block(p: dict, x: jax.Array, overlap: bool = False, fsdp: str | None = None) -> jax.Array:
+    """x ↦ x + attention, x + MLP of the norms of x, with parameters that are whole, or split over `fsdp`."""
+    stream = dict(sequence=True, overlap=overlap, fsdp=fsdp)
     normed = jaxops.rms_norm(x, p["attention_norm"])
     matrices = (p[name] for name in ("query", "key", "value", "out"))
     x = x + sharding.heads_parallel_attention(normed, *matrices, attend=attend, **stream)

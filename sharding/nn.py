@@ -40,7 +40,7 @@ class ColumnParallelLinear(nnx.Linear):
     Args:
       in_features, out_features: whole sizes, as in `nnx.Linear`.
       axis: the mesh axis T that the columns are split over.
-      sequence, overlap: as in `sharding.tensor.column_parallel`.
+      sequence, overlap, fsdp: as in `sharding.tensor.column_parallel`.
       **flax_arguments: those of `nnx.Linear` (`use_bias`, `dtype`, `param_dtype`, `precision`, `kernel_init`, …).
 
     Raises `ValueError` naming the layer, the array, its dimension and the axis if T does not divide out_features,
@@ -55,12 +55,13 @@ class ColumnParallelLinear(nnx.Linear):
         axis: str = "tensor",
         sequence: bool = False,
         overlap: bool = False,
+        fsdp: str | None = None,
         rngs: nnx.Rngs,
         **flax_arguments: Any,
     ):
         super().__init__(in_features, out_features, rngs=rngs, **flax_arguments)
-        self.axis, self.sequence, self.overlap = axis, sequence, overlap
-        _place(self, "kernel", None, axis)
+        self.axis, self.sequence, self.overlap, self.fsdp = axis, sequence, overlap, fsdp
+        _place(self, "kernel", fsdp, axis)
         _place(self, "bias", axis)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
@@ -80,7 +81,7 @@ class RowParallelLinear(nnx.Linear):
     Args:
       in_features, out_features: whole sizes, as in `nnx.Linear`.
       axis: the mesh axis T that the rows are split over.
-      sequence, overlap: as in `sharding.tensor.row_parallel`.
+      sequence, overlap, fsdp: as in `sharding.tensor.row_parallel`.
       **flax_arguments: those of `nnx.Linear`.
 
     Raises `ValueError` naming the layer, the array, its dimension and the axis if T does not divide in_features,
@@ -95,12 +96,13 @@ class RowParallelLinear(nnx.Linear):
         axis: str = "tensor",
         sequence: bool = False,
         overlap: bool = False,
+        fsdp: str | None = None,
         rngs: nnx.Rngs,
         **flax_arguments: Any,
     ):
         super().__init__(in_features, out_features, rngs=rngs, **flax_arguments)
-        self.axis, self.sequence, self.overlap = axis, sequence, overlap
-        _place(self, "kernel", axis, None)
+        self.axis, self.sequence, self.overlap, self.fsdp = axis, sequence, overlap, fsdp
+        _place(self, "kernel", axis, fsdp)
         _place(self, "bias", None)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
@@ -166,6 +168,8 @@ class ParallelTransformerBlock(TransformerBlock):
       axis: the mesh axis T.
       sequence: whether the stream is split by rows outside the products.
       overlap: with `sequence`, whether rows and sums travel beside the products (`sharding.collective_matmul`).
+      fsdp: the mesh axis that every matrix's other dimension, in_features, is split over: gathered beside the products
+        with `overlap`, else before.
       replicate_kv: for fewer key heads than devices: every device has all of them and uses the one its heads share.
       **arguments: further ones of `jaxops.nn.TransformerBlock`, except attention's `dropout_rate`.
 
@@ -182,6 +186,7 @@ class ParallelTransformerBlock(TransformerBlock):
         axis: str = "tensor",
         sequence: bool = False,
         overlap: bool = False,
+        fsdp: str | None = None,
         replicate_kv: bool = False,
         rngs: nnx.Rngs,
         **arguments: Any,
@@ -192,16 +197,17 @@ class ParallelTransformerBlock(TransformerBlock):
                 "between layers see sharding.dropout"
             )
         super().__init__(num_heads, in_features, hidden_features, rngs=rngs, **arguments)
-        self.axis, self.sequence, self.overlap, self.replicate_kv = axis, sequence, overlap, replicate_kv
+        self.axis, self.sequence, self.overlap, self.fsdp = axis, sequence, overlap, fsdp
+        self.replicate_kv = replicate_kv
         for name in ("query", "key", "value"):
             heads = None if replicate_kv and name != "query" else axis
-            _place(getattr(self.attention, name), "kernel", None, heads, None)
+            _place(getattr(self.attention, name), "kernel", fsdp, heads, None)
             _place(getattr(self.attention, name), "bias", heads, None)
-        _place(self.attention.out, "kernel", axis, None, None)
+        _place(self.attention.out, "kernel", axis, None, fsdp)
         _place(self.attention.out, "bias", None)
         for linear in (self.mlp.gate, self.mlp.up):
-            _place(linear, "kernel", None, axis)
-        _place(self.mlp.down, "kernel", axis, None)
+            _place(linear, "kernel", fsdp, axis)
+        _place(self.mlp.down, "kernel", axis, fsdp)
 
     def __call__(  # type: ignore[override]
         self, x: jax.Array, *, input_positions: jax.Array | None = None, is_causal: bool | None = None
@@ -224,7 +230,7 @@ class ParallelTransformerBlock(TransformerBlock):
 
     def local(self, x: jax.Array, **attention_arguments: Any) -> jax.Array:
         """The block on the device's shards; further keywords of `jaxops.dot_product_attention` are of its heads."""
-        how: dict[str, Any] = {"axis": self.axis, "sequence": self.sequence, "overlap": self.overlap}
+        how = _how(self)
         x = self.attended(x, **attention_arguments)
         mlp, h = self.mlp, self.mlp_norm(x)
         h, *kernels = _promoted(mlp.dtype, h, *(linear.kernel[...] for linear in (mlp.gate, mlp.up, mlp.down)))
@@ -269,9 +275,7 @@ class ParallelTransformerBlock(TransformerBlock):
             replicate_kv=self.replicate_kv,
             precision=layer.precision,
             implementation=without_kernels(options.implementation),
-            axis=self.axis,
-            sequence=self.sequence,
-            overlap=self.overlap,
+            **_how(self),
         )
 
 
@@ -346,8 +350,11 @@ class ExpertParallelMoE(MoE):
 def _linear(layer, function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     bias = None if layer.bias is None else layer.bias[...]
     x, kernel, bias = layer.promote_dtype((x, layer.kernel[...], bias), dtype=layer.dtype)
-    how: dict[str, Any] = {"axis": layer.axis, "sequence": layer.sequence, "overlap": layer.overlap}
-    return function(x, kernel, bias, precision=layer.precision, **how)
+    return function(x, kernel, bias, precision=layer.precision, **_how(layer))
+
+
+def _how(layer) -> dict[str, Any]:
+    return {"axis": layer.axis, "sequence": layer.sequence, "overlap": layer.overlap, "fsdp": layer.fsdp}
 
 
 def _promoted(dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
@@ -430,4 +437,13 @@ def _run(
     def on_shards(parameters, x, beside):
         return nnx.merge(graph, jax.tree.unflatten(tree, parameters)).local(x, **beside, **options)
 
-    return jax.shard_map(on_shards, in_specs=in_specs, out_specs=y_spec, axis_names={axis, *batch, *explicit})(*given)
+    names = {axis, *batch, *explicit}
+    fsdp = getattr(layer, "fsdp", None)
+    if fsdp is not None:
+        if not any(fsdp in (entry if isinstance(entry, tuple) else (entry,)) for entry in x_spec):
+            raise ValueError(
+                f"{called}: its input must be split over {fsdp!r}, as the parameters are, got shape {x.shape}, split "
+                f"as {x_spec}"
+            )
+        names.add(fsdp)
+    return jax.shard_map(on_shards, in_specs=in_specs, out_specs=y_spec, axis_names=names)(*given)

@@ -66,6 +66,7 @@ def column_parallel(
     axis: str = "tensor",
     sequence: bool = False,
     overlap: bool = False,
+    fsdp: str | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: Implementation = None,
 ) -> jax.Array:
@@ -79,6 +80,8 @@ def column_parallel(
       w, bias: floating [k, n / T] and [n / T].
       activation, precision, implementation: as in `jaxops.matmul`.
       overlap: with `sequence`, send the rows beside the product.
+      fsdp: the mesh axis F that the rows of w are split over besides, w[K_F, N_T]: all-gathered, with `sequence` and
+        `overlap` beside the product (`sharding.all_gather_matmul`); dw is reduce-scattered.
 
     Returns y[..., n / T]. Raises `TypeError` or `ValueError` as `jaxops.matmul` does, and if `axis` is none of an
     enclosing `jax.shard_map`.
@@ -86,13 +89,15 @@ def column_parallel(
     name = "column_parallel"
     collectives.axis_size(name, axis)
     x = checks.floating(name, "x", x)
-    w = checks.weight(name, "w", w, x)
+    w = checks.floating(name, "w", w)
+    if not (sequence and overlap):
+        w = checks.weight(name, "w", _whole(w, fsdp, 0), x)
     if bias is not None:
-        bias = checks.floating(name, "bias", bias, shape=(w.shape[1],), of="the last axis of w")
+        bias = checks.floating(name, "bias", bias, shape=w.shape[1:], of="the last axis of w")
     if not (sequence and overlap):
         x = enter(x, axis, sequence=sequence)
         return matmul(x, w, bias=bias, activation=activation, precision=precision, implementation=implementation)
-    y = all_gather_matmul(x, w, axis=axis, precision=precision, implementation=implementation)
+    y = all_gather_matmul(x, w, axis=axis, fsdp=fsdp, precision=precision, implementation=implementation)
     return _finished(y, bias, activation)
 
 
@@ -104,6 +109,7 @@ def row_parallel(
     axis: str = "tensor",
     sequence: bool = False,
     overlap: bool = False,
+    fsdp: str | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: Implementation = None,
 ) -> jax.Array:
@@ -117,6 +123,7 @@ def row_parallel(
       bias: floating [n], the same on all devices: added once, after the sum.
       precision, implementation: as in `jaxops.matmul`.
       overlap: with `sequence`, send the sums beside the product.
+      fsdp: the mesh axis F that the columns of w are split over besides, w[K_T, N_F], as in `column_parallel`.
 
     Returns y in the common dtype of x and w; each device's part is rounded to it before the sum. Raises `TypeError` or
     `ValueError` as `jaxops.matmul` does, if `axis` is none of an enclosing `jax.shard_map`, or with `sequence` if T
@@ -126,10 +133,13 @@ def row_parallel(
     collectives.axis_size(name, axis)
     x = checks.floating(name, "x", x)
     w = checks.weight(name, "w", w, x)
+    if not (sequence and overlap):
+        w = _whole(w, fsdp, 1)
     if bias is not None:
-        bias = checks.floating(name, "bias", bias, shape=(w.shape[1],), of="the last axis of w")
+        columns = w.shape[1] * (collectives.axis_size(name, fsdp) if fsdp and sequence and overlap else 1)
+        bias = checks.floating(name, "bias", bias, shape=(columns,), of="the last axis of the whole w")
     if sequence and overlap:
-        y = matmul_reduce_scatter(x, w, axis=axis, precision=precision, implementation=implementation)
+        y = matmul_reduce_scatter(x, w, axis=axis, fsdp=fsdp, precision=precision, implementation=implementation)
     else:
         y = leave(matmul(x, w, precision=precision, implementation=implementation), axis, sequence=sequence)
     return _finished(y, bias, None)
@@ -145,6 +155,7 @@ def gated_mlp(
     axis: str = "tensor",
     sequence: bool = False,
     overlap: bool = False,
+    fsdp: str | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
     """y[..., D] = Σ_T (activation(x · gate) ∘ (x · up))[..., F_T] · down[F_T, D],  gate and up [D, F_T].
@@ -156,18 +167,22 @@ def gated_mlp(
       x: floating [..., d]; gate, up: floating [d, f / T]; down: floating [f / T, d].
       activation, implementation: as in `jaxops.gated_linear_unit`.
       overlap: with `sequence`, send beside the products; the gate is then applied to products rounded to their dtype.
+      fsdp: the mesh axis F that the matrices are split over besides, as in `column_parallel` and `row_parallel`: gate
+        and up [D_F, F_T], down [F_T, D_F].
 
     Raises `TypeError` or `ValueError` as `column_parallel` and `row_parallel` do.
     """
     collectives.axis_size("gated_mlp", axis)
     if sequence and overlap:
-        gates, ups = all_gather_matmul(x, (gate, up), axis=axis, implementation=implementation)
+        gates, ups = all_gather_matmul(x, (gate, up), axis=axis, fsdp=fsdp, implementation=implementation)
         wide = jnp.promote_types(gates.dtype, jnp.float32)
         hidden = (activation(gates.astype(wide)) * ups.astype(wide)).astype(gates.dtype)
     else:
         x = enter(checks.floating("gated_mlp", "x", x), axis, sequence=sequence)
+        gate, up = (_whole(w, fsdp, 0) for w in (gate, up))
         hidden = gated_linear_unit(x, gate, up, activation=activation, implementation=implementation)
-    return row_parallel(hidden, down, axis=axis, sequence=sequence, overlap=overlap, implementation=implementation)
+    how: dict[str, Any] = dict(axis=axis, sequence=sequence, overlap=overlap, fsdp=fsdp)
+    return row_parallel(hidden, down, implementation=implementation, **how)
 
 
 def heads_parallel_attention(
@@ -182,6 +197,7 @@ def heads_parallel_attention(
     axis: str = "tensor",
     sequence: bool = False,
     overlap: bool = False,
+    fsdp: str | None = None,
     replicate_kv: bool = False,
     precision: jax.lax.PrecisionLike = None,
     implementation: Implementation = None,
@@ -199,6 +215,8 @@ def heads_parallel_attention(
         `functools.partial(jaxops.dot_product_attention, is_causal=True)`. It may rotate or normalise them first.
       biases: of query [n / T, h], of key and value [k / T, h], and of out [d]; None for none.
       overlap: with `sequence`, send beside the products.
+      fsdp: the mesh axis F that the matrices are split over besides, along d: query, key and value [D_F, N_T, H], out
+        [N_T, H, D_F]. Else as in `column_parallel` and `row_parallel`.
       replicate_kv: for fewer key heads than devices: key, value and their biases are whole and the same on every
         device, [d, k, h]. Each device takes the one head that its query heads share; gradients are summed over T.
       precision, implementation: of the products, as in `jaxops.matmul`.
@@ -209,6 +227,13 @@ def heads_parallel_attention(
     size = collectives.axis_size(name, axis)
     x = checks.floating(name, "x", x)
     features = x.shape[-1]
+    overlap = sequence and overlap
+    if fsdp is not None:
+        collectives.divisible(name, "x", x, -1, collectives.axis_size(name, fsdp), fsdp)
+        if overlap:
+            features //= collectives.axis_size(name, fsdp)
+        else:
+            query, key, value = (_whole(w, fsdp, 0) for w in (query, key, value))
     matrices = []
     for what, w in (("query", query), ("key", key), ("value", value)):
         w = checks.floating(name, what, w)
@@ -233,8 +258,8 @@ def heads_parallel_attention(
             f"and value {value.shape} (fewer key heads than devices: replicate_kv)"
         )
     flat = [w.reshape(features, -1) for w in (query, key, value)]
-    if sequence and overlap:
-        projected = all_gather_matmul(x, flat, axis=axis, precision=precision, implementation=implementation)
+    if overlap:
+        projected = all_gather_matmul(x, flat, axis=axis, fsdp=fsdp, precision=precision, implementation=implementation)
     else:
         x = enter(x, axis, sequence=sequence)
         projected = [matmul(x, w, precision=precision, implementation=implementation) for w in flat]
@@ -250,6 +275,7 @@ def heads_parallel_attention(
         axis=axis,
         sequence=sequence,
         overlap=overlap,
+        fsdp=fsdp,
         precision=precision,
         implementation=implementation,
     )
@@ -399,6 +425,10 @@ def dropout(x: jax.Array, key: jax.Array, rate: float, *, spec: PartitionSpec) -
     words = dropout_rows(key, batch, 1, rows, start=(first_batch, 0, first_row))[:, 0, ..., None]
     kept = random.kept(words[:, 0], words[:, 1], first_column + jnp.arange(columns), rate)
     return jnp.where(kept.reshape(x.shape), x / (1 - rate), 0)
+
+
+def _whole(w: jax.Array, fsdp: str | None, dimension: int) -> jax.Array:
+    return w if fsdp is None else collectives.all_gather(w, fsdp, dimension)
 
 
 def _of_slice(ids: jax.Array, size: int, axis: str) -> tuple[jax.Array, jax.Array]:

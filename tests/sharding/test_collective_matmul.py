@@ -1,6 +1,7 @@
 """Rings of products: equal to the plain composition, in every transform that a ring has, and what they send."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from jaxops import interpreter
 from pallas_kernels import chips
 from tests.compare import error, no_worse
 from tests.sharding.traffic import compiled, sent
+
+SLOW = pytest.mark.slow
+module = sys.modules["sharding.collective_matmul"]
 
 FORMS = {  # x and w local, whole
     "all_gather_matmul": (
@@ -238,6 +242,121 @@ def test_matrices_that_share_their_rows_gather_them_once():
     ):
         assert error(got, want) < 1e-5
     assert sent(compiled(both, x, w), dict(mesh.shape)) == {("collective-permute", "tensor"): 7 * x.size * 4 // 8}
+
+
+SPLIT = {  # x, w and y where w is split over "fsdp" besides
+    "all_gather_matmul": (P(("data", "fsdp"), "tensor"), P("fsdp", "tensor"), P(("data", "fsdp"), None, "tensor")),
+    "matmul_reduce_scatter": (P(("data", "fsdp"), None, "tensor"), P("tensor", "fsdp"), P(("data", "fsdp"), "tensor")),
+}
+
+
+def over_both(mesh, name, **options):
+    x_spec, w_spec, y_spec = SPLIT[name]
+    local = functools.partial(FORMS[name][0], axis="tensor", fsdp="fsdp", **options)
+    return jax.shard_map(local, mesh=mesh, in_specs=(x_spec, w_spec), out_specs=y_spec)
+
+
+@pytest.fixture(params=[1, module._LONG], ids=["long products", "short products"])
+def longer(request, monkeypatch):
+    """Halves are multiplied one by one, or put together."""
+    monkeypatch.setattr(module, "_LONG", request.param)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("tensor", "fsdp", "rows"),
+    [(2, 4, 10)] + [pytest.param(*case, marks=SLOW) for case in ((4, 2, 12), (1, 8, 6), (2, 2, 2), (8, 1, 8))],
+)
+def test_weights_that_are_split_over_a_second_axis(name, tensor, fsdp, rows, longer):
+    mesh = sharding.make_mesh(data=-1, fsdp=fsdp, tensor=tensor)
+    _, w = operands(rows)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((8, rows, 16)), jnp.float32)
+    program = compiled(value_and_gradients(over_both(mesh, name)), x, w)
+    for got, want in zip(
+        jax.tree.leaves(program(x, w)), jax.tree.leaves(value_and_gradients(plain)(x, w)), strict=True
+    ):
+        assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_split_weights_in_bfloat16_are_no_worse(name):
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    _, w = operands(8, dtype=jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8, 16)), jnp.bfloat16)
+    x_spec, w_spec, y_spec = SPLIT[name]
+    gathered = lambda x, w: UNOVERLAPPED[name](x, sharding.all_gather(w, "fsdp", w_spec.index("fsdp")))
+    unoverlapped = jax.shard_map(gathered, mesh=mesh, in_specs=(x_spec, w_spec), out_specs=y_spec)
+    ring, xla = (jax.jit(value_and_gradients(f))(x, w) for f in (over_both(mesh, name), unoverlapped))
+    with jax.enable_x64(True):
+        exact = value_and_gradients(plain)(x.astype(jnp.float64), w.astype(jnp.float64))
+    for what, got, unfused, oracle in zip(
+        ("y", "dx", "dw"), (ring[0][1], *ring[1]), (xla[0][1], *xla[1]), (exact[0][1], *exact[1]), strict=True
+    ):
+        no_worse(what, got, unfused, oracle, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_split_weights_send(name, longer):
+    """(F - 1) shards of w forward; backward as many of w, again, and of dw. Along "tensor" as with whole weights."""
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    _, w = operands(8)
+    x = jnp.ones((4, 8, 16))
+    y = jax.eval_shape(plain, x, w)
+    rows = (x if name == "all_gather_matmul" else y).size * 4 // 8  # of the device, bytes
+    shard = w.size * 4 // 8
+    tensor, fsdp = ("collective-permute", "tensor"), ("collective-permute", "fsdp")
+    axes = dict(mesh.shape)
+    assert sent(compiled(over_both(mesh, name), x, w), axes) == {tensor: rows, fsdp: 3 * shard}
+    pull = compiled(lambda x, w, ct: jax.vjp(over_both(mesh, name), x, w)[1](ct), x, w, jnp.ones(y.shape))
+    gathers = 2 if name == "all_gather_matmul" else 1
+    assert sent(pull, axes) == {tensor: gathers * rows, fsdp: 2 * 3 * shard}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("transform", [t if t == "grad of grad" else pytest.param(t, marks=SLOW) for t in TRANSFORMS])
+def test_transforms_of_split_weights(transform, name):
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    x, w = operands(8, k=8, n=16)
+    xs = jnp.stack([x, 0.5 * x])
+    run = TRANSFORMS[transform]
+    got, want = (jax.jit(lambda xs, w, f=f: run(f, xs, w))(xs, w) for f in (over_both(mesh, name), plain))
+    assert error(got, want) < 1e-5
+
+
+def test_several_split_weights_travel_as_one():
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    _, w = operands(8)
+    x = jnp.ones((4, 8, 16))
+    x_spec, w_spec, y_spec = SPLIT["all_gather_matmul"]
+
+    def local(x, w):
+        y, half = sharding.all_gather_matmul(x, (w, w[:, :6].astype(jnp.bfloat16)), axis="tensor", fsdp="fsdp")
+        assert half.dtype == jnp.float32 and half.shape[-1] == 6
+        return y
+
+    both = jax.shard_map(local, mesh=mesh, in_specs=(x_spec, w_spec), out_specs=y_spec)
+    assert error(jax.jit(both)(x, w), plain(x, w)) < 1e-5
+
+
+SPLIT_BAD = {
+    r"x has shape \(1, 10, 16\), its dimension 2 must be a multiple of 3, the devices along 'fsdp'": dict(fsdp=3),
+    r"w must have shape \(8, n\)": dict(fsdp=2, specs=(P(), P(), P())),
+    "axis must be a mesh axis of an enclosing jax.shard_map, got 'shards'": dict(fsdp=2, name="shards"),
+    "but the kernels take whole weights": dict(fsdp=2, implementation="pallas"),
+}
+
+
+@pytest.mark.parametrize("message", SPLIT_BAD)
+def test_bad_split_weights(message):
+    options = dict(SPLIT_BAD[message])
+    fsdp = options.pop("fsdp")
+    mesh = sharding.make_mesh(fsdp=fsdp, tensor=1, devices=jax.devices()[:fsdp])
+    specs = options.pop("specs", (P(), P("fsdp") if fsdp == 2 else P(), P()))
+    local = functools.partial(sharding.all_gather_matmul, axis="tensor", fsdp=options.pop("name", "fsdp"), **options)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            jax.shard_map(local, mesh=mesh, in_specs=specs[:2], out_specs=specs[2], check_vma=False), X[:1], W
+        )
 
 
 X, W = operands(10)

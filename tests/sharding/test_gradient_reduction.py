@@ -842,3 +842,36 @@ def test_what_the_kernel_cannot_serve(what, options):
         sharding.gradient_reduction(optim.adamw(1e-3), implementation="pallas", **options)
     with pytest.raises(ValueError, match="max_norm must be None with implementation='pallas'"):
         sharding.gradient_reduction(optim.adamw(1e-3, max_norm=1.0), implementation="pallas")
+
+
+def test_layers_that_gather_their_own_parameters():
+    """Weights that `sharding.gated_mlp` sends along fsdp beside its products need no `gather`."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    random = np.random.default_rng(3)
+    array = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
+    params = {"gate": array(16, 24), "up": array(16, 24), "down": array(24, 16)}
+    specs = {"gate": P("fsdp", "tensor"), "up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
+    x, optimizer = array(4, 6, 16), optim.sgd(0.1)
+    reduction = sharding.gradient_reduction(optimizer, axis=("data", "fsdp"), zero=3, small=16)
+    assert reduction.parameter_specs(params, specs, mesh=mesh) == specs
+
+    def step(params, x):
+        def loss(p, x):
+            y = sharding.gated_mlp(x, p["gate"], p["up"], p["down"], sequence=True, overlap=True, fsdp="fsdp")
+            return lax.pmean(jnp.mean(jnp.sin(y)), "tensor")
+
+        state = reduction.init(params)
+        value, grads = reduction.value_and_grad(loss)(params, state, x)
+        return value, reduction.apply(params, grads, state)[0]
+
+    def on_one(params, x):
+        mlp = lambda p: jnp.mean(jnp.sin(jaxops.gated_linear_unit(x, p["gate"], p["up"]) @ p["down"]))
+        value, grads = jax.value_and_grad(mlp)(params)
+        return value, optimizer.apply(params, grads, optimizer.init(params))[0]
+
+    stream = P(("data", "fsdp"), "tensor")
+    split = jax.shard_map(step, mesh=mesh, in_specs=(specs, stream), out_specs=(P(), specs))
+    for got, want in zip(
+        jax.tree.leaves(jax.jit(split)(params, x)), jax.tree.leaves(jax.jit(on_one)(params, x)), strict=True
+    ):
+        assert error(jax.device_get(got), want) < 1e-5

@@ -200,6 +200,30 @@ def test_on_whole_arrays_of_a_mesh(kind, sequence):
     check_sent(program, mesh, textbook)
 
 
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=SLOW), True], ids=["gathered before", "overlap"])
+@pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, marks=SLOW), AxisType.Explicit], ids=str)
+def test_parameters_that_are_split_over_fsdp(kind, overlap):
+    mesh = sharding.make_mesh(fsdp=2, tensor=4, axis_types=kind)
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(Layers(split=True, sequence=True, overlap=overlap, fsdp="fsdp"))
+        kernel = state["block"]["attention"]["out"]["kernel"][...]
+        assert kernel.sharding.shard_shape(kernel.shape) == (HEADS // 4, WIDTH // HEADS, WIDTH // 2)
+        tokens = jax.device_put(TOKENS[:, :-1], P("fsdp"))
+        program = compiled(value_and_gradients(graph), state, tokens)
+        same(program(state, tokens), expected_of_layers())
+
+
+def test_parameters_split_over_fsdp_and_an_input_that_is_not():
+    with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=4)):
+        layer = sharding.nn.ColumnParallelLinear(24, 8, fsdp="fsdp", rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"must be split over 'fsdp', as the parameters are, got shape \(3, 24\)"):
+            jax.eval_shape(lambda x: layer(x), jax.ShapeDtypeStruct((3, 24), jnp.float32))
+        with pytest.raises(
+            ValueError, match=r"kernel has shape \(3, 8\), its dimension 0 must be a multiple of 2.*'fsdp'"
+        ):
+            sharding.nn.ColumnParallelLinear(3, 8, fsdp="fsdp", rngs=nnx.Rngs(0))
+
+
 def test_without_the_axis_it_is_the_layer_of_one_device():
     graph, state = nnx.split(Layers(split=True, sequence=True))
     same(jax.jit(value_and_gradients(graph))(state, TOKENS[:, :-1]), expected_of_layers())

@@ -100,6 +100,35 @@ def test_layers(layer, stream):
     same(jax.jit(value_and_gradients(run))(X, parameters), value_and_gradients(plain)(X, parameters))
 
 
+SPLIT = {  # of the matrices, the dimension that is D is split over "fsdp" besides
+    "two products": (P("fsdp", T), P(T), P(T, "fsdp"), P()),
+    "gated mlp": (P("fsdp", T), P("fsdp", T), P(T, "fsdp")),
+    "grouped heads": (*[P("fsdp", T)] * 3, P(T, None, "fsdp"), (P(T), None, P(T), P())),
+    "replicated heads": (P("fsdp", T), P("fsdp"), P("fsdp"), P(T, None, "fsdp")),
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "stream"),
+    [
+        pytest.param(a, b, marks=() if (a, b) == ("gated mlp", "overlap") else pytest.mark.slow)
+        for a in SPLIT
+        for b in STREAMS
+    ],
+)
+def test_layers_of_parameters_that_are_split_over_fsdp(layer, stream):
+    split, plain, parameters, _, options = LAYERS[layer]
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    x_spec = P("fsdp", "tensor") if stream != "whole" else P("fsdp")
+    run = jax.shard_map(
+        functools.partial(split, fsdp="fsdp", **options, **STREAMS[stream]),
+        mesh=mesh,
+        in_specs=(x_spec, *SPLIT[layer]),
+        out_specs=x_spec,
+    )
+    same(jax.jit(value_and_gradients(run))(X, parameters), value_and_gradients(plain)(X, parameters))
+
+
 WEIGHT, BIAS, WEIGHTS = data(D, V), data(V), jnp.abs(data(B, S))
 LABELS = jnp.asarray(RANDOM.integers(0, V, (B, S)), jnp.int32).at[0, 3].set(-100).at[1, 2].set(V - 1)
 OPTIONS = {

@@ -16,7 +16,9 @@ import jax
 from jax import lax
 from jax._src import config
 from jax._src.dispatch import prim_requires_devices_during_lowering
-from jax.interpreters import mlir
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, Mesh, get_abstract_mesh, use_abstract_mesh
 
 from pallas_kernels import chips
@@ -63,6 +65,25 @@ def on_cpu(cpu: Callable, otherwise: Callable, *operands: Any) -> Any:
 def on_tpu(tpu: Callable, otherwise: Callable, *operands: Any) -> Any:
     """`tpu(*operands)` in a program for a TPU, else `otherwise(*operands)`: for XLA rules cut for its vector unit."""
     return lax.platform_dependent(*operands, tpu=tpu, default=otherwise)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x, which XLA is to keep with its last axis together; in an exported program, which cannot ask for a layout, XLA
+    chooses."""
+    return _row_major_p.bind(x)
+
+
+def _lower_row_major(context, x):
+    exported = context.module_context.lowering_parameters.for_export
+    constraint = lambda x: x if exported else with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return mlir.lower_fun(constraint, multiple_results=False)(context, x)
+
+
+_row_major_p = Primitive("row_major")
+_row_major_p.def_impl(lambda x: x)
+_row_major_p.def_abstract_eval(lambda x: x)
+batching.defvectorized(_row_major_p)
+mlir.register_lowering(_row_major_p, _lower_row_major)
 
 
 @dataclasses.dataclass(frozen=True)

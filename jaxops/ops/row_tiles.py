@@ -7,9 +7,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 from jaxops import dispatch
 
@@ -63,29 +60,11 @@ def outer_products(x: jax.Array, y: jax.Array, precision: lax.PrecisionLike = No
 
     def transposed(x, y):
         # XLA's fast path takes rows alone, in and out; it would widen both for a layout of its own choice.
-        x = _row_major(jnp.moveaxis(x, -1, 0))
-        return _row_major(product(x, y, ((tuple(range(1, x.ndim)), axes), ((), ()))))
+        x = dispatch.row_major(jnp.moveaxis(x, -1, 0))
+        return dispatch.row_major(product(x, y, ((tuple(range(1, x.ndim)), axes), ((), ()))))
 
     plain = lambda x, y: product(x, y, ((axes, axes), ((), ())))
     return dispatch.on_cpu(transposed, plain, x, y) if x.dtype == y.dtype == jnp.bfloat16 else plain(x, y)
-
-
-def _row_major(x: jax.Array) -> jax.Array:
-    return _row_major_p.bind(x)
-
-
-def _lower_row_major(context, x):
-    """A layout is nothing that an exported program could ask for: there XLA chooses."""
-    exported = context.module_context.lowering_parameters.for_export
-    constraint = lambda x: x if exported else with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    return mlir.lower_fun(constraint, multiple_results=False)(context, x)
-
-
-_row_major_p = Primitive("row_major")
-_row_major_p.def_impl(lambda x: x)
-_row_major_p.def_abstract_eval(lambda x: x)
-batching.defvectorized(_row_major_p)
-mlir.register_lowering(_row_major_p, _lower_row_major)
 
 
 def row_mean(x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -125,6 +125,19 @@ def test_token_weights_count_in_the_loss_its_mean_and_have_a_gradient():
     assert error(of_x, u[:, None] * plain_of_x) < 1e-6 and not of_x[3].any()
 
 
+def test_float16_gradients_of_a_mean_do_not_underflow():
+    random = np.random.default_rng(743)
+    x, weight = (jnp.asarray(random.standard_normal(shape), "float16") for shape in ((765, 16), (16, 255)))
+    labels = jnp.asarray(random.integers(0, 255, 765))
+    with jax.enable_x64(True):
+        exact = jax.grad(lambda *wide: reference(*wide, labels, **PLAIN)[0].mean(), (0, 1))
+        exact = exact(x.astype("float64"), weight.astype("float64"))
+    gradients = lambda scale: jax.grad(lambda x, w: scale * linear_cross_entropy(x, w, labels), (0, 1))(x, weight)
+    for got, oracle, of_nothing in zip(gradients(1), exact, gradients(0), strict=True):
+        assert error(got, np.asarray(oracle), 2) < 4e-4
+        assert not jnp.any(of_nothing)
+
+
 def test_leading_axes_and_label_dtypes():
     o = small()
     flat = per_token(**o)

@@ -86,14 +86,24 @@ def gradients(layer: Layer, width: int, dz_of: Callable) -> dict[str, jax.Array]
         dz = dz_of(start, z).astype(layer.wide)
         if bias is not None:
             dbias = lax.dynamic_update_slice_in_dim(dbias, jnp.sum(dz, 0).astype(dbias.dtype), start, 0)
-        dz = dz.astype(narrow)
-        dx = dx + product(dz, chunk.astype(narrow), (((1,), (1,)), ((), ())))
-        part = outer_products(x.astype(narrow), dz)
+        scale = _scale(dz, narrow)
+        dz = (dz * scale).astype(narrow)
+        dx = dx + product(dz, chunk.astype(narrow), (((1,), (1,)), ((), ()))) / scale
+        part = outer_products(x.astype(narrow), dz) / scale
         return dx, lax.dynamic_update_slice_in_dim(dweight, part.astype(weight.dtype), start, 1), dbias
 
     empty = jnp.zeros(x.shape, layer.wide), jnp.zeros_like(weight), None if bias is None else jnp.zeros_like(bias)
     dx, dweight, dbias = over_chunks(layer.vocab, width, step, empty)
     return {"x": dx.astype(x.dtype), "weight": dweight} | ({} if bias is None else {"bias": dbias})
+
+
+def _scale(dz: jax.Array, dtype: Any) -> Any:
+    """A power of 2 that keeps the larger numbers of dz normal in float16: those of a mean are near its least."""
+    if dtype != jnp.float16:
+        return 1
+    most = jnp.max(jnp.abs(dz))
+    power = jnp.minimum(10 - jnp.ceil(jnp.log2(most)), 100)
+    return jnp.where((most > 0) & jnp.isfinite(most), jnp.exp2(power), 1)
 
 
 def check_reduction(operator: str, reduction: str) -> None:

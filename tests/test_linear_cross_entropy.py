@@ -130,11 +130,13 @@ def test_float16_gradients_of_a_mean_do_not_underflow():
     x, weight = (jnp.asarray(random.standard_normal(shape), "float16") for shape in ((765, 16), (16, 255)))
     labels = jnp.asarray(random.integers(0, 255, 765))
     with jax.enable_x64(True):
-        exact = jax.grad(lambda *wide: reference(*wide, labels, **PLAIN)[0].mean(), (0, 1))
+        exact = jax.grad(lambda *wide: reference(*wide, labels, **ALL)[0].mean(), (0, 1))
         exact = exact(x.astype("float64"), weight.astype("float64"))
-    gradients = lambda scale: jax.grad(lambda x, w: scale * linear_cross_entropy(x, w, labels), (0, 1))(x, weight)
+    gradients = lambda scale: jax.grad(lambda x, w: scale * linear_cross_entropy(x, w, labels, **ALL), (0, 1))(
+        x, weight
+    )
     for got, oracle, of_nothing in zip(gradients(1), exact, gradients(0), strict=True):
-        assert error(got, np.asarray(oracle), 2) < 4e-4
+        assert error(got, np.asarray(oracle)) < 5e-4
         assert not jnp.any(of_nothing)
 
 

@@ -127,15 +127,15 @@ def test_token_weights_count_in_the_loss_its_mean_and_have_a_gradient():
 
 def test_float16_gradients_of_a_mean_do_not_underflow():
     random = np.random.default_rng(743)
-    x, weight = (jnp.asarray(random.standard_normal(shape), "float16") for shape in ((765, 16), (16, 255)))
-    labels = jnp.asarray(random.integers(0, 255, 765))
+    x, weight = (jnp.asarray(random.standard_normal(shape), "float16") for shape in ((4096, 16), (16, 1000)))
+    labels = jnp.asarray(random.integers(0, 1000, 4096))
     with jax.enable_x64(True):
         exact = jax.grad(lambda *wide: reference(*wide, labels, **ALL)[0].mean(), (0, 1))
         exact = exact(x.astype("float64"), weight.astype("float64"))
     loss = functools.partial(linear_cross_entropy, labels=labels, **ALL)
     gradients = lambda scale: jax.grad(lambda x, w: scale * loss(x, w), (0, 1))(x, weight)
     for got, oracle, of_nothing in zip(gradients(1), exact, gradients(0), strict=True):
-        assert error(got, np.asarray(oracle)) < 4e-4
+        assert error(got, np.asarray(oracle)) < 1e-3  # rounded as they are, they are wrong by 5e-3 and 9e-3
         assert not jnp.any(of_nothing)
 
 

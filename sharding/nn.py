@@ -465,7 +465,7 @@ def _run(
         raise ValueError(
             f"{called}: context {context!r} and axis {axis!r} must be axes of the mesh, which has {mesh.axis_names}"
         )
-    if context in mesh.manual_axes:  # XLA aborts on a ring inside of two
+    if context in mesh.manual_axes:  # XLA aborts on a ring in a shard_map inside of it
         raise ValueError(
             f"{called}: axis must be an axis of the jax.shard_map that context {context!r} is of, got {axis!r}, with "
             f"axes {tuple(mesh.manual_axes)} there"

@@ -22,9 +22,10 @@ from flax.core.spmd import shard_value
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh, reshard
 
 from jaxops.nn import MoE, TransformerBlock
-from jaxops.nn.attention import attend
+from jaxops.nn.attention import AttentionOptions, attend, default_precision, rotated
 from jaxops.nn.implementation import without_kernels
-from sharding import tensor
+from sharding import collectives, tensor
+from sharding.context import context_parallel_attention, context_positions
 from sharding.experts import expert_parallel_mixture
 from sharding.mesh import check_spec, path_name
 
@@ -161,6 +162,10 @@ class ParallelTransformerBlock(TransformerBlock):
     x[..., S_T, D], and each all-reduce becomes a reduce-scatter and an all-gather, the same bytes; norms and residual
     connections then work on 1 / T of the rows.
 
+    With `context` the sequence is split over C besides, x[..., S_C, D], or with `sequence` x[..., S_{C, T}, D], a
+    device of C having the rows of all its T one after the other. Keys and values of the device's heads go round C
+    (`sharding.context_parallel_attention`), and nothing else is sent along it but gradients of parameters.
+
     Parameters, names and shapes are those of `jaxops.nn.TransformerBlock`, and so are checkpoints.
 
     Args:
@@ -171,10 +176,14 @@ class ParallelTransformerBlock(TransformerBlock):
       fsdp: the mesh axis that every matrix's other dimension, in_features, is split over: gathered beside the products
         with `overlap`, else before.
       replicate_kv: for fewer key heads than devices: every device has all of them and uses the one its heads share.
-      **arguments: further ones of `jaxops.nn.TransformerBlock`, except attention's `dropout_rate`.
+      context: the mesh axis C, which may be that of fsdp. Positions are then those of the whole sequence.
+      balanced: the sequence is in the order of `sharding.context_order`, in which causal attention gives all devices of
+        C the same work.
+      **arguments: further ones of `jaxops.nn.TransformerBlock`, except attention's `dropout_rate`, and with `context`
+        no `precision` other than the default.
 
     There is no decoding with a cache. Raises `ValueError` for an option that is not there, and while tracing for a size
-    that T does not divide.
+    that T does not divide, a sequence that C does not, a mesh without C, and as `sharding.context_parallel_attention`.
     """
 
     def __init__(
@@ -188,9 +197,19 @@ class ParallelTransformerBlock(TransformerBlock):
         overlap: bool = False,
         fsdp: str | None = None,
         replicate_kv: bool = False,
+        context: str | None = None,
+        balanced: bool = False,
         rngs: nnx.Rngs,
         **arguments: Any,
     ):
+        if balanced and context is None:
+            raise ValueError("ParallelTransformerBlock: balanced is an order of a split sequence, got no context axis")
+        if context is not None and context == axis:
+            raise ValueError(f"ParallelTransformerBlock: context must be another mesh axis than axis, got {context!r}")
+        if context is not None and not default_precision(arguments.get("precision")):
+            raise ValueError(
+                f"ParallelTransformerBlock: precision must be the default with context, got {arguments['precision']!r}"
+            )
         if arguments.get("dropout_rate"):
             raise ValueError(
                 f"ParallelTransformerBlock: dropout_rate must be 0, got {arguments['dropout_rate']}; for dropout "
@@ -198,7 +217,7 @@ class ParallelTransformerBlock(TransformerBlock):
             )
         super().__init__(num_heads, in_features, hidden_features, rngs=rngs, **arguments)
         self.axis, self.sequence, self.overlap, self.fsdp = axis, sequence, overlap, fsdp
-        self.replicate_kv = replicate_kv
+        self.replicate_kv, self.context, self.balanced = replicate_kv, context, balanced
         for name in ("query", "key", "value"):
             heads = None if replicate_kv and name != "query" else axis
             _place(getattr(self.attention, name), "kernel", fsdp, heads, None)
@@ -212,9 +231,10 @@ class ParallelTransformerBlock(TransformerBlock):
     def __call__(  # type: ignore[override]
         self, x: jax.Array, *, input_positions: jax.Array | None = None, is_causal: bool | None = None
     ) -> jax.Array:
-        """`x[..., S, in_features]` to the same shape; inside a shard_map with `sequence`, the device's rows of it.
+        """`x[..., S, in_features]` to the same shape; inside a shard_map the device's rows, if they are split.
 
-        input_positions: [..., S] of the whole sequence, for rotary embeddings. is_causal: instead of the constructor's.
+        input_positions: [..., S] of the whole sequence, for rotary embeddings; inside a shard_map with `context`, of
+        its part, [..., S / C]. is_causal: instead of the constructor's.
         """
         rows = -2 if self.sequence else None
         return _run(
@@ -229,7 +249,10 @@ class ParallelTransformerBlock(TransformerBlock):
         )
 
     def local(self, x: jax.Array, **attention_arguments: Any) -> jax.Array:
-        """The block on the device's shards; further keywords of `jaxops.dot_product_attention` are of its heads."""
+        """The block on the device's shards; further keywords of `jaxops.dot_product_attention` are of its heads.
+
+        With `context` these are `query_segment_ids`, `key_value_segment_ids`, both [..., S / C], and `sinks`.
+        """
         how = _how(self)
         x = self.attended(x, **attention_arguments)
         mlp, h = self.mlp, self.mlp_norm(x)
@@ -252,6 +275,9 @@ class ParallelTransformerBlock(TransformerBlock):
         def heads(query, key, value):
             if layer.query_ln is not None and layer.key_ln is not None:
                 query, key = layer.query_ln(query), layer.key_ln(key)
+            if self.context is not None:
+                more = {"positions": input_positions, "mask": mask, **arguments}
+                return self._ring(self.context, query, key, value, options, **more)
             return attend(
                 query,
                 key,
@@ -276,6 +302,45 @@ class ParallelTransformerBlock(TransformerBlock):
             precision=layer.precision,
             implementation=without_kernels(options.implementation),
             **_how(self),
+        )
+
+    def _ring(
+        self,
+        axis: str,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        options: AttentionOptions,
+        *,
+        positions: jax.Array | None,
+        **arguments: Any,
+    ) -> jax.Array:
+        """`attend` for a sequence that is split over `axis`."""
+        name = type(self).__name__
+        given = {option: x for option, x in arguments.items() if x is not None}
+        if refused := given.keys() - {"query_segment_ids", "key_value_segment_ids", "sinks"}:
+            raise ValueError(f"{name}: {min(refused)} must be None with context {axis!r}, as a ring has none")
+        collectives.axis_size(f"{name}, context", axis)
+        if self.balanced and query.shape[-3] % 2:
+            raise ValueError(
+                f"{name}: its query has shape {query.shape}, its dimension {query.ndim - 3} must be a multiple of 2 if "
+                f"balanced, two blocks for each device along {axis!r}"
+            )
+        if positions is None:
+            positions = context_positions(query.shape[-3], axis=axis, balanced=self.balanced)
+        query, key, value = _promoted(self.attention.dtype, *rotated(query, key, options, positions), value)
+        return context_parallel_attention(
+            query,
+            key,
+            value,
+            axis=axis,
+            balanced=self.balanced,
+            is_causal=options.is_causal,
+            local_window_size=options.local_window_size,
+            logits_soft_cap=options.logits_soft_cap,
+            scale=options.scale,
+            implementation=options.implementation,
+            **given,
         )
 
 
@@ -389,12 +454,23 @@ def _run(
 
     whole: how many dimensions of x, from the last, may be split over no other axis. split, out_split: which dimensions
     of x and of the result are split over the layer's axis. positions: [..., S], beside x. options: not traced.
+    The rows of a layer with a context axis are split over that first.
     """
-    mesh, axis = get_abstract_mesh(), layer.axis
+    mesh, axis, called = get_abstract_mesh(), layer.axis, type(layer).__name__
+    context = getattr(layer, "context", None)
     beside = {} if positions is None else {"input_positions": positions}
     if axis in mesh.manual_axes:
         return layer.local(x, **beside, **options)
-    if mesh.shape.get(axis, 1) == 1:
+    if context is not None and not mesh.empty and not {axis, context} <= set(mesh.axis_names):
+        raise ValueError(
+            f"{called}: context {context!r} and axis {axis!r} must be axes of the mesh, which has {mesh.axis_names}"
+        )
+    if context in mesh.manual_axes:  # XLA aborts on a ring in a shard_map inside of it
+        raise ValueError(
+            f"{called}: axis must be an axis of the jax.shard_map that context {context!r} is of, got {axis!r}, with "
+            f"axes {tuple(mesh.manual_axes)} there"
+        )
+    if mesh.shape.get(axis, 1) == mesh.shape.get(context, 1) == 1:
         return alone(x, **beside, **options)
 
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -403,33 +479,39 @@ def _run(
     batch: tuple[str, ...] = ()
     for name in BATCH if x.ndim > whole else ():
         more = parts * mesh.shape.get(name, 1)
-        if kinds.get(name) == AxisType.Auto and name != axis and x.shape[0] % more == 0:
+        if kinds.get(name) == AxisType.Auto and name not in (axis, context) and x.shape[0] % more == 0:
             batch, parts = (*batch, name), more
 
-    def spec_of(array: jax.Array, whole: int, rank: int, dimension: int | None) -> PartitionSpec:
-        """Where the first dimensions lie besides, and one dimension over the layer's axis."""
+    def spec_of(rank: int, dimension: int | None) -> PartitionSpec:
+        """Where the first dimensions of x lie besides, the rows over context, one dimension over the layer's axis."""
         entries: list[tuple[str, ...]] = [()] * rank
-        for i, entry in enumerate(jax.typeof(array).sharding.spec[: array.ndim - whole]):
+        for i, entry in enumerate(jax.typeof(x).sharding.spec[: x.ndim - whole]):
             names = entry if isinstance(entry, tuple) else (entry,)
-            entries[i] = tuple(name for name in names if name not in (None, axis))
-        if array.ndim > whole and array.shape[0] == x.shape[0]:
+            entries[i] = tuple(name for name in names if name not in (None, axis, context))
+        if x.ndim > whole:
             entries[0] += batch
+        if context is not None:
+            entries[-2] += (context,)
         if dimension is not None:
             entries[dimension] += (axis,)
         return PartitionSpec(*(entry or None for entry in entries))
 
+    def spec_of_positions(array: jax.Array) -> PartitionSpec:
+        """As x lies, where the dimension is not one for all."""
+        sides = zip(array.shape, x.shape[-1 - array.ndim : -1], x_spec[-1 - array.ndim : -2], strict=False)
+        return PartitionSpec(*(entry if size == of_x else None for size, of_x, entry in sides), context)
+
     graph, state = nnx.split(layer)
     parameters, tree = jax.tree.flatten(state)
     specs = jax.tree.leaves(nnx.get_partition_spec(state))
-    called = type(layer).__name__
     for (path, array), spec in zip(jax.tree.leaves_with_path(state), specs, strict=True):
         check_spec(called, path_name(path), array.shape, spec, mesh)
     if x.ndim < max(whole, -(split or 0)) or rank < -(out_split or 0):
         raise ValueError(f"{called}: its input must have rows to be split over {axis!r}, got shape {x.shape}")
-    x_spec, y_spec = spec_of(x, whole, x.ndim, split), spec_of(x, whole, rank, out_split)
+    x_spec, y_spec = spec_of(x.ndim, split), spec_of(rank, out_split)
     check_spec(called, "its input", x.shape, x_spec, mesh)
     given = (parameters, x, beside)
-    in_specs = (specs, x_spec, {name: spec_of(array, 1, array.ndim, None) for name, array in beside.items()})
+    in_specs = (specs, x_spec, {name: spec_of_positions(array) for name, array in beside.items()})
     explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
     if explicit:
         given = jax.tree.map(reshard, given, in_specs)
@@ -437,7 +519,7 @@ def _run(
     def on_shards(parameters, x, beside):
         return nnx.merge(graph, jax.tree.unflatten(tree, parameters)).local(x, **beside, **options)
 
-    names = {axis, *batch, *explicit}
+    names = {axis, *batch, *explicit, *([] if context is None else [context])}
     fsdp = getattr(layer, "fsdp", None)
     if fsdp is not None:
         if not any(fsdp in (entry if isinstance(entry, tuple) else (entry,)) for entry in x_spec):

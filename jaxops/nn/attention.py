@@ -90,7 +90,7 @@ def attention_fn(
         reason = "sowing the attention weights"
     elif qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
         reason = "custom einsums"
-    elif not _default_precision(precision):
+    elif not default_precision(precision):
         reason = f"precision={precision!r}"
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     if reason is None:
@@ -143,6 +143,25 @@ def attention_fn(
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
+def rotated(
+    query: jax.Array, key: jax.Array, options: AttentionOptions, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Query and key, rotated by the positions [batch…, T] or [T] where the options say so.
+
+    Keys of another number are those of cross-attention: they count from 0.
+    """
+    if options.rope_base is None:
+        return query, key
+    key_positions = positions if key.shape[-3] == query.shape[-3] else jnp.arange(key.shape[-3])
+    rotate: dict[str, Any] = {
+        "base": options.rope_base,
+        "scaling": options.rope_scaling,
+        "implementation": without_kernels(options.implementation),
+    }
+    query = rope(query, jnp.broadcast_to(positions, query.shape[:-2]), **rotate)
+    return query, rope(key, jnp.broadcast_to(key_positions, key.shape[:-2]), **rotate)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -169,18 +188,9 @@ def attend(
     Returns the output [batch…, T, heads, dim] and the new cache.
     """
     tokens = query.shape[-3]
-    start = 0 if cache is None else cache[2]
-    if options.rope_base is not None:
-        query_positions = start + jnp.arange(tokens) if positions is None else positions
-        # Cross-attention: keys count from 0 as queries do.
-        key_positions = query_positions if key.shape[-3] == tokens else jnp.arange(key.shape[-3])
-        rotate: dict[str, Any] = {
-            "base": options.rope_base,
-            "scaling": options.rope_scaling,
-            "implementation": without_kernels(options.implementation),
-        }
-        query = rope(query, jnp.broadcast_to(query_positions, query.shape[:-2]), **rotate)
-        key = rope(key, jnp.broadcast_to(key_positions, key.shape[:-2]), **rotate)
+    if positions is None:
+        positions = (0 if cache is None else cache[2]) + jnp.arange(tokens)
+    query, key = rotated(query, key, options, positions)
     choice: dict[str, Any] = {
         "logits_soft_cap": options.logits_soft_cap,
         "scale": options.scale,
@@ -429,9 +439,9 @@ def _fused(query, key, value, bias, mask, **options):
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
-def _default_precision(precision: Any) -> bool:
+def default_precision(precision: Any) -> bool:
     if precision is None or isinstance(precision, tuple):
-        return precision is None or all(map(_default_precision, precision))
+        return precision is None or all(map(default_precision, precision))
     return (
         lax.Precision(precision) == lax.Precision.DEFAULT
         if not isinstance(precision, lax.DotAlgorithmPreset)

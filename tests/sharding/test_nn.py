@@ -39,13 +39,13 @@ class Model(nnx.Module):
             self.block = TransformerBlock(HEADS, WIDTH, HIDDEN, dtype=dtype, rngs=rngs, **OPTIONS)
         self.norm = RMSNorm(WIDTH, dtype=dtype, rngs=rngs)
 
-    def loss(self, tokens):
-        x = self.norm(self.block(self.embed(tokens[:, :-1])))
+    def loss(self, tokens, labels):
+        x = self.norm(self.block(self.embed(tokens)))
         weight = self.embed.embedding[...].astype(x.dtype).T
         if not self.split:
-            return jaxops.linear_cross_entropy(x, weight, tokens[:, 1:])
+            return jaxops.linear_cross_entropy(x, weight, labels)
         return sharding.vocab_parallel_cross_entropy(
-            x, weight, tokens[:, 1:], sequence=self.options.get("sequence", False), axis_names="data"
+            x, weight, labels, sequence=self.options.get("sequence", False), axis_names=("data", "context")
         )
 
 
@@ -53,22 +53,24 @@ class Model(nnx.Module):
 def expected(dtype=None):
     """(loss, gradients) on one device."""
     graph, state = nnx.split(Model(dtype))
-    return jax.jit(jax.value_and_grad(lambda state: nnx.merge(graph, state).loss(TOKENS)))(state)
+    return jax.jit(jax.value_and_grad(lambda state: nnx.merge(graph, state).loss(TOKENS[:, :-1], TOKENS[:, 1:])))(state)
 
 
 def manual(mesh, dtype=None, **options):
-    """(compiled loss and gradients inside one shard_map over the whole mesh, its parameters)"""
+    """(compiled loss and gradients inside one shard_map over the whole mesh, its operands)"""
     graph, state = nnx.split(Model(dtype, split=True, **options))
-    specs = nnx.get_partition_spec(state)
+    specs, batch = nnx.get_partition_spec(state), P("data", "context")
 
-    def loss(state, tokens):
+    def loss(state, tokens, labels):
         # Once for all uses (of the embedding there are two), so that gradients are summed over data once.
-        state = jax.tree.map(lambda x: sharding.copy(x, "data"), state)
-        return nnx.merge(graph, state).loss(tokens)
+        state = jax.tree.map(lambda x: sharding.copy(sharding.copy(x, "data"), "context"), state)
+        return nnx.merge(graph, state).loss(tokens, labels)
 
-    local = jax.shard_map(loss, mesh=mesh, in_specs=(specs, P("data")), out_specs=P())
-    placed = sharding.shard(state, mesh)
-    return compiled(jax.value_and_grad(local), placed, TOKENS), placed
+    local = jax.shard_map(loss, mesh=mesh, in_specs=(specs, batch, batch), out_specs=P())
+    balanced = options.get("balanced", False)
+    order = sharding.context_order(LENGTH, mesh.shape["context"]) if balanced else np.arange(LENGTH)
+    operands = sharding.shard(state, mesh), TOKENS[:, :-1][:, order], TOKENS[:, 1:][:, order]
+    return compiled(jax.value_and_grad(local), *operands), operands
 
 
 def same(got, want, tolerance=1e-5):
@@ -113,8 +115,8 @@ FURTHER = ("4", "8", "2 sequence")
 def test_inside_shard_map(case):
     tensor, options = CASES[case]
     mesh = sharding.make_mesh(data=-1, tensor=tensor)
-    program, placed = manual(mesh, **options)
-    same(program(placed, TOKENS), expected())
+    program, operands = manual(mesh, **options)
+    same(program(*operands), expected())
 
     data = mesh.shape["data"]
     stream, three_numbers = STREAM // data, 3 * TOKEN // data
@@ -138,8 +140,8 @@ def test_inside_shard_map(case):
 
 def test_bfloat16_is_no_worse_than_on_one_device():
     mesh = sharding.make_mesh(tensor=8)
-    program, placed = manual(mesh, jnp.bfloat16, sequence=True)
-    got, unfused, exact = (jax.tree.leaves(x) for x in (program(placed, TOKENS), expected(jnp.bfloat16), expected()))
+    program, operands = manual(mesh, jnp.bfloat16, sequence=True)
+    got, unfused, exact = (jax.tree.leaves(x) for x in (program(*operands), expected(jnp.bfloat16), expected()))
     for number, (a, b, c) in enumerate(zip(got, unfused, exact, strict=True)):
         no_worse(f"leaf {number}", a, b, c, jnp.bfloat16)
 
@@ -277,3 +279,145 @@ def test_positions_and_replicated_heads():
         layer = sharding.nn.ParallelTransformerBlock(**make, sequence=True, replicate_kv=True, rngs=nnx.Rngs(0))
         got = jax.jit(lambda x, p: layer(x, input_positions=p, is_causal=True))(x, positions)
     assert error(jax.device_get(got), plain) < 1e-5
+
+
+@pytest.mark.parametrize("tensor", [pytest.param(1, marks=SLOW), 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=SLOW),
+        pytest.param({"sequence": True}, marks=SLOW),
+        {"sequence": True, "overlap": True, "balanced": True},
+    ],
+    ids="-".join,
+)
+def test_a_split_sequence_inside_shard_map(options, tensor):
+    """The ring sends what it must: keys and values, again backward with their gradients, and these home."""
+    mesh = sharding.make_mesh(data=2, context=4 // tensor, tensor=tensor)
+    program, operands = manual(mesh, context="context", **options)
+    same(program(*operands), expected())
+    hops = 4 // tensor - 1
+    shards = 2 * BATCH * LENGTH * KV_HEADS * (WIDTH // HEADS) * 4 // 8
+    got = sent(program, dict(mesh.shape))
+    assert got["collective-permute", "context"] == (3 * hops + 1) * shards
+    assert {kind for kind, axis in got if axis == "context"} <= {"collective-permute", "all-reduce"}
+
+
+def sines(y):
+    return jnp.mean(jnp.sin(y) * jnp.linspace(-1, 1, y.size).reshape(y.shape))
+
+
+def block_of(graph, state):
+    return lambda x, positions: nnx.merge(graph, state)(x, input_positions=positions)
+
+
+RING, OVERLAP = {"context": "context"}, {"sequence": True, "overlap": True}
+CONTEXTS = {  # axis kinds, mesh besides, options, whether positions are given
+    "data, auto": (AxisType.Auto, {"data": 2}, RING | {"balanced": True}, False),
+    "data, explicit": (AxisType.Explicit, {"data": 2}, RING | {"sequence": True}, False),
+    "fsdp, auto": (AxisType.Auto, {"fsdp": 2}, RING | OVERLAP | {"fsdp": "fsdp"}, False),
+    "fsdp, explicit": (AxisType.Explicit, {"fsdp": 2}, RING | {"fsdp": "fsdp", "balanced": True}, True),
+    "parameters over context": (AxisType.Auto, {"data": 2}, RING | OVERLAP | {"fsdp": "context"}, True),
+    "sequence over data": (AxisType.Auto, {"data": 4}, {"context": "data", "balanced": True}, True),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == "fsdp, explicit" else SLOW) for case in CONTEXTS]
+)
+def test_a_split_sequence_on_whole_arrays(case):
+    kind, sizes, options, given = CONTEXTS[case]
+    make = dict(num_heads=HEADS, in_features=WIDTH, hidden_features=HIDDEN, **OPTIONS, use_bias=True)
+    mesh = sharding.make_mesh(**sizes, context=-1, tensor=2, axis_types=kind)
+    batch = P() if options["context"] in sizes else P(tuple(sizes))
+    parts = mesh.shape[options["context"]]
+    order = sharding.context_order(LENGTH, parts) if options.get("balanced") else np.arange(LENGTH)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((BATCH, LENGTH, WIDTH)), jnp.float32)
+    positions = jnp.arange(LENGTH) * 3 + jnp.arange(BATCH)[:, None] if given else None
+    graph, state = nnx.split(TransformerBlock(**make, rngs=nnx.Rngs(0)))
+    whole = lambda state, x: sines(block_of(graph, state)(x, positions))
+    want = jax.jit(jax.value_and_grad(whole, (0, 1)))(state, x)
+    with jax.set_mesh(mesh):
+        layer = sharding.nn.ParallelTransformerBlock(**make, **options, rngs=nnx.Rngs(0))
+        graph_of_shards, placed = nnx.split(layer)
+
+        def split(state, x):
+            y = block_of(graph_of_shards, state)(x[:, order], None if positions is None else positions[:, order])
+            y = jax.reshard(y, batch) if kind == AxisType.Explicit else y
+            return sines(y[:, np.argsort(order)])
+
+        x = jax.device_put(x, batch)
+        got = jax.jit(jax.value_and_grad(split, (0, 1)))(placed, x)
+    same(got, want)
+
+
+def test_segments_along_a_split_sequence():
+    make = dict(num_heads=4, in_features=16, hidden_features=24, num_kv_heads=2, use_rope=True)
+    random = np.random.default_rng(1)
+    x = jnp.asarray(random.standard_normal((2, 12, 16)), jnp.float32)
+    ids = jnp.asarray(np.sort(random.integers(0, 3, (2, 12)), axis=1), jnp.int32)
+    layer = sharding.nn.ParallelTransformerBlock(**make, context="context", local_window_size=(5, 2), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    mesh, rows = sharding.make_mesh(data=2, context=2, tensor=2), P("data", "context")
+    run = jax.shard_map(
+        lambda state, x, ids: nnx.merge(graph, state).local(x, query_segment_ids=ids), mesh=mesh,
+        in_specs=(nnx.get_partition_spec(state), rows, rows), out_specs=rows,
+    )  # fmt: skip
+    plain = TransformerBlock(**make, local_window_size=(5, 2), rngs=nnx.Rngs(0))(x, query_segment_ids=ids)
+    assert error(jax.device_get(jax.jit(run)(sharding.shard(state, mesh), x, ids)), plain) < 1e-5
+    with pytest.raises(ValueError, match="ParallelTransformerBlock: mask must be None with context 'context'"):
+        jax.eval_shape(
+            jax.shard_map(
+                lambda state, x: nnx.merge(graph, state).local(x, mask=jnp.ones((1, 1, 6, 6), bool)), mesh=mesh,
+                in_specs=(nnx.get_partition_spec(state), rows), out_specs=rows,
+            ), state, x,
+        )  # fmt: skip
+
+
+BAD_CONTEXTS = {
+    r"its input has shape \(4, 6, 24\), its dimension 1 must be a multiple of 4, the devices along 'context' · 'tens": (
+        {"context": "context", "sequence": True},
+        (4, 6, 24),
+    ),
+    r"its input has shape \(4, 7, 24\), its dimension 1 must be a multiple of 2, the devices along 'context'": (
+        {"context": "context"},
+        (4, 7, 24),
+    ),
+    r"its query has shape \(2, 3, 3, 4\), its dimension 1 must be a multiple of 2 if balanced, .* along 'context'": (
+        {"context": "context", "balanced": True, "is_causal": True},
+        (4, 6, 24),
+    ),
+    "balanced is the order of causal attention": ({"context": "context", "balanced": True}, (4, 8, 24)),
+    "balanced is an order of a split sequence, got no context": ({"balanced": True}, (4, 8, 24)),
+    "context 'ring' and axis 'tensor' must be axes of the mesh, which has": ({"context": "ring"}, (4, 8, 24)),
+    "context must be another mesh axis than axis, got 'tensor'": ({"context": "tensor"}, (4, 8, 24)),
+    "precision must be the default with context, got 'highest'": (
+        {"context": "context", "precision": "highest"},
+        (4, 8, 24),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CONTEXTS)
+def test_bad_context(message):
+    options, shape = BAD_CONTEXTS[message]
+    with jax.set_mesh(sharding.make_mesh(data=2, context=2, tensor=2)), pytest.raises(ValueError, match=message):
+        layer = block(**options)
+        jax.eval_shape(lambda x: layer(x), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+OVER_ONE_AXIS = {
+    "tensor": r"ParallelTransformerBlock, context: axis must be a mesh axis of .*'context'",
+    "context": "axis must be an axis of the jax.shard_map that context 'context' is of, got 'tensor'",
+}
+
+
+@pytest.mark.parametrize("axis", OVER_ONE_AXIS)
+def test_a_shard_map_over_one_of_the_two_axes(axis):
+    graph, state = nnx.split(block(context="context"))
+    run = jax.shard_map(
+        lambda state, x: nnx.merge(graph, state)(x), in_specs=P(), out_specs=P(), axis_names={axis},
+        mesh=sharding.make_mesh(data=2, context=2, tensor=2),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=OVER_ONE_AXIS[axis]):
+        jax.eval_shape(run, state, jax.ShapeDtypeStruct((4, 8, 24), jnp.float32))

@@ -13,20 +13,18 @@ half a point of accuracy in 8 bits, a point in 4), 2 something given is wrong or
 
 import argparse
 import dataclasses
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import generate
-import jax
 import numpy as np
 import optax
 import sentence_encoder
 import train_cnn
 from flax import nnx
 from gpt import text
-from gpt.model import GPT
+from gpt.model import bits_per_byte
 from rich.console import Console
 from rich.table import Table
 
@@ -70,13 +68,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ---- a GPT -----------------------------------------------------------------------------------------------------------
-
-
-def bits_per_byte(model: GPT, batches: np.ndarray) -> float:
-    """-log2 p of a byte given those before it, the mean over windows[batches, batch, length + 1]."""
-    graph, state = nnx.split(model)
-    loss = jax.jit(lambda state, windows: nnx.merge(graph, state).loss(windows))
-    return float(np.mean([loss(state, windows) for windows in batches])) / math.log(2)
 
 
 def gpt(options: argparse.Namespace) -> int:

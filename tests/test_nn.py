@@ -496,20 +496,27 @@ def test_linen_quantised_table():
     assert twin.init(jax.random.key(0), tokens)["quantized"]["values"].shape == (20, WIDTH)
 
 
-def test_linen_training_that_knows_of_rounding():
-    linear, x = nnx.Linear(WIDTH, 10, rngs=nnx.Rngs(0)), data(5, WIDTH)
-    layer = jaxops.nn.FakeQuantizedLinear(linear, "int4", group_size=12, input_scale=0.05)
-    twin = linen.FakeQuantizedLinear(10, "int4", group_size=12, input_scale=0.05)
+@pytest.mark.parametrize("window", [False, True])
+def test_linen_training_that_knows_of_rounding(window):
+    rngs, x, steps = nnx.Rngs(0), data(2, 5, WIDTH), dict(group_size=12, input_scale=0.05)
+    if window:
+        own = dict(strides=2, activation=jaxops.relu)
+        layer = jaxops.nn.FakeQuantizedConv(jaxops.nn.Conv(WIDTH, 10, 3, **own, rngs=rngs), "int4", **steps)
+        twin = linen.FakeQuantizedConv(10, 3, **own, weights="int4", **steps)
+        kept = linen.QuantizedConv(10, 3, **own, weights="int4", activations="int8")
+    else:
+        layer = jaxops.nn.FakeQuantizedLinear(nnx.Linear(WIDTH, 10, rngs=rngs), "int4", **steps)
+        twin = linen.FakeQuantizedLinear(10, "int4", **steps)
+        kept = linen.QuantizedLinear(10, "int4", activations="int8")
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     fresh = twin.init(jax.random.key(0), x)["params"]
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
     loss = lambda params: jnp.sum(twin.apply({"params": params}, x) ** 2)
     want = nnx.to_pure_dict(nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), jax.grad(loss)(params), want)
-    kept = linen.QuantizedLinear(10, "int4", activations="int8")
     np.testing.assert_allclose(kept.apply(kept.of(params), x), layer.converted()(x), rtol=1e-6)
     with pytest.raises(TypeError, match="weights must be one of int8, int4, got float8_e5m2"):
-        linen.FakeQuantizedLinear(10, "float8_e5m2").init(jax.random.key(0), x)
+        twin.clone(weights="float8_e5m2").init(jax.random.key(0), x)
 
 
 def test_linen_norm_of_a_sum():

@@ -1,5 +1,7 @@
 """A whole model in few bits: observers, rounding for outputs, rules, reports, and training that knows of it."""
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -320,9 +322,131 @@ def test_what_does_not_fit_a_convolution_is_said(images):
         jaxops.nn.QuantizedConv.of(model.head)
     with pytest.raises(ValueError, match="QuantizedConv: activations must be None or 'int8', got 'int4'"):
         jaxops.nn.QuantizedConv.of(model.stem, activations="int4")
+    aware = jaxops.nn.quantization_aware
+    with pytest.raises(ValueError, match="quantization_aware: strided: balance, rounding and zero points are not trai"):
+        aware(model, [("strided", Scheme(rounding="outputs"))])
+    with pytest.raises(ValueError, match="quantization_aware: strided: group_size must divide the 16 input channels"):
+        aware(model, [("strided", Scheme(group_size=24))])
+    with pytest.raises(ValueError, match="quantization_aware: stem: its scheme needs calibration"):
+        aware(model, [("stem", Scheme(activations="int8"))])
+    with pytest.raises(TypeError, match=r"FakeQuantizedConv: conv must be an nnx\.Conv, got Linear"):
+        jaxops.nn.FakeQuantizedConv(model.head)
+    with pytest.raises(TypeError, match="FakeQuantizedConv: dtype must be one of int8, int4, got float8_e5m2"):
+        jaxops.nn.FakeQuantizedConv(model.stem, "float8_e5m2")
+    with pytest.raises(ValueError, match="FakeQuantizedConv: out_sharding must be None, got 1"):
+        jaxops.nn.FakeQuantizedConv(model.stem)(jnp.ones((1, 4, 4, 3)), 1)
+    with pytest.raises(ValueError, match="must end in 2 spatial axes and 3 channels"):
+        jaxops.nn.FakeQuantizedConv(model.stem)(jnp.ones((1, 4, 4, 2)))
     bad = np.full((1, 8, 6, 3), np.inf, np.float32)
     with pytest.raises(ValueError, match=r"batch 0: the input of stem: .* are NaN or infinite"):
         jaxops.nn.calibrate(model, [bad], layers="stem")
+
+
+CONVOLUTIONS = {
+    "plain": (dict(), dict()),
+    "strided, in groups of channels": (dict(strides=2, padding="VALID", use_bias=False), dict(group_size=4)),
+    "grouped": (dict(feature_group_count=2, kernel_dilation=2), dict(dtype="int4")),
+    "masked": (dict(mask=normal(3, 2, 8, 6) > 0, padding="CIRCULAR"), dict(dtype="int4", group_size=2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "case"),
+    [
+        (True, "grouped"),
+        (False, "strided, in groups of channels"),
+        pytest.param(True, "plain", marks=pytest.mark.slow),
+        pytest.param(False, "masked", marks=pytest.mark.slow),
+    ],
+)
+def test_a_convolution_to_train_on_has_the_gradients_of_its_definition(own, case):
+    """Of rounding it is 1 (straight through), of steps that of LSQ over √(numbers · largest)."""
+    window, options = CONVOLUTIONS[case]
+    more = dict(activation=jaxops.relu) if own else {}
+    conv = (jaxops.nn.Conv if own else nnx.Conv)(8, 6, (3, 2), rngs=nnx.Rngs(0), **window, **more)
+    layer = jaxops.nn.FakeQuantizedConv(conv, **options, input_scale=0.01)  # clips inputs,
+    layer.scales[...] *= 0.8  # and weights
+    x = jnp.asarray(normal(2, 7, 6, 8))
+    residual = jnp.asarray(normal(*conv(x).shape, seed=1)) if own else None
+    dy = jnp.asarray(normal(*conv(x).shape, seed=2))
+    graph, parameters = nnx.split(layer)
+    call = lambda p, x: nnx.merge(graph, p)(x, **(dict(residual=residual) if own else {}))
+    y, pull = jax.vjp(call, parameters, x)
+    got, dx = pull(dy)
+
+    most = jnp.iinfo(options.get("dtype", "int8")).max
+    kept = 1 if conv.mask is None else np.asarray(conv.mask)
+    kernel, scales = np.asarray(conv.kernel[...]) * kept, np.asarray(layer.scales[...])
+    spread = scales.repeat(8 // window.get("feature_group_count", 1) // scales.shape[2], 2) + 0 * kernel
+
+    def rounded(x, step, most):
+        """Integers, where they are none of the ends, and what a step gives each."""
+        value = np.asarray(x) / np.float32(step)
+        inside, nearest = abs(value) <= most, np.clip(np.round(value), -most, most)
+        return nearest, inside, np.where(inside, nearest - value, nearest)
+
+    (xs, x_inside, of_x), (ks, k_inside, of_k) = rounded(x, 0.01, 127), rounded(kernel, spread, most)
+    assert not x_inside.all() and not k_inside.all()
+    plain = nnx.Conv(8, 6, (3, 2), rngs=nnx.Rngs(0), **{k: v for k, v in window.items() if k != "mask"})
+    plain, rest = nnx.split(plain)
+
+    def exact(x, kernel):
+        z = nnx.merge(plain, {**rest, "kernel": rest["kernel"].replace(kernel)})(x)
+        return jnp.maximum(z, 0) + residual if own else z
+
+    want, back = jax.vjp(exact, jnp.asarray(xs * np.float32(0.01)), jnp.asarray(ks * spread))
+    of_xs, of_ks = back(dy)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    close(y, want)
+    close(dx, of_xs * x_inside)
+    close(got["kernel"][...], of_ks * k_inside * kept)
+    close(got["input_scale"][...], np.sum(of_xs * of_x) / math.sqrt(x.size * 127), rtol=1e-3)
+    sums = np.asarray(of_ks * of_k).reshape(*kernel.shape[:2], scales.shape[2], -1, 6).sum(3)
+    sums = sums if scales.shape[0] > 1 else sums.sum((0, 1), keepdims=True)
+    close(got["scales"][...], sums / math.sqrt(kernel.size / scales.size * most), rtol=1e-3)
+    assert ("bias" in got) == window.get("use_bias", True)
+    close(layer.converted()(x, residual=residual), y)
+
+
+def test_a_convolution_to_train_on_computes_in_the_dtype_of_the_layer():
+    conv = jaxops.nn.Conv(4, 6, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer = jaxops.nn.FakeQuantizedConv(conv, input_scale=0.05)
+    x = jnp.asarray(normal(2, 3, 9, 4))  # two batch axes
+    y = layer(x)
+    assert y.dtype == jnp.bfloat16 and y.shape == (2, 3, 9, 6)
+    assert error(y.astype(jnp.float32), conv(x).astype(jnp.float32)) < 0.03
+    assert error(layer.converted()(x).astype(jnp.float32), y.astype(jnp.float32)) < 0.01
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme("int4", group_size=4),
+        pytest.param(Scheme(activations="int8", observer="min_max"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_model_with_convolutions_is_trained_with_what_it_will_round(scheme, images):
+    model, x, calibration = images
+    rules = [("head", None), ("stem", dataclasses.replace(scheme, group_size=None)), ("", scheme)]
+    aware = jaxops.nn.quantization_aware(model, rules, calibration)
+    kinds = {name: type(getattr(aware, name)) for name in ("stem", "grouped", "strided", "line", "head")}
+    assert kinds.pop("head") is nnx.Linear and set(kinds.values()) == {jaxops.nn.FakeQuantizedConv}
+    after, _ = jaxops.nn.quantize_model(model, rules, calibration)
+    assert error(aware(x), after(x)) < 1e-2  # before training; a tie between layers may fall to the other side
+    target = jnp.asarray(normal(24, 5, seed=5))
+    loss = lambda model: jnp.square(model(x) - target).mean()
+    optimizer = nnx.Optimizer(aware, optax.sgd(1e-3), wrt=nnx.Param)
+    before, gradients = nnx.jit(nnx.value_and_grad(loss))(aware)
+    assert all(float(jnp.abs(gradients[name]["scales"][...]).max()) > 0 for name in kinds)
+    optimizer.update(aware, gradients)
+    final = jaxops.nn.convert(aware)
+    assert float(loss(aware)) < float(before) and float(loss(final)) < float(before)
+    for name in kinds:  # what is trained is what is kept
+        trained, kept = getattr(aware, name), getattr(final, name)
+        y = jnp.asarray(normal(2, 8, 6, trained.window.kernel[-2] * trained.window.feature_group_count))
+        assert isinstance(kept, jaxops.nn.QuantizedConv) and kept.activations == scheme.activations
+        np.testing.assert_allclose(kept(y), trained(y), rtol=1e-4, atol=1e-4)
 
 
 def test_embeddings_are_quantised_by_rows(model, tokens):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -90,6 +92,13 @@ class GPT(nnx.Module):
             logits = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), penalty
         return jaxops.linear_cross_entropy(x, weight, labels), penalty
+
+
+def bits_per_byte(model: GPT, batches: np.ndarray) -> float:
+    """-log2 p of a byte given those before it, the mean over windows[batches, batch, length + 1]."""
+    graph, state = nnx.split(model)
+    loss = jax.jit(lambda state, windows: nnx.merge(graph, state).loss(windows))
+    return float(np.mean([loss(state, windows) for windows in batches])) / math.log(2)
 
 
 def mixture(config: Config, dtype: Any, rngs: nnx.Rngs) -> Mixture:

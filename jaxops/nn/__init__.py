@@ -25,6 +25,7 @@ from jaxops.nn.pruned import PrunedLinear as PrunedLinear
 from jaxops.nn.pruned import Pruning as Pruning
 from jaxops.nn.pruned import Sparse24Linear as Sparse24Linear
 from jaxops.nn.pruned import SparsityMask as SparsityMask
+from jaxops.nn.quantized import FakeQuantizedConv as FakeQuantizedConv
 from jaxops.nn.quantized import FakeQuantizedLinear as FakeQuantizedLinear
 from jaxops.nn.quantized import QuantizedConv as QuantizedConv
 from jaxops.nn.quantized import QuantizedEmbed as QuantizedEmbed

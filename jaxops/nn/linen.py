@@ -298,6 +298,16 @@ def _variables(weights: Quantized, bias: jax.Array | None, **steps: jax.Array) -
     return {"quantized": kept} | ({} if bias is None else {"params": {"bias": bias}})
 
 
+def _learned(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The step of the inputs that was trained, if there is one."""
+    return {"activation_scale": quantized.positive(params["input_scale"])} if "input_scale" in params else {}
+
+
+def _window(layer: Any, kernel: tuple[int, ...]) -> quantized.Window:
+    names = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count")
+    return quantized.Window(kernel, *(getattr(layer, name) for name in names))
+
+
 def _few_bits(layer: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     """Of what the NNX layer is made: the collection "quantized", for which `init` draws a kernel, and the bias."""
     if not layer.has_variable("quantized", "values"):
@@ -343,8 +353,7 @@ class QuantizedLinear(linen.Module):
         keep."""
         kernel, bias = params["kernel"], params.get("bias")
         if "scales" in params:
-            steps = {"activation_scale": quantized.positive(params["input_scale"])} if "input_scale" in params else {}
-            return _variables(quantized.rounded(kernel, params["scales"], self.weights), bias, **steps)
+            return _variables(quantized.rounded(kernel, params["scales"], self.weights), bias, **_learned(params))
         options: dict[str, Any] = dict(group_size=self.group_size, symmetric=self.symmetric)
         return _variables(quantize(kernel, self.weights, axis=0, **options), bias)
 
@@ -381,24 +390,22 @@ class QuantizedConv(linen.Module):
     implementation: Implementation = None
 
     @linen.nowrap
-    def _window(self, kernel: tuple[int, ...]) -> quantized.Window:
-        names = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count")
-        return quantized.Window(kernel, *(getattr(self, name) for name in names))
-
-    @linen.nowrap
     def of(self, params: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """The variables, of the trained parameters of a `linen.Conv`."""
-        window = self._window(params["kernel"].shape)
+        """The variables, of the trained parameters of a `linen.Conv`, or of a `FakeQuantizedConv`, whose steps they
+        keep."""
+        kernel, bias = params["kernel"], params.get("bias")
+        window = _window(self, kernel.shape)
+        if "scales" in params:
+            return _variables(window.rounded(kernel, params["scales"], self.weights), bias, **_learned(params))
         options: dict[str, Any] = dict(group_size=self.group_size, symmetric=self.symmetric)
-        flat = quantize(params["kernel"].reshape(window.flat), self.weights, axis=0, **options)
-        return _variables(window.spread(flat), params.get("bias"))
+        return _variables(window.quantized(kernel, self.weights, **options), bias)
 
     @linen.compact
     def __call__(self, x: jax.Array, *, residual: jax.Array | None = None) -> jax.Array:
         size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         shape = (*size, x.shape[-1] // self.feature_group_count, self.features)
         made = _few_bits(self, shape)
-        layer = quantized.QuantizedConv(**made, window=self._window(shape), activation=self.activation)
+        layer = quantized.QuantizedConv(**made, window=_window(self, shape), activation=self.activation)
         return layer(x, residual=residual)
 
 
@@ -458,18 +465,66 @@ class FakeQuantizedLinear(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weights = jnp.dtype(self.weights).name
-        if weights not in INTEGERS:
-            raise TypeError(f"FakeQuantizedLinear: weights must be one of {', '.join(INTEGERS)}, got {weights}")
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        steps = lambda _: quantize(kernel, weights, axis=0, group_size=self.group_size).scales
-        scales = self.param("scales", steps)
-        step = None
-        if self.input_scale is not None:
-            step = self.param("input_scale", lambda _: jnp.float32(self.input_scale))
-        x = jnp.asarray(x, self.dtype)
-        return quantized.fake_quantized_product(x, kernel, bias, scales, step, weights)
+        steps = functools.partial(quantize, dtype=_integers(self), axis=0, group_size=self.group_size)
+        kernel, bias, *learned = _trained(self, (x.shape[-1], self.features), steps)
+        return quantized.fake_quantized_product(jnp.asarray(x, self.dtype), kernel, bias, *learned)
+
+
+class FakeQuantizedConv(linen.Module):
+    """y = activation(q(x; input_scale) ∗ q(kernel; scales) + bias) + residual, channels last, q being
+    `jaxops.fake_quantize`: what rounding will do, trained.
+
+    Fields as in `Conv`, without a mask, and as in `FakeQuantizedLinear`; a group is of input channels at each place of
+    the window. Its parameters are those of `jaxops.nn.FakeQuantizedConv`; `QuantizedConv(…).of(params)` makes the
+    variables for inference of them.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = 1
+    padding: Any = "SAME"
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
+    feature_group_count: int = 1
+    weights: Any = "int8"
+    group_size: int | None = None
+    input_scale: float | None = None
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = linen.linear.default_kernel_init
+    bias_init: Initializer = linen.initializers.zeros
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    implementation: Implementation = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array, *, residual: jax.Array | None = None) -> jax.Array:
+        size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        shape = (*size, x.shape[-1] // self.feature_group_count, self.features)
+        window = _window(self, shape)
+        steps = functools.partial(window.quantized, dtype=_integers(self), group_size=self.group_size)
+        kernel, bias, *learned = _trained(self, shape, steps)
+        images, kernel = quantized.fake_quantized(jnp.asarray(x, self.dtype), kernel, *learned)
+        options: dict[str, Any] = dict(activation=self.activation, implementation=self.implementation)
+        return window(images, kernel, bias, residual, **options)
+
+
+def _integers(layer: Any) -> str:
+    weights = jnp.dtype(layer.weights).name
+    if weights not in INTEGERS:
+        raise TypeError(f"{type(layer).__name__}: weights must be one of {', '.join(INTEGERS)}, got {weights}")
+    return weights
+
+
+def _trained(layer: Any, shape: tuple[int, ...], steps: Callable[[jax.Array], Quantized]) -> tuple[Any, ...]:
+    """The parameters of a layer that is trained with what it will round, kernel, bias, scales, input_scale; and the
+    name of the integers. `steps` quantises a kernel, for the first scales."""
+    kernel = layer.param("kernel", layer.kernel_init, shape, layer.param_dtype)
+    bias = layer.param("bias", layer.bias_init, shape[-1:], layer.param_dtype) if layer.use_bias else None
+    scales, step = layer.param("scales", lambda _: steps(kernel).scales), None
+    if layer.input_scale is not None:
+        step = layer.param("input_scale", lambda _: jnp.float32(layer.input_scale))
+    return kernel, bias, scales, step, _integers(layer)
 
 
 class MultiHeadAttention(linen.Module):

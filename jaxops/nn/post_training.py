@@ -17,6 +17,7 @@ from jaxops.dispatch import Implementation
 from jaxops.nn.paths import LINEAR, LayerReport, QuantizationReport, bytes_of, chosen, modules, replace, size_of
 from jaxops.nn.pruned import PrunedLinear
 from jaxops.nn.quantized import (
+    FakeQuantizedConv,
     FakeQuantizedLinear,
     Linear,
     QuantizedConv,
@@ -212,12 +213,13 @@ def sensitivity(
 
 
 def quantization_aware[M: nnx.Module](model: M, rules: Rules, calibration: Calibration | None = None) -> M:
-    """A copy of `model` to be trained on, whose linear layers round as `convert` will: `FakeQuantizedLinear`.
+    """A copy of `model` to be trained on, whose linear layers and convolutions round as `convert` will:
+    `FakeQuantizedLinear` and `FakeQuantizedConv`.
 
     Args:
       model: any `nnx` model; it is not changed.
-      rules: as in `quantize_model`, with symmetric integer weights; embeddings and convolutions are left as they are.
-        Of a scheme with activations the observer chooses the first step ("min_max" if there is none).
+      rules: as in `quantize_model`, with symmetric integer weights; embeddings are left as they are. Of a scheme with
+        activations the observer chooses the first step ("min_max" if there is none).
       calibration: from `calibrate`; for schemes with activations.
 
     Raises:
@@ -225,7 +227,7 @@ def quantization_aware[M: nnx.Module](model: M, rules: Rules, calibration: Calib
     """
     copy = nnx.clone(model)
     new: dict[int, nnx.Module] = {}
-    for path, layer, scheme in chosen("quantization_aware", copy, rules, LINEAR):
+    for path, layer, scheme in chosen("quantization_aware", copy, rules, _OBSERVED):
         try:
             if scheme.balance is not None or scheme.rounding != "nearest" or not scheme.symmetric:
                 raise ValueError(f"balance, rounding and zero points are not trained, got {scheme}")
@@ -233,7 +235,8 @@ def quantization_aware[M: nnx.Module](model: M, rules: Rules, calibration: Calib
             if scheme.activations:
                 statistics = _observed((calibration or {}).get(path))
                 step = _step(statistics.threshold(scheme.observer or "min_max", 127))
-            new[id(layer)] = FakeQuantizedLinear(layer, scheme.weights, group_size=scheme.group_size, input_scale=step)
+            kind: Any = FakeQuantizedConv if isinstance(layer, nnx.Conv) else FakeQuantizedLinear
+            new[id(layer)] = kind(layer, scheme.weights, group_size=scheme.group_size, input_scale=step)
         except (ValueError, TypeError) as error:
             raise type(error)(f"quantization_aware: {path}: {error}") from None
     replace(copy, new)
@@ -242,13 +245,13 @@ def quantization_aware[M: nnx.Module](model: M, rules: Rules, calibration: Calib
 
 def convert[M: nnx.Module](model: M, *, implementation: Implementation = None) -> M:
     """A copy of a trained model of `quantization_aware` or `prune_model`, with the layers for inference:
-    `QuantizedLinear` in place of `FakeQuantizedLinear`; of `PrunedLinear` a `BlockSparseLinear`, a `Sparse24Linear`,
-    or for zeros anywhere the dense layer with these zeros.
+    `QuantizedLinear` in place of `FakeQuantizedLinear`, `QuantizedConv` of `FakeQuantizedConv`; of `PrunedLinear` a
+    `BlockSparseLinear`, a `Sparse24Linear`, or for zeros anywhere the dense layer with these zeros.
 
     Raises `ValueError` if it has none of them.
     """
     copy = nnx.clone(model)
-    found = modules(copy, (FakeQuantizedLinear, PrunedLinear))
+    found = modules(copy, (FakeQuantizedLinear, FakeQuantizedConv, PrunedLinear))
     if not found:
         raise ValueError("convert: model must hold layers of `quantization_aware` or `prune_model`, got none")
     replace(copy, {id(layer): layer.converted(implementation) for _, layer in found})

@@ -135,6 +135,14 @@ class Window:
         zeros = None if flat.zeros is None else flat.zeros.reshape(numbers)
         return Quantized(flat.values.reshape(self.kernel), flat.scales.reshape(numbers), zeros)
 
+    def quantized(self, kernel: jax.Array, dtype: Any, **options: Any) -> Quantized:
+        """The kernel in few bits; options: those of `jaxops.quantize`."""
+        return self.spread(quantize(kernel.reshape(self.flat), dtype, axis=0, **options))
+
+    def rounded(self, kernel: jax.Array, scales: jax.Array, dtype: str) -> Quantized:
+        """The kernel by steps that were learned, of the shape that `quantized` gives them."""
+        return self.spread(rounded(kernel.reshape(self.flat), scales.reshape(-1, self.flat[1]), dtype))
+
     def __call__(self, x: jax.Array, kernel: jax.Array, bias: Any = None, residual: Any = None, **options: Any):
         """The convolution, by `convolve`."""
         geometry = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
@@ -353,8 +361,7 @@ class QuantizedConv(_Quantized):
           ValueError: `group_size` does not divide the channels, or `activations` is unknown.
         """
         window = Window.of("QuantizedConv.of", conv)
-        kernel = kernel_of(conv).reshape(window.flat)
-        weights = window.spread(quantize(kernel, dtype, axis=0, group_size=group_size, symmetric=symmetric))
+        weights = window.quantized(kernel_of(conv), dtype, group_size=group_size, symmetric=symmetric)
         return cls(
             weights,
             flat_bias(conv),
@@ -426,7 +433,28 @@ class QuantizedEmbed(nnx.Module):
         return jnp.asarray(query, self.dtype) @ table.T
 
 
-class FakeQuantizedLinear(nnx.Module):
+class _FakeQuantized(nnx.Module):
+    """A kernel, a bias, and the steps by which the kernel and inputs are rounded: what layers to train on keep."""
+
+    def __init__(self, layer: Any, dtype: Any, weights: Quantized, input_scale: float | None):
+        self.dtype, self.weights = layer.dtype, jnp.dtype(dtype).name
+        if self.weights not in INTEGERS:
+            raise TypeError(f"{type(self).__name__}: dtype must be one of {', '.join(INTEGERS)}, got {self.weights}")
+        self.kernel, self.bias = layer.kernel, layer.bias
+        self.scales = nnx.Param(weights.scales)
+        self.input_scale = None if input_scale is None else nnx.Param(jnp.float32(input_scale))
+
+    def _steps(self) -> tuple[jax.Array, jax.Array | None, str]:
+        """Of `fake_quantized`, all but the numbers."""
+        return self.scales[...], None if self.input_scale is None else self.input_scale[...], self.weights
+
+    def _for_inference(self) -> dict[str, Any]:
+        """What the layer for inference takes of it."""
+        step = None if self.input_scale is None else positive(self.input_scale[...])
+        return dict(dtype=self.dtype, activations=None if step is None else "int8", activation_scale=step)
+
+
+class FakeQuantizedLinear(_FakeQuantized):
     """y = q(x; input_scale) · q(kernel; scales) + bias, q being `jaxops.fake_quantize`: what rounding will do, trained.
 
     The parameters are `kernel[*inputs, *outputs]` and `bias` of the layer it is made from, `scales[groups, out]` and
@@ -454,40 +482,82 @@ class FakeQuantizedLinear(nnx.Module):
     ):
         self.shapes = Shapes.of("FakeQuantizedLinear", linear)
         kernel = linear.kernel[...].reshape(self.shapes.flat)
-        self.dtype, self.weights = linear.dtype, jnp.dtype(dtype).name
-        if self.weights not in INTEGERS:
-            raise TypeError(f"FakeQuantizedLinear: dtype must be one of {', '.join(INTEGERS)}, got {self.weights}")
-        self.kernel = linear.kernel
-        self.bias = linear.bias
-        self.scales = nnx.Param(quantize(kernel, dtype, axis=0, group_size=group_size).scales)
-        self.input_scale = None if input_scale is None else nnx.Param(jnp.float32(input_scale))
+        super().__init__(linear, dtype, quantize(kernel, dtype, axis=0, group_size=group_size), input_scale)
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """`x[…, *inputs]` to `[…, *outputs]`; `out_sharding` must be None."""
         if out_sharding is not None:
             raise ValueError(f"FakeQuantizedLinear: out_sharding must be None, got {out_sharding}")
-        y = fake_quantized_product(
-            self.shapes.rows(jnp.asarray(x, self.dtype)),
-            self.kernel[...].reshape(self.shapes.flat),
-            flat_bias(self),
-            self.scales[...],
-            None if self.input_scale is None else self.input_scale[...],
-            self.weights,
-        )
-        return self.shapes.columns(y)
+        rows, kernel = self.shapes.rows(jnp.asarray(x, self.dtype)), self.kernel[...].reshape(self.shapes.flat)
+        return self.shapes.columns(fake_quantized_product(rows, kernel, flat_bias(self), *self._steps()))
 
     def converted(self, implementation: Implementation = None) -> QuantizedLinear:
         """The layer for inference, with the steps that were learned."""
-        step = None if self.input_scale is None else positive(self.input_scale[...])
-        return QuantizedLinear(
-            rounded(self.kernel[...].reshape(self.shapes.flat), self.scales[...], self.weights),
-            flat_bias(self),
-            dtype=self.dtype,
-            activations=None if step is None else "int8",
-            activation_scale=step,
-            shapes=self.shapes,
-            implementation=implementation,
-        )
+        weights = rounded(self.kernel[...].reshape(self.shapes.flat), self.scales[...], self.weights)
+        options = self._for_inference() | dict(implementation=implementation)
+        return QuantizedLinear(weights, flat_bias(self), shapes=self.shapes, **options)
+
+
+class FakeQuantizedConv(_FakeQuantized):
+    """y = activation(q(x; input_scale) ∗ q(kernel; scales) + bias) + residual, channels last, q being
+    `jaxops.fake_quantize`: what rounding will do, trained.
+
+    The parameters are `kernel[*window, in / groups, out]` and `bias[out]` of the layer it is made from, `scales` as
+    those of `QuantizedConv`, and `input_scale[]`: steps that are learned as in `FakeQuantizedLinear`.
+
+    Args:
+      conv: an `nnx.Conv` or a `jaxops.nn.Conv`; what its mask hides stays zero.
+      dtype: int8 or int4, of the weights.
+      group_size: how many input channels, at each place of the window, share a scale, a divisor of them; None: all
+        numbers of an output channel share one.
+      input_scale: the first step of the inputs, in 8 bits; None: they are not quantised.
+
+    Raises:
+      TypeError: `conv` is no such layer, or dtype neither int8 nor int4.
+      ValueError: `group_size` does not divide the channels.
+
+    Source: Esser et al., LSQ, arXiv:1902.08153.
+    """
+
+    def __init__(
+        self,
+        conv: nnx.Conv,
+        dtype: Any = jnp.int8,
+        *,
+        group_size: int | None = None,
+        input_scale: float | None = None,
+    ):
+        self.window = Window.of("FakeQuantizedConv", conv)
+        weights = self.window.quantized(kernel_of(conv), dtype, group_size=group_size)
+        super().__init__(conv, dtype, weights, input_scale)
+        self.mask, self.activation = conv.mask, getattr(conv, "activation", None)
+        self.implementation = getattr(conv, "implementation", None)
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None, *, residual: jax.Array | None = None) -> jax.Array:
+        """`x[…, *spatial, in]` to `[…, *spatial, out]`; `residual`, of the shape of the result, is added at the end;
+        `out_sharding` must be None."""
+        if out_sharding is not None:
+            raise ValueError(f"FakeQuantizedConv: out_sharding must be None, got {out_sharding}")
+        images, kernel = fake_quantized(jnp.asarray(x, self.dtype), kernel_of(self), *self._steps())
+        options: dict[str, Any] = dict(activation=self.activation, implementation=self.implementation)
+        return self.window(images, kernel, flat_bias(self), residual, **options)
+
+    def converted(self, implementation: Implementation = None) -> QuantizedConv:
+        """The layer for inference, with the steps that were learned."""
+        weights = self.window.rounded(kernel_of(self), self.scales[...], self.weights)
+        options = self._for_inference() | dict(activation=self.activation, implementation=implementation)
+        return QuantizedConv(weights, flat_bias(self), window=self.window, **options)
+
+
+def fake_quantized(
+    x: jax.Array, kernel: jax.Array, scales: jax.Array, input_scale: jax.Array | None, weights: str
+) -> tuple[jax.Array, jax.Array]:
+    """q(x; input_scale) and q(kernel; scales), both in the dtype of x."""
+    if input_scale is not None:
+        x = fake_quantize(x, _learned(input_scale, x.size, 127).reshape((1,) * x.ndim))
+    numbers = kernel.size // max(scales.size, 1)
+    kernel = fake_quantize(kernel, _learned(scales, numbers, jnp.iinfo(weights).max), weights)
+    return x, kernel.astype(x.dtype)
 
 
 def fake_quantized_product(
@@ -499,11 +569,8 @@ def fake_quantized_product(
     weights: str,
 ) -> jax.Array:
     """q(x; input_scale) · q(kernel; scales) + bias, of rows x[…, k]: what NNX and Linen layers share."""
-    if input_scale is not None:
-        x = fake_quantize(x, _learned(input_scale, x.size, 127).reshape((1,) * x.ndim))
-    numbers = kernel.size // max(scales.size, 1)
-    kernel = fake_quantize(kernel, _learned(scales, numbers, jnp.iinfo(weights).max), weights)
-    y = x @ kernel.astype(x.dtype)
+    x, kernel = fake_quantized(x, kernel, scales, input_scale, weights)
+    y = x @ kernel
     return y if bias is None else y + bias.astype(y.dtype)
 
 

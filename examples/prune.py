@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sparsity", type=float, default=0.8, help="share of zeros (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=40, help="of training, and as many of tuning (%(default)s)")
     parser.add_argument("--gpt", type=Path, metavar="DIRECTORY", help="prune what train_gpt.py wrote there instead")
-    parser.add_argument("--steps", type=int, default=400, help="of tuning the GPT (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="of tuning the GPT (default: %(default)s)")
     parser.add_argument("--text", metavar="FILE", help="what the GPT was trained on; by default CPython's reference")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -99,7 +99,7 @@ def classifier(options: argparse.Namespace, pruning: Pruning) -> int:
         return optax.softmax_cross_entropy_with_integer_labels(model(x[rows]), labels[rows]).mean()
 
     def train_on(model: nnx.Module, sparsity: optax.Schedule | None = None) -> None:
-        train(model, loss, orders(len(x), options), steps, sparsity)
+        train(model, loss, orders(len(x), options), optax.cosine_decay_schedule(2e-3, steps), sparsity)
 
     train_on(model)
     schedule = jaxops.pruning_schedule(options.sparsity, 0, steps // 2)
@@ -125,10 +125,11 @@ def gpt(options: argparse.Namespace, pruning: Pruning) -> int:
     starts = range(0, options.steps, CHUNK)
     chunks = (np.stack([window(i) for i in range(start, min(start + CHUNK, options.steps))]) for start in starts)
     schedule = jaxops.pruning_schedule(options.sparsity, 0, options.steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(0, 4e-3, options.steps // 20, options.steps)
     before, after = compared(
         model,
         [("head", None), ("", pruning)],
-        lambda pruned: train(pruned, lambda model, batch: model.loss(batch), chunks, options.steps, schedule),
+        lambda pruned: train(pruned, lambda model, batch: model.loss(batch), chunks, rate, schedule),
         ("bits per byte", lambda model: bits_per_byte(model, held_out), "{:.4f}"),
     )
     return 0 if after <= before * (1 + ALLOWED_BITS) else 1
@@ -183,12 +184,12 @@ def train(
     model: nnx.Module,
     loss: Callable[[Any, jax.Array], jax.Array],
     chunks: Iterable[np.ndarray],
-    steps: int,
+    rate: optax.Schedule,
     sparsity: optax.Schedule | None = None,
 ) -> None:
-    """Trains `model` in place on chunks of batches, `steps` in all; with a schedule of `sparsity`, its masks are made
-    again before every step."""
-    optimizer = nnx.Optimizer(model, optax.adamw(optax.cosine_decay_schedule(2e-3, steps)), wrt=nnx.Param)
+    """Trains `model` in place on chunks of batches; with a schedule of `sparsity`, its masks are made again before every
+    step."""
+    optimizer = nnx.Optimizer(model, optax.adamw(rate), wrt=nnx.Param)
 
     @nnx.jit
     def several(model, optimizer, batches, first):

@@ -187,8 +187,7 @@ def train(
     rate: optax.Schedule,
     sparsity: optax.Schedule | None = None,
 ) -> None:
-    """Trains `model` in place on chunks of batches; with a schedule of `sparsity`, its masks are made again before every
-    step."""
+    """Trains `model` in place on chunks of batches; with a `sparsity`, its masks are made again before every step."""
     optimizer = nnx.Optimizer(model, optax.adamw(rate), wrt=nnx.Param)
 
     @nnx.jit

@@ -121,6 +121,7 @@ CASES = (
         "x=8192x4096 w_gate=4096x11008 w_up=4096x11008",
         "x=3x37x1000 w_gate=1000x257 w_up=1000x257",
     ),
+    Case("gated_linear_unit", "narrow", ("x=1000x64", "w_gate=64x192", "w_up=64x192")),
     *_two(
         "rope",
         "x=4x4096x8x128 positions=4096:int32",
@@ -144,6 +145,11 @@ CASES = (
         "quantized_matmul",
         "x=16x4096 w=4096x11008:int8 scales=1x11008:float32",
         "x=3x37x1024:int8 x_scales=3x37x1 w=1024x257:int4 scales=8x257 bias=257",
+    ),
+    Case(
+        "quantized_matmul",
+        "narrow",
+        ("x=333x1024", "w=1024x192:int4", "scales=8x192", "zeros=8x192", "bias=192"),
     ),
     *_two(
         "block_sparse_matmul",
@@ -222,6 +228,12 @@ CASES = (
         kernel=False,
     ),
     *_two("matmul", "x=8192x4096 w=4096x4096", "x=3x37x1000 w=1000x257 bias=257 residual=3x37x257"),
+    Case(
+        "matmul",
+        "narrow",
+        ("x=1000x64", "w=64x192", "bias=192", "residual=1000x192"),
+        ("activation=jaxops.silu",),
+    ),
 )
 
 

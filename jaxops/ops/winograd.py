@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 WINDOW = 3
-_BYTES = 2**23  # values before and after the products that are in a cache at a time
+_BYTES = 2**22  # values before and after the products that are in a cache at a time; of a gradient, sums of many, twice it
 _TILES = 128  # but at least so many tiles, which share a reading of the windows
 
 
@@ -61,7 +61,7 @@ FAST = Form((0.0, 0.75, -0.75, 1.5, -1.5))
 def convolution(x: jax.Array, w: jax.Array, low: Sequence[int], size: Sequence[int], form: Form) -> jax.Array:
     """y[n, p, o] = Σ_{k, c} x[n, p + k - low, c] · w[k, c, o], p < size; x [N, H, W, C], w [3, 3, C, O], in float32."""
     a, g, b = form.matrices
-    tiling = _Tiling.of(x.shape[0], size, form.m, sum(w.shape[2:]))
+    tiling = _Tiling.of(x.shape[0], size, form.m, sum(w.shape[2:]), _BYTES)
     images = tiling.padded(x, low, WINDOW - 1)
     u = _mixed(g, _mixed(g, w, 0), 1)
     u = u.reshape(-1, *w.shape[2:])
@@ -79,7 +79,7 @@ def convolution(x: jax.Array, w: jax.Array, low: Sequence[int], size: Sequence[i
 def window_gradient(x: jax.Array, dy: jax.Array, low: Sequence[int], form: Form) -> jax.Array:
     """dw[k, c, o] = Σ_{n, p} x[n, p + k - low, c] · dy[n, p, o], [3, 3, C, O] in float32."""
     a, g, b = form.matrices
-    tiling = _Tiling.of(x.shape[0], dy.shape[1:3], form.m, x.shape[-1] + dy.shape[-1])
+    tiling = _Tiling.of(x.shape[0], dy.shape[1:3], form.m, x.shape[-1] + dy.shape[-1], 2 * _BYTES)
     images, cotangents = tiling.padded(x, low, WINDOW - 1), tiling.padded(dy, (0, 0), 0)
 
     def add(index: jax.Array, total: jax.Array) -> jax.Array:
@@ -104,9 +104,9 @@ class _Tiling:
     columns: int
 
     @staticmethod
-    def of(images: int, size: Sequence[int], m: int, channels: int) -> "_Tiling":
+    def of(images: int, size: Sequence[int], m: int, channels: int, bytes_of_step: int) -> "_Tiling":
         rows, columns = (-(-pixels // m) for pixels in size)
-        tiles = max(_TILES, _BYTES // (4 * channels * (m + WINDOW - 1) ** 2))
+        tiles = max(_TILES, bytes_of_step // (4 * channels * (m + WINDOW - 1) ** 2))
         blocks = -(-images // max(1, tiles // (rows * columns)))
         strips = -(-rows // max(1, tiles // columns))
         return _Tiling(m, -(-images // blocks), blocks, -(-rows // strips), strips, columns)

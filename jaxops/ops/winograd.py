@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 WINDOW = 3
-_BYTES = 2**22  # values before and after the products that are in a cache at a time; of a gradient, sums of many, twice it
+_BYTES = 2**22  # values around the products that are in a cache at a time; of a gradient, sums of many, twice that
 _TILES = 128  # but at least so many tiles, which share a reading of the windows
 
 

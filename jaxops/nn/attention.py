@@ -440,10 +440,9 @@ def _fused(query, key, value, bias, mask, **options):
 
 
 def default_precision(precision: Any) -> bool:
-    if precision is None or isinstance(precision, tuple):
-        return precision is None or all(map(default_precision, precision))
-    return (
-        lax.Precision(precision) == lax.Precision.DEFAULT
-        if not isinstance(precision, lax.DotAlgorithmPreset)
-        else False
-    )
+    """Whether products of this precision are what they are without one; a pair is of both operands."""
+    if precision is None:
+        return True
+    if isinstance(precision, tuple):
+        return all(map(default_precision, precision))
+    return not isinstance(precision, lax.DotAlgorithmPreset) and lax.Precision(precision) == lax.Precision.DEFAULT

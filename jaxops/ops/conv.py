@@ -330,14 +330,16 @@ def conv(
 
     Returns:
       y, its axes in the order of the last of the dimension numbers. Sums, bias, activation and residual are in float32;
-      y is rounded once, at the end.
+      y is rounded once, at the end. A CPU makes windows of 3 x 3 of many channels by Winograd's tiles: sums of float32
+      have up to twice the error of the direct ones, those of 16 bits up to 2e-6 of the result.
 
     Raises:
       TypeError: an array or `preferred_element_type` is not floating, or `activation` is not a function.
       ValueError: shapes, strides, padding, dilations or groups do not fit each other, the dimension numbers are
         unknown, the activation changes the shape, or `implementation` is unknown or, alone, cannot run.
 
-    Source: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285.
+    Sources: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285; Lavin and
+    Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308.
     """
     name = "conv"
     lhs, rhs = (checks.floating(name, which, x) for which, x in (("lhs", lhs), ("rhs", rhs)))
